@@ -1,0 +1,3 @@
+"""Sparse mixture-of-experts language models in JAX."""
+
+__version__ = '0.1.0'

@@ -1,0 +1,35 @@
+"""The oracle: dispatch and combine as products with one-hot tensors [G S E C].
+
+Its cost grows with S * E * C, so it is for checking, not for training.
+
+Source: Lepikhin et al. 2020, arXiv:2006.16668, algorithm 2.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moe_jax.routing.plan import Plan
+
+
+def dispatch(tokens: Float[Array, 'G S D'], plan: Plan) -> Float[Array, 'E G C D']:
+  """Copies each kept token into the slots the plan gave it; empty slots are zero."""
+  places = jnp.sum(_places(plan), axis=2).astype(tokens.dtype)
+  return jnp.einsum('gsec,gsd->egcd', places, tokens, precision='highest')
+
+
+def combine(expert_outputs: Float[Array, 'E G C D'], plan: Plan) -> Float[Array, 'G S D']:
+  """Sums the outputs of each token's experts, weighted by `plan.combine_weights`, in float32."""
+  weights = jnp.einsum('gskec,gsk->gsec', _places(plan), plan.combine_weights, precision='highest')
+  outputs = jnp.einsum(
+    'gsec,egcd->gsd', weights, expert_outputs.astype(jnp.float32), precision='highest'
+  )
+  return outputs.astype(expert_outputs.dtype)
+
+
+def _places(plan: Plan) -> Float[Array, 'G S K E C']:
+  """One-hot over (expert, slot) for each kept assignment, zero for a dropped one."""
+  _, num_experts, capacity = plan.source_index.shape
+  expert = jax.nn.one_hot(plan.expert_index, num_experts)
+  slot = jax.nn.one_hot(plan.slot_index, capacity)
+  return jnp.einsum('gske,gskc,gsk->gskec', expert, slot, plan.keep.astype(jnp.float32))

@@ -1,0 +1,1 @@
+"""Thin Linen modules: they hold parameters and call the rooms below."""

@@ -1,0 +1,106 @@
+"""Grouped-query attention with rotary positions, with or without a key-value cache."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from moe_jax.layers.basic import logical, matrix_init
+
+
+class KeyValueCache(NamedTuple):
+  """Keys (rotated) and values of the positions seen so far; M is the longest sequence it holds."""
+
+  key: Float[Array, 'B M KV H']
+  value: Float[Array, 'B M KV H']
+
+
+def rotate(
+  x: Float[Array, 'B T N H'], positions: Int[Array, 'B T'], theta: float
+) -> Float[Array, 'B T N H']:
+  """Rotary position embedding; dimension i is paired with i + H/2.
+
+  Source: Su et al. 2021, arXiv:2104.09864, sec. 3.2. Differs: halves are paired, not neighbours.
+  """
+  half = x.shape[-1] // 2
+  frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angle = positions[..., None, None].astype(jnp.float32) * frequency
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+  return rotated.astype(x.dtype)
+
+
+def packed_causal_mask(segment_ids: Int[Array, 'B T']) -> Bool[Array, 'B 1 T T']:
+  """True where query t may see key t': t' <= t in the same document. Padding sees itself."""
+  position = jnp.arange(segment_ids.shape[-1])
+  causal = position[:, None] >= position[None, :]
+  same_document = segment_ids[:, :, None] == segment_ids[:, None, :]
+  return (causal & same_document)[:, None]
+
+
+class Attention(nn.Module):
+  """Causal multi-head attention in which groups of query heads share a key-value head.
+
+  Attributes:
+    num_heads: query heads.
+    num_kv_heads: key-value heads; divides num_heads.
+    head_dim: H, even.
+    rope_theta: base of the rotary frequencies.
+
+  Source: Ainslie et al. 2023, arXiv:2305.13245.
+  """
+
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  rope_theta: float
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, 'B T D'],
+    positions: Int[Array, 'B T'],
+    mask: Bool[Array, 'B 1 T M'],
+    cache: KeyValueCache | None = None,
+  ) -> tuple[Float[Array, 'B T D'], KeyValueCache | None]:
+    """Returns the output and, if a cache came in, the cache with these positions written.
+
+    Args:
+      x: normalised input.
+      positions: position in the document (rotary), and with a cache the cell to write. With a
+        cache, the T positions of a row are consecutive.
+      mask: True where a query may see a key.
+      cache: keys and values of earlier positions.
+    """
+    embed_dim = x.shape[-1]
+
+    def project(name: str, heads: int, dim: str) -> Float[Array, 'B T N H']:
+      kernel = self.param(
+        name, logical(matrix_init, 'embed', dim), (embed_dim, heads * self.head_dim)
+      )
+      return (x @ kernel.astype(x.dtype)).reshape(*x.shape[:2], heads, self.head_dim)
+
+    query = rotate(project('query', self.num_heads, 'heads'), positions, self.rope_theta)
+    key = rotate(project('key', self.num_kv_heads, 'kv_heads'), positions, self.rope_theta)
+    value = project('value', self.num_kv_heads, 'kv_heads')
+    if cache is not None:
+      start = positions[:, 0]
+      cache = KeyValueCache(_write(cache.key, key, start), _write(cache.value, value, start))
+      key, value = cache
+    attended = jax.nn.dot_product_attention(
+      query, key.astype(query.dtype), value.astype(query.dtype), mask=mask
+    )
+    out = self.param(
+      'out', logical(matrix_init, 'heads', 'embed'), (self.num_heads * self.head_dim, embed_dim)
+    )
+    return attended.reshape(*x.shape[:2], -1) @ out.astype(x.dtype), cache
+
+
+def _write(
+  cells: Float[Array, 'B M KV H'], new: Float[Array, 'B T KV H'], start: Int[Array, 'B']
+) -> Float[Array, 'B M KV H']:
+  write_row = jax.vmap(lambda row, x, at: jax.lax.dynamic_update_slice(row, x, (at, 0, 0)))
+  return write_row(cells, new.astype(cells.dtype), start)

@@ -1,0 +1,199 @@
+"""Decoder-only transformer with a MoE layer in every n-th block.
+
+Blocks are scanned in units of n: n - 1 dense blocks, then one with experts. Compile time does not
+grow with depth.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from moe_jax import routing
+from moe_jax.layers.attention import Attention, KeyValueCache, packed_causal_mask
+from moe_jax.layers.basic import Mlp, RMSNorm, logical, matrix_init
+from moe_jax.layers.moe import Moe, MoeOptions
+from moe_jax.parallel.mesh import BATCH_AXES
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderOptions:
+  """Every choice of the model, as plain numbers and names; see `moe_jax.config` for each.
+
+  `moe` None is a dense model. `every` is the n of "a MoE layer in every n-th block".
+  """
+
+  vocab_size: int
+  num_layers: int
+  embed_dim: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  mlp_dim: int
+  activation: str
+  rope_theta: float
+  norm_epsilon: float
+  tied_embeddings: bool
+  remat: bool
+  compute_dtype: str
+  moe: MoeOptions | None
+  every: int
+  num_shared_experts: int
+
+
+class DecoderOutput(NamedTuple):
+  """What a forward pass gives back; statistics are values, never side effects.
+
+  Attributes:
+    logits: in float32.
+    router_sums: each leaf with a leading dimension of MoE layers; None for a dense model.
+    cache: the updated cache, if one came in.
+  """
+
+  logits: Float[Array, 'B T V']
+  router_sums: routing.RouterSums | None
+  cache: Any
+
+
+class _Block(nn.Module):
+  """Attention and feed-forward, each behind a norm and added to the residual stream."""
+
+  options: DecoderOptions
+  mesh: Mesh
+  sparse: bool
+
+  @nn.compact
+  def __call__(self, x, positions, mask, valid, cache, deterministic):
+    options = self.options
+    attention = Attention(
+      options.num_heads, options.num_kv_heads, options.head_dim, options.rope_theta
+    )
+    attended, cache = attention(
+      RMSNorm(options.norm_epsilon, name='attention_norm')(x), positions, mask, cache
+    )
+    x = _shard_batch(x + attended, self.mesh)
+    normed = RMSNorm(options.norm_epsilon, name='mlp_norm')(x)
+    if not self.sparse:
+      return x + Mlp(options.mlp_dim, options.activation, name='mlp')(normed), None, cache
+    y, sums = Moe(options.moe, self.mesh, name='moe')(normed, valid, deterministic)
+    if options.num_shared_experts:
+      shared_dim = options.num_shared_experts * options.moe.mlp_dim
+      y = y + Mlp(shared_dim, options.activation, name='shared')(normed)
+    return x + y, sums, cache
+
+
+class _Unit(nn.Module):
+  """What the scan repeats: `every` blocks of which the last has experts (none in a dense model)."""
+
+  options: DecoderOptions
+  mesh: Mesh
+  deterministic: bool
+
+  @nn.compact
+  def __call__(self, x, cache, positions, mask, valid):
+    sums = None
+    new_cache = []
+    for i in range(self.options.every):
+      sparse = self.options.moe is not None and i == self.options.every - 1
+      block = _Block(self.options, self.mesh, sparse, name=f'block_{i}')
+      block_cache = None if cache is None else cache[i]
+      x, sums, block_cache = block(x, positions, mask, valid, block_cache, self.deterministic)
+      new_cache.append(block_cache)
+    return _shard_batch(x, self.mesh), (sums, None if cache is None else tuple(new_cache))
+
+
+class Decoder(nn.Module):
+  """The language model.
+
+  Attributes:
+    options: every choice of the model.
+    mesh: axes ('data', 'expert').
+  """
+
+  options: DecoderOptions
+  mesh: Mesh
+
+  @nn.compact
+  def __call__(
+    self,
+    inputs: Int[Array, 'B T'],
+    segment_ids: Int[Array, 'B T'],
+    positions: Int[Array, 'B T'],
+    *,
+    cache: Any = None,
+    deterministic: bool = True,
+  ) -> DecoderOutput:
+    """Returns next-token logits.
+
+    Args:
+      inputs: token ids.
+      segment_ids: document number within the row, from 1; 0 is padding. With a cache a row is one
+        document, and 0 marks tokens that are computed and thrown away.
+      positions: position within the document.
+      cache: from `init_cache`; `positions` then name the cells to write.
+      deterministic: no jitter and no random stream; the `routing` stream is needed otherwise.
+    """
+    options = self.options
+    dtype = jnp.dtype(options.compute_dtype)
+    embedding = self.param(
+      'embedding',
+      logical(nn.initializers.normal(0.02), 'vocab', 'embed'),
+      (options.vocab_size, options.embed_dim),
+    )
+    x = _shard_batch(embedding.astype(dtype)[inputs], self.mesh)
+    mask = packed_causal_mask(segment_ids) if cache is None else _cache_mask(positions, cache)
+    unit = _Unit
+    if options.remat:
+      unit = nn.remat(_Unit, prevent_cse=False)
+    scanned = nn.scan(
+      unit,
+      variable_axes={'params': 0},
+      split_rngs={'params': True, 'routing': True},
+      in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+      out_axes=0,
+      length=options.num_layers // options.every,
+      metadata_params={nn.PARTITION_NAME: 'layers'},
+    )
+    x, (sums, cache) = scanned(options, self.mesh, deterministic, name='layers')(
+      x, cache, positions, mask, segment_ids > 0
+    )
+    x = RMSNorm(options.norm_epsilon, name='final_norm')(x)
+    if options.tied_embeddings:
+      output = embedding.T
+    else:
+      output = self.param(
+        'output', logical(matrix_init, 'embed', 'vocab'), (options.embed_dim, options.vocab_size)
+      )
+    logits = jnp.einsum(
+      'btd,dv->btv', x, output.astype(dtype), preferred_element_type=jnp.float32
+    )
+    return DecoderOutput(logits, sums, cache)
+
+
+def init_cache(options: DecoderOptions, batch_size: int, max_length: int) -> tuple:
+  """Returns an empty cache for `batch_size` sequences of at most `max_length` tokens."""
+  shape = (
+    options.num_layers // options.every,
+    batch_size,
+    max_length,
+    options.num_kv_heads,
+    options.head_dim,
+  )
+  dtype = jnp.dtype(options.compute_dtype)
+  return tuple(
+    KeyValueCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(options.every)
+  )
+
+
+def _cache_mask(positions: Int[Array, 'B T'], cache: tuple) -> Bool[Array, 'B 1 T M']:
+  """A query sees the cells up to its own position; later ones hold nothing yet, or another's past."""
+  cell = jnp.arange(cache[0].key.shape[2])
+  return (cell[None, None, :] <= positions[:, :, None])[:, None]
+
+
+def _shard_batch(x: Float[Array, 'B T D'], mesh: Mesh) -> Float[Array, 'B T D']:
+  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(BATCH_AXES)))

@@ -1,0 +1,40 @@
+"""How many tokens an expert accepts from one routing group."""
+
+import fractions
+import math
+
+
+def expert_capacity(
+  group_size: int, num_experts: int, num_selected_experts: int, capacity_factor: float
+) -> int:
+  """Returns the tokens each expert accepts from one routing group.
+
+  ceil(S * K * capacity_factor / E), in exact rational arithmetic, at least 1. The factor is read as
+  the decimal a person wrote: 1.1 means 11/10, not the binary fraction just above it, which would
+  round 110 up to 111.
+
+  Args:
+    group_size: S, tokens in a routing group.
+    num_experts: E.
+    num_selected_experts: K, experts each token selects.
+    capacity_factor: slots per assignment under perfect balance.
+
+  Returns:
+    C, slots. May exceed S, which no expert can ever fill: a token selects an expert once.
+
+  Raises:
+    ValueError: if capacity_factor is not a positive finite number, group_size < 1, or not
+      1 <= K <= E; names the value.
+
+  Source: Lepikhin et al. 2020, arXiv:2006.16668, sec. 2.2. Differs: K is explicit.
+  """
+  if not (capacity_factor > 0 and math.isfinite(capacity_factor)):
+    raise ValueError(f'capacity_factor={capacity_factor!r}: must be a positive finite number')
+  if not 1 <= num_selected_experts <= num_experts:
+    raise ValueError(
+      f'num_selected_experts={num_selected_experts!r}: must be in 1..num_experts={num_experts}'
+    )
+  if group_size < 1:
+    raise ValueError(f'group_size={group_size!r}: must be at least 1 token')
+  factor = fractions.Fraction(repr(float(capacity_factor)))
+  return max(1, math.ceil(group_size * num_selected_experts * factor / num_experts))
