@@ -70,7 +70,11 @@ class _Block(nn.Module):
   def __call__(self, x, positions, mask, valid, cache, deterministic):
     options = self.options
     attention = Attention(
-      options.num_heads, options.num_kv_heads, options.head_dim, options.rope_theta
+      options.num_heads,
+      options.num_kv_heads,
+      options.head_dim,
+      options.rope_theta,
+      name='attention',
     )
     attended, cache = attention(
       RMSNorm(options.norm_epsilon, name='attention_norm')(x), positions, mask, cache

@@ -1,0 +1,22 @@
+"""The main job in about two minutes on 2 cores: 8 experts over 8 simulated devices, real text.
+
+./launch/quickstart
+"""
+
+from moe_jax import config as schema
+
+
+def get_config(arg: str = ''):
+  """Returns the config; takes no argument."""
+  if arg:
+    raise ValueError(f'configs/quickstart.py takes no argument, got {arg!r}')
+  config = schema.get_config()
+  config.model.update(num_layers=2, embed_dim=128, num_heads=4, num_kv_heads=2)
+  config.moe.update(num_experts=8, num_selected_experts=2, mlp_dim=256)
+  config.mesh.update(data=2, expert=4)
+  config.data.update(
+    name='tier1', tokenizer='bpe', vocab_size=2048, sequence_length=128, batch_size=16
+  )
+  config.optim.update(name='muon', learning_rate=0.02, adam_learning_rate=0.006, warmup_steps=20)
+  config.train.update(num_steps=700, checkpoint_every=100, eval_every=0)
+  return config

@@ -1,0 +1,109 @@
+"""What every command shares: flags, the `error:` line and exit codes.
+
+Exit codes: 0 done; 2 the user's input is wrong; 3 a file is damaged and nothing good is left; 130 and
+143 interrupted by SIGINT and SIGTERM, with the state saved; 1 a defect of ours.
+"""
+
+import errno
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+import ml_collections
+from absl import app, flags
+from ml_collections import config_flags
+
+from moe_jax import config as config_lib
+from moe_jax.errors import DAMAGED_EXIT_CODE, USER_ERROR_EXIT_CODE, DamagedError, UserError
+
+# The operating system's refusals that the user can mend, wherever in the program they surface.
+_ENVIRONMENT = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+
+
+def run(main: Callable[[], int | None]) -> None:
+  """Parses the flags, runs `main` and leaves with the exit code that its end asks for."""
+  logging.getLogger('absl').setLevel(logging.ERROR)
+  try:
+    app.run(lambda argv: _guard(main), flags_parser=_parse)
+  except _UsageError as error:
+    _fail(str(error))
+
+
+class _UsageError(Exception):
+  """A flag is unknown, missing or has a value it can't take."""
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+  try:
+    rest = flags.FLAGS(list(argv))
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, ImportError) as error:
+    raise _UsageError(_describe(error, argv)) from error
+  except OSError as error:
+    raise _UsageError(f'--config: cannot be read: {error}') from error
+  except SyntaxError as error:
+    raise _UsageError(f'--config: {error.filename}:{error.lineno}: {error.msg}') from error
+  if len(rest) > 1:
+    raise _UsageError(f'argument={rest[1]!r}: not understood; flags are --name=value')
+  return rest
+
+
+def _describe(error: Exception, argv: Sequence[str]) -> str:
+  """Finds the override a parsing error is about, as ml_collections does not always name it."""
+  if isinstance(error, UserError):
+    return str(error)
+  text = ' '.join(str(error).split())
+  overrides = [word for word in argv if word.startswith(('--config.', '-config.'))]
+  for override in overrides:
+    name, _, value = override.lstrip('-').removeprefix('config.').partition('=')
+    room, _, field = name.partition('.')
+    known = config_lib.SCHEMA.get(room, {})
+    if field not in known:
+      allowed = ', '.join(known) if known else ', '.join(config_lib.SCHEMA)
+      return f'{name}={value!r}: unknown field; must be one of {allowed}'
+    if f'config.{name}' in text:
+      kind = type(known[field].default).__name__
+      return f'{name}={value!r}: must be of type {kind}; {known[field].allowed}'
+  return text
+
+
+def _guard(main: Callable[[], int | None]) -> int | None:
+  try:
+    return main()
+  except UserError as error:
+    _fail(str(error))
+  except DamagedError as error:
+    _fail(str(error), DAMAGED_EXIT_CODE)
+  except OSError as error:
+    if error.errno not in _ENVIRONMENT:
+      raise
+    _fail(f'{error.filename}: {error.strerror}')
+  except KeyboardInterrupt:
+    sys.exit(130)
+  return None
+
+
+def _fail(message: str, code: int = USER_ERROR_EXIT_CODE) -> None:
+  print(f'error: {" ".join(message.split())}', file=sys.stderr, flush=True)
+  sys.exit(code)
+
+
+def define_config_flag() -> Callable[[], ml_collections.ConfigDict]:
+  """Defines --config and returns a function that gives the validated config."""
+  holder = config_flags.DEFINE_config_file(
+    'config', None, 'configs/NAME.py[:argument]; --config.a.b=value overrides a field.'
+  )
+
+  def config() -> ml_collections.ConfigDict:
+    if holder.value is None:
+      raise UserError('--config', None, 'must be given, for example configs/quickstart.py')
+    config_lib.validate(holder.value)
+    return holder.value
+
+  return config
+
+
+def required(flag: flags.FlagHolder) -> str:
+  """Returns the value of a flag that must be given."""
+  if not flag.value:
+    raise UserError(f'--{flag.name}', flag.value, 'must be given')
+  return flag.value

@@ -1,0 +1,71 @@
+"""From a config to a model: the only place where config fields become layer options."""
+
+import ml_collections
+from jax.sharding import Mesh
+
+from moe_jax import config as config_lib
+from moe_jax.layers.moe import MoeOptions
+from moe_jax.models.decoder import Decoder, DecoderOptions
+
+MODES = ('train', 'eval', 'decode')
+
+
+def build_model(
+  config: ml_collections.ConfigDict, mesh: Mesh, vocab_size: int, mode: str, batch_size: int = 1
+) -> Decoder:
+  """Returns the model of a config; parameters are the same in every mode.
+
+  Args:
+    config: validated.
+    mesh: axes ('data', 'expert').
+    vocab_size: V of the tokenizer.
+    mode: `train` uses capacity_factor and the balance scopes of the config; `eval` uses
+      eval_capacity_factor and one scope; `decode` never drops.
+    batch_size: sequences in a (micro-)batch; `train` derives the balance scopes from it.
+  """
+  if mode not in MODES:
+    raise ValueError(f'mode={mode!r}: must be one of {MODES}')
+  model, moe = config.model, config.moe
+  options = DecoderOptions(
+    vocab_size=vocab_size,
+    num_layers=model.num_layers,
+    embed_dim=model.embed_dim,
+    num_heads=model.num_heads,
+    num_kv_heads=model.num_kv_heads,
+    head_dim=config_lib.head_dim(config),
+    mlp_dim=model.mlp_dim,
+    activation=model.activation,
+    rope_theta=model.rope_theta,
+    norm_epsilon=model.norm_epsilon,
+    tied_embeddings=model.tied_embeddings,
+    remat=model.remat,
+    compute_dtype=model.compute_dtype,
+    moe=_moe_options(config, mode, batch_size) if moe.num_experts else None,
+    every=moe.every if moe.num_experts else 1,
+    num_shared_experts=moe.num_shared_experts,
+  )
+  return Decoder(options, mesh)
+
+
+def _moe_options(config: ml_collections.ConfigDict, mode: str, batch_size: int) -> MoeOptions:
+  moe = config.moe
+  capacity_factor = {
+    'train': moe.capacity_factor,
+    'eval': moe.eval_capacity_factor,
+    'decode': None,
+  }[mode]
+  return MoeOptions(
+    num_experts=moe.num_experts,
+    num_selected_experts=moe.num_selected_experts,
+    mlp_dim=moe.mlp_dim,
+    activation=config.model.activation,
+    capacity_factor=capacity_factor,
+    softmax_order=moe.softmax_order,
+    renormalize=moe.renormalize,
+    jitter=moe.jitter,
+    priority=moe.priority,
+    group_size=1 if mode == 'decode' else moe.group_size,
+    balance_scopes=config_lib.balance_scopes(config, batch_size) if mode == 'train' else 1,
+    dispatch=moe.dispatch,
+    router_init_scale=moe.router_init_scale,
+  )

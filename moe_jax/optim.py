@@ -1,0 +1,100 @@
+"""Learning-rate schedules and the Optax chain of a run."""
+
+import jax
+import ml_collections
+import optax
+import optax.contrib
+
+from moe_jax.errors import UserError
+
+
+def make_schedule(optim: ml_collections.ConfigDict, num_steps: int) -> optax.Schedule:
+  """Returns step -> learning rate: linear warm-up from 0, then `optim.schedule`.
+
+  Args:
+    optim: the `optim` part of a config.
+    num_steps: optimizer steps of the whole run.
+  """
+  peak, end = optim.learning_rate, optim.learning_rate * optim.final_fraction
+  after = max(1, num_steps - optim.warmup_steps)
+  if optim.schedule == 'cosine':
+    decay = optax.cosine_decay_schedule(peak, after, alpha=optim.final_fraction)
+  elif optim.schedule == 'linear':
+    decay = optax.linear_schedule(peak, end, after)
+  elif optim.schedule == 'wsd':
+    decay_steps = max(1, round(optim.decay_fraction * num_steps))
+    decay = optax.linear_schedule(peak, end, decay_steps, max(0, after - decay_steps))
+  elif optim.schedule == 'constant':
+    decay = optax.constant_schedule(peak)
+  else:
+    raise UserError('optim.schedule', optim.schedule, 'must be cosine, linear, wsd or constant')
+  if not optim.warmup_steps:
+    return decay
+  warmup = optax.linear_schedule(0.0, peak, optim.warmup_steps)
+  return optax.join_schedules([warmup, decay], [optim.warmup_steps])
+
+
+def make_optimizer(
+  optim: ml_collections.ConfigDict, num_steps: int
+) -> optax.GradientTransformation:
+  """Returns clipping by global norm followed by the optimizer, decay and schedule of the config.
+
+  The gradient that comes in is that of the whole batch: clipping sees the same norm on any mesh.
+  """
+  schedule = make_schedule(optim, num_steps)
+  if optim.name == 'adamw':
+    rule = optax.adamw(
+      schedule, optim.b1, optim.b2, optim.epsilon, weight_decay=optim.weight_decay, mask=is_matrix
+    )
+  elif optim.name == 'adafactor':
+    # In parts: optax.adafactor would apply its weight decay without the learning rate.
+    rule = optax.chain(
+      optax.scale_by_factored_rms(),
+      optax.clip_by_block_rms(1.0),
+      optax.add_decayed_weights(optim.weight_decay, mask=is_matrix),
+      optax.scale_by_learning_rate(schedule),
+    )
+  elif optim.name == 'muon':
+    scale = (optim.adam_learning_rate or optim.learning_rate) / optim.learning_rate
+    rule = optax.contrib.muon(
+      schedule,
+      beta=optim.momentum,
+      eps=optim.epsilon,
+      weight_decay=optim.weight_decay,
+      weight_decay_mask=is_matrix,
+      adam_b1=optim.b1,
+      adam_b2=optim.b2,
+      adam_learning_rate=lambda step: scale * schedule(step),
+      adam_weight_decay=0.0,
+      muon_weight_dimension_numbers=_muon_dimensions,
+      consistent_rms=0.2,
+    )
+  elif optim.name == 'sgd':
+    rule = optax.chain(
+      optax.add_decayed_weights(optim.weight_decay, mask=is_matrix),
+      optax.sgd(schedule, momentum=optim.momentum or None),
+    )
+  else:
+    raise UserError('optim.name', optim.name, 'must be adamw, adafactor, muon or sgd')
+  clip = optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity()
+  return optax.chain(clip, rule)
+
+
+def is_matrix(params):
+  """True for the weights of products inside blocks; False for norms, embedding and output."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, p: p.ndim >= 3 and path[0].key == 'layers', params
+  )
+
+
+def _muon_dimensions(params):
+  """Muon orthogonalises the last two dimensions; leading ones (layers, experts) are separate.
+
+  The router stays with AdamW: its E columns are directions to tell apart, not a map between spaces.
+  """
+  spec = optax.contrib.MuonDimensionNumbers
+
+  def dimensions(path, matrix, p):
+    return spec(p.ndim - 2, p.ndim - 1) if matrix and path[-1].key != 'router' else None
+
+  return jax.tree_util.tree_map_with_path(dimensions, is_matrix(params), params)

@@ -1,0 +1,1 @@
+"""Training: state, objective, step, loop, checkpoints, evaluation, metrics."""

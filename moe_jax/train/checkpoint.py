@@ -1,0 +1,168 @@
+"""Checkpoints with Orbax: asynchronous, atomic, and checked against their own digest.
+
+A checkpoint holds the whole state (parameters, optimizer, step, seed), the position in the data, and a
+digest of every array: an integer sum of its bits, which does not depend on the mesh. Orbax makes a
+checkpoint visible only when it is complete; the digest finds what rots afterwards.
+"""
+
+import logging
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from moe_jax.errors import DamagedError
+from moe_jax.train.state import TrainState
+
+FOLDER = 'checkpoints'
+# What Orbax and TensorStore raise for files that are missing, cut or changed.
+_DAMAGE = (ValueError, OSError, KeyError, TypeError, EOFError, DamagedError)
+
+
+class Checkpoints:
+  """The checkpoints of one run.
+
+  Attributes:
+    damaged: steps that could not be restored, newest first, after `restore`.
+  """
+
+  def __init__(self, workdir: str, keep: int = 2, read_only: bool = False):
+    self._folder = (pathlib.Path(workdir) / FOLDER).absolute()
+    self._read_only = read_only
+    self.damaged: list[int] = []
+    logging.getLogger('absl').setLevel(logging.ERROR)
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=None if read_only else keep,
+      create=not read_only,
+      read_only=read_only,
+      cleanup_tmp_directories=not read_only,
+      enable_async_checkpointing=not read_only,
+    )
+    self._options = options
+    self._manager = self._open() if self._folder.exists() or not read_only else None
+
+  def _open(self) -> ocp.CheckpointManager:
+    handlers = {
+      'state': ocp.StandardCheckpointHandler(),
+      'data': ocp.JsonCheckpointHandler(),
+      'digest': ocp.JsonCheckpointHandler(),
+    }
+    return ocp.CheckpointManager(self._folder, item_handlers=handlers, options=self._options)
+
+  def steps(self) -> list[int]:
+    """Returns the steps that have a complete checkpoint, newest first."""
+    return sorted(self._manager.all_steps(), reverse=True) if self._manager else []
+
+  def save(self, step: int, state: TrainState, data_position: dict[str, Any]) -> None:
+    """Starts to save; returns when the arrays are copied and training may go on."""
+    assert self._manager is not None and not self._read_only
+    if step in self._manager.all_steps():
+      return
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardSave(state),
+        data=ocp.args.JsonSave(data_position),
+        digest=ocp.args.JsonSave(digest(state)),
+      ),
+    )
+
+  def restore(self, abstract: TrainState) -> tuple[int, TrainState, dict[str, Any]] | None:
+    """Returns (step, state, data position) of the newest good checkpoint, None if there is none yet.
+
+    Args:
+      abstract: shapes, dtypes and shardings; the mesh may differ from the one that saved.
+
+    Raises:
+      DamagedError: if there are checkpoints and none is good.
+    """
+    reasons = []
+    for step in self.steps():
+      try:
+        state, position = self._restore(step, abstract)
+      except _DAMAGE as error:
+        reasons.append(f'step {step}: {_first_line(error)}')
+        self.damaged.append(step)
+        continue
+      return step, state, position
+    if reasons:
+      raise DamagedError(f'no good checkpoint in {self._folder}: {"; ".join(reasons)}')
+    return None
+
+  def _restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    assert self._manager is not None
+    restored = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardRestore(abstract),
+        data=ocp.args.JsonRestore(),
+        digest=ocp.args.JsonRestore(),
+      ),
+    )
+    state = TrainState(*restored['state'])
+    if digest(state) != restored['digest']:
+      raise DamagedError('its arrays are not those that were saved')
+    return state, restored['data']
+
+  def restore_step(self, step: int, abstract: TrainState) -> TrainState:
+    """Returns the state of one step.
+
+    Raises:
+      DamagedError: if it is not there whole.
+    """
+    try:
+      return self._restore(step, abstract)[0]
+    except _DAMAGE as error:
+      raise DamagedError(f'checkpoint {step} in {self._folder}: {_first_line(error)}') from error
+
+  def set_damaged_aside(self) -> list[str]:
+    """Moves damaged checkpoints out of the way, so that their steps can be saved anew."""
+    moved = []
+    for step in self.damaged:
+      source = self._folder / str(step)
+      target = self._folder.parent / f'damaged_checkpoint_{step}'
+      number = 1
+      while target.exists():
+        target = self._folder.parent / f'damaged_checkpoint_{step}_{number}'
+        number += 1
+      if jax.process_index() == 0 and source.exists():
+        os.rename(source, target)
+        moved.append(str(target))
+    if self.damaged and self._manager is not None:
+      self._manager.close()
+      self._manager = self._open()
+    return moved
+
+  def wait(self) -> None:
+    """Waits until what was started is on disk, and raises what went wrong there."""
+    if self._manager:
+      self._manager.wait_until_finished()
+      self._manager.check_for_errors()
+
+  def close(self) -> None:
+    """Waits and closes."""
+    if self._manager:
+      self._manager.close()
+
+
+@jax.jit
+def _bit_sums(state: Any) -> list[jax.Array]:
+  def bit_sum(x):
+    bits = jax.lax.bitcast_convert_type(x, {4: jnp.uint32, 2: jnp.uint16}[x.dtype.itemsize])
+    # Weighted by place, so that values that changed places are found too; modulo 2**32.
+    place = jnp.arange(1, bits.size + 1, dtype=jnp.uint32).reshape(bits.shape)
+    return jnp.sum(bits.astype(jnp.uint32) * (place * 2 + 1), dtype=jnp.uint32)
+
+  return [bit_sum(x) for x in jax.tree.leaves(state)]
+
+
+def digest(state: Any) -> dict[str, list[int]]:
+  """Returns one integer for each array; equal on every mesh."""
+  return {'bit_sums': [int(x) for x in _bit_sums(state)]}
+
+
+def _first_line(error: BaseException) -> str:
+  return (str(error).strip().split('\n') or [''])[0][:200] or type(error).__name__

@@ -1,0 +1,113 @@
+"""Evaluation on a whole split, domain by domain."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from moe_jax.data import Dataset, eval_batches
+from moe_jax.models.decoder import Decoder
+from moe_jax.parallel.mesh import batch_sharding, replicated
+from moe_jax.train import metrics, objective
+from moe_jax.train.state import params_shardings
+from moe_jax.train.step import BATCH_FIELDS, over_scopes, put_batch
+
+EvalStep = Callable[[Any, dict[str, jax.Array]], tuple[jax.Array, jax.Array, Any]]
+
+
+def make_eval_step(model: Decoder) -> EvalStep:
+  """Returns the compiled (params, batch) -> (nats, tokens, router sums), each summed."""
+
+  def step(params, batch):
+    out = model.apply({'params': params}, batch['inputs'], batch['segment_ids'], batch['positions'])
+    nats = objective.cross_entropy_sum(out.logits, batch['targets'], batch['segment_ids'])
+    sums = None if out.router_sums is None else over_scopes(out.router_sums)
+    return nats, (batch['segment_ids'] > 0).sum(), sums
+
+  by_sequence = {name: batch_sharding(model.mesh) for name in BATCH_FIELDS}
+  return jax.jit(
+    step,
+    in_shardings=(params_shardings(model), by_sequence),
+    out_shardings=replicated(model.mesh),
+  )
+
+
+def evaluate(
+  eval_step: EvalStep,
+  model: Decoder,
+  params: Any,
+  dataset: Dataset,
+  *,
+  split: str,
+  sequence_length: int,
+  batch_size: int,
+  max_batches: int = 0,
+  on_batch: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+  """Evaluates on every document of a split.
+
+  Args:
+    eval_step: from `make_eval_step(model)`.
+    model: in mode `eval`.
+    params: on the mesh of the model.
+    dataset: whose tokenizer the model was trained with.
+    split: train, valid or test.
+    sequence_length: T; a longer document is cut into windows of T tokens that don't see each other.
+    batch_size: sequences in a batch.
+    max_batches: batches of each domain; 0 is all of them.
+    on_batch: called after each batch.
+
+  Returns:
+    `loss` (nats per token), `tokens`, router metrics and, over a whole split, `bits_per_byte` and
+    `bytes`; and `domains`, the same for each domain.
+
+  Raises:
+    UserError: for an unknown or empty split.
+  """
+  dataset.windows(split, sequence_length)
+  totals = []
+  result: dict[str, Any] = {'split': split, 'domains': {}}
+  for domain in dataset.domains:
+    if not dataset.num_documents(split, domain):
+      continue
+    windows = dataset.windows(split, sequence_length, domain)
+    shares = {
+      'process_index': jax.process_index(),
+      'process_count': jax.process_count(),
+    }
+    total = None
+    for i, batch in enumerate(eval_batches(windows, batch_size=batch_size, **shares)):
+      if max_batches and i == max_batches:
+        break
+      out = jax.tree.map(
+        lambda x: np.asarray(x, np.float64), eval_step(params, put_batch(batch, model))
+      )
+      total = out if total is None else jax.tree.map(np.add, total, out)
+      on_batch()
+    num_bytes = 0 if max_batches else dataset.num_bytes(split, domain)
+    result['domains'][domain] = _summary(total, num_bytes, model)
+    totals.append((total, num_bytes))
+  pooled = jax.tree.map(lambda *x: np.sum(np.stack(x), axis=0), *(total for total, _ in totals))
+  return result | _summary(pooled, sum(count for _, count in totals), model)
+
+
+def num_batches(dataset: Dataset, split: str, sequence_length: int, batch_size: int) -> int:
+  """Returns the batches of an evaluation on a whole split."""
+  return sum(
+    math.ceil(len(dataset.windows(split, sequence_length, domain)) / batch_size)
+    for domain in dataset.domains
+    if dataset.num_documents(split, domain)
+  )
+
+
+def _summary(total: Any, num_bytes: int, model: Decoder) -> dict[str, Any]:
+  nats, tokens, sums = total
+  summary: dict[str, Any] = {'loss': float(nats / max(tokens, 1)), 'tokens': int(tokens)}
+  if num_bytes:
+    summary['bytes'] = num_bytes
+    summary['bits_per_byte'] = float(nats / math.log(2) / num_bytes)
+  if sums is not None and model.options.moe is not None:
+    summary |= metrics.router_metrics(sums, model.options.moe.num_selected_experts)
+  return summary

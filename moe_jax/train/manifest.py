@@ -1,0 +1,204 @@
+"""The manifest of a run: what it is, what it was made from, and how far it came."""
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import ml_collections
+from jax.sharding import Mesh
+
+from moe_jax import config as config_lib
+from moe_jax import routing
+from moe_jax.errors import DamagedError, UserError
+from moe_jax.train import accounting
+
+MANIFEST = 'manifest.json'
+# What may change when a run goes on: nothing of it changes a result.
+FREE_FIELDS = (
+  'mesh.data',
+  'mesh.expert',
+  'data.data_dir',
+  'train.log_every',
+  'train.checkpoint_every',
+  'train.keep_checkpoints',
+  'train.eval_every',
+  'train.eval_batches',
+)
+_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'tensorflow-datasets')
+
+
+def new_manifest(
+  config: ml_collections.ConfigDict,
+  mesh: Mesh,
+  vocab_size: int,
+  data: dict[str, Any],
+) -> dict[str, Any]:
+  """Returns the manifest of a run that starts now.
+
+  Args:
+    config: validated.
+    mesh: of this run.
+    vocab_size: of the tokenizer.
+    data: name, fingerprint and provenance of the data set.
+  """
+  commit, dirty = _git_state()
+  return {
+    'status': 'running',
+    'step': 0,
+    'config': config.to_dict(),
+    'moe_jax': importlib.metadata.version('moe_jax'),
+    'git_commit': commit,
+    'git_dirty': dirty,
+    'python': platform.python_version(),
+    'packages': {name: importlib.metadata.version(name) for name in _PACKAGES},
+    'devices': {
+      'platform': jax.default_backend(),
+      'kind': jax.devices()[0].device_kind,
+      'count': jax.device_count(),
+      'processes': jax.process_count(),
+    },
+    'mesh': dict(mesh.shape),
+    'seed': config.train.seed,
+    'vocab_size': vocab_size,
+    'parameters': accounting.parameter_counts(config, vocab_size),
+    'training_flops_per_token': accounting.training_flops_per_token(config, vocab_size),
+    'causal': config_lib.is_causal(config),
+    'routing': _routing_facts(config),
+    'data': data,
+  }
+
+
+def _routing_facts(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Returns what the capacity comes to in training."""
+  moe = config.moe
+  if not moe.num_experts:
+    return {}
+  tokens = config.data.sequence_length * moe.group_size
+  capacity = routing.expert_capacity(
+    tokens, moe.num_experts, moe.num_selected_experts, moe.capacity_factor
+  )
+  return {
+    'tokens_in_group': tokens,
+    'tokens_per_expert': accounting.tokens_per_expert(config),
+    'expert_capacity': capacity,
+    'effective_capacity_factor': capacity / accounting.tokens_per_expert(config),
+    'drop_share_of_random_routing': accounting.random_drop_share(config, capacity),
+  }
+
+
+def _git_state() -> tuple[str | None, bool | None]:
+  """Returns commit and dirty flag of the checkout this package lies in; None outside of one."""
+  folder = pathlib.Path(__file__).resolve().parents[2]
+
+  def git(*words: str) -> str | None:
+    try:
+      done = subprocess.run(
+        ['git', '-C', str(folder), *words], capture_output=True, text=True, timeout=30, check=False
+      )
+    except (OSError, subprocess.TimeoutExpired):
+      return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+  if git('ls-files', '--error-unmatch', 'moe_jax/__init__.py') is None:
+    return None, None
+  status = git('status', '--porcelain')
+  return git('rev-parse', 'HEAD'), None if status is None else bool(status)
+
+
+def read(workdir: str | os.PathLike) -> dict[str, Any]:
+  """Returns the manifest of a run.
+
+  Raises:
+    UserError: if there is no run in the directory.
+    DamagedError: if its manifest is not readable as one.
+  """
+  path = pathlib.Path(workdir) / MANIFEST
+  try:
+    manifest = json.loads(path.read_text(encoding='utf-8'))
+    manifest['config'], manifest['status']
+  except (FileNotFoundError, NotADirectoryError) as error:
+    raise UserError('workdir', str(workdir), 'holds no run: no manifest.json there') from error
+  except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    raise DamagedError(f'{path} is damaged: {error}') from error
+  return manifest
+
+
+def write(workdir: str | os.PathLike, manifest: dict[str, Any]) -> None:
+  """Writes the manifest whole or not at all."""
+  path = pathlib.Path(workdir) / MANIFEST
+  temporary = path.with_suffix('.tmp')
+  with open(temporary, 'w', encoding='utf-8') as file:
+    json.dump(manifest, file, indent=2, sort_keys=True)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(temporary, path)
+
+
+def config_of(manifest: dict[str, Any]) -> ml_collections.ConfigDict:
+  """Returns the config a run was started with.
+
+  Raises:
+    UserError: if this version does not know one of its fields.
+  """
+  config = config_lib.get_config()
+  for room, fields in manifest['config'].items():
+    for name, value in fields.items():
+      if room not in config or name not in config[room]:
+        raise UserError(f'{room}.{name}', value, 'of the run in workdir is unknown to this version')
+      config[room][name] = value
+  return config
+
+
+def check_same_run(
+  workdir: str, manifest: dict[str, Any], config: ml_collections.ConfigDict, data_fingerprint: str
+) -> None:
+  """Checks that a run goes on with what it was started with.
+
+  Raises:
+    UserError: names the first field that differs; `FREE_FIELDS` may.
+  """
+  for room, fields in config.to_dict().items():
+    for name, value in fields.items():
+      old = manifest['config'].get(room, {}).get(name)
+      if f'{room}.{name}' not in FREE_FIELDS and old != value:
+        raise UserError(
+          f'{room}.{name}', value, f'the run in {workdir} has {old!r}; use another --workdir'
+        )
+  if manifest['data']['fingerprint'] != data_fingerprint:
+    raise UserError(
+      'data.name',
+      config.data.name,
+      f'its text or tokenizer is not what the run in {workdir} was trained on',
+    )
+
+
+@contextlib.contextmanager
+def claimed(workdir: str) -> Iterator[None]:
+  """Makes the directory and holds it, so that two runs never write into one.
+
+  Raises:
+    UserError: if it can't be written, holds something that is not a run, or is held.
+  """
+  path = pathlib.Path(workdir)
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    foreign = [p.name for p in path.iterdir() if p.name != '.lock']
+    if foreign and not (path / MANIFEST).exists():
+      raise UserError('workdir', workdir, f'holds {foreign[0]!r} but no run; use an empty one')
+    lock = open(path / '.lock', 'w')  # noqa: SIM115
+  except OSError as error:
+    raise UserError('workdir', workdir, f'cannot be written: {error.strerror}') from error
+  with lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      raise UserError('workdir', workdir, 'another process is writing this run') from error
+    yield

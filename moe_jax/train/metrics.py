@@ -1,0 +1,130 @@
+"""From router sums to metrics, and metrics to files: metrics.jsonl and TensorBoard."""
+
+import json
+import math
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from moe_jax import routing
+from moe_jax.train.step import StepMetrics
+
+
+def router_metrics(sums: routing.RouterSums, num_selected_experts: int) -> dict[str, Any]:
+  """Returns the router's metrics from sums over any number of batches.
+
+  Args:
+    sums: NumPy arrays, each with a leading dimension of MoE layers, summed over balance scopes.
+    num_selected_experts: K.
+
+  Returns:
+    Lists over layers, except `router/drop_share`, the mean over layers:
+      router/load: share of assignments of each expert before any drop [L][E].
+      router/load_kept: share of assignments each expert kept, of all assignments [L][E].
+      router/drop_share_per_layer: share of assignments that got no slot.
+      router/token_drop_share: share of tokens that lost all their K experts.
+      router/max_violation: largest load over mean load, minus 1 (0 at balance).
+      router/load_entropy: entropy of the load over log E (1 at balance).
+      router/dead_experts: experts without any assignment.
+      router/entropy: mean entropy of a token's router probabilities, in nats.
+      router/top_prob: mean of the largest router probability.
+  """
+  tokens = np.maximum(np.asarray(sums.tokens, np.float64), 1)[:, None]
+  selected = np.asarray(sums.tokens_per_expert, np.float64)
+  kept = np.asarray(sums.kept_per_expert, np.float64)
+  num_experts = selected.shape[-1]
+  load = selected / (num_selected_experts * tokens)
+  load_kept = kept / (num_selected_experts * tokens)
+  drop = 1 - np.sum(kept, -1) / np.maximum(np.sum(selected, -1), 1)
+  entropy = -np.sum(load * np.log(np.maximum(load, 1e-300)), -1)
+  per_token = tokens[:, 0]
+  return {
+    'router/drop_share': float(np.mean(drop)),
+    'router/load': load.tolist(),
+    'router/load_kept': load_kept.tolist(),
+    'router/drop_share_per_layer': drop.tolist(),
+    'router/token_drop_share': (np.asarray(sums.tokens_all_dropped) / per_token).tolist(),
+    'router/max_violation': (np.max(load, -1) * num_experts - 1).tolist(),
+    'router/load_entropy': (entropy / max(math.log(num_experts), 1e-300)).tolist(),
+    'router/dead_experts': np.sum(selected == 0, -1).tolist(),
+    'router/entropy': (np.asarray(sums.entropy) / per_token).tolist(),
+    'router/top_prob': (np.asarray(sums.top_prob) / per_token).tolist(),
+  }
+
+
+def step_metrics(metrics: StepMetrics, num_selected_experts: int) -> dict[str, Any]:
+  """Returns the metrics of one training step as numbers and lists; waits for the step to finish."""
+  record = {
+    'loss': float(metrics.cross_entropy),
+    'objective': float(metrics.objective),
+    'grad_norm': float(metrics.grad_norm),
+    'learning_rate': float(metrics.learning_rate),
+    'tokens': int(metrics.tokens),
+  }
+  if metrics.router_sums is not None and metrics.auxiliary is not None:
+    record['router/load_balancing_loss'] = np.asarray(metrics.auxiliary.load_balancing).tolist()
+    record['router/z_loss'] = np.asarray(metrics.auxiliary.router_z).tolist()
+    record['router/importance_loss'] = np.asarray(metrics.auxiliary.importance).tolist()
+    record |= router_metrics(metrics.router_sums, num_selected_experts)
+  return record
+
+
+class MetricsWriter:
+  """Appends records to metrics.jsonl, one line each, and scalars to TensorBoard files.
+
+  Only the first process writes. A line is written whole and flushed, so a killed run leaves at most
+  one cut line, which the next start removes along with lines past the step it resumes from.
+  """
+
+  def __init__(self, workdir: str, resume_step: int, enabled: bool = True):
+    self._enabled = enabled
+    if not enabled:
+      return
+    # Imported here: TensorBoard's protobufs cost half a second that no other command needs.
+    import tensorboardX
+
+    path = pathlib.Path(workdir) / 'metrics.jsonl'
+    _keep_until(path, resume_step)
+    self._file = open(path, 'a', encoding='utf-8')  # noqa: SIM115
+    self._events = tensorboardX.SummaryWriter(
+      str(pathlib.Path(workdir) / 'tensorboard'), purge_step=resume_step + 1
+    )
+
+  def write(self, step: int, split: str, record: dict[str, Any]) -> None:
+    """Writes one record; lists go to metrics.jsonl alone."""
+    if not self._enabled:
+      return
+    self._file.write(json.dumps({'step': step, 'split': split} | record) + '\n')
+    self._file.flush()
+    for name, value in record.items():
+      if isinstance(value, int | float):
+        self._events.add_scalar(f'{split}/{name}', value, step)
+
+  def close(self) -> None:
+    """Closes both files."""
+    if self._enabled:
+      self._file.close()
+      self._events.close()
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
+  """Returns the whole lines of a metrics.jsonl; a last line that was cut short is left out."""
+  records = []
+  for line in pathlib.Path(path).read_text(encoding='utf-8').split('\n'):
+    try:
+      records.append(json.loads(line))
+    except json.JSONDecodeError:
+      break
+  return records
+
+
+def _keep_until(path: pathlib.Path, step: int) -> None:
+  """Drops lines of steps that will be done again, so that no step stands in the file twice."""
+  if not path.exists():
+    return
+  kept = [record for record in read_metrics(path) if record['step'] <= step]
+  replacement = path.with_suffix('.tmp')
+  replacement.write_text(''.join(json.dumps(r) + '\n' for r in kept), encoding='utf-8')
+  os.replace(replacement, path)

@@ -1,0 +1,70 @@
+"""The one place where losses are normalised and weighted.
+
+Cross-entropy is a sum over valid tokens divided by the valid tokens of the WHOLE batch, whatever part
+of it is at hand; auxiliary losses are formed from the router's sums. So the parts of a batch add up,
+over devices and over micro-batches, and every metric is reported without its weight.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jaxtyping import Array, Float, Int
+
+from moe_jax import routing
+
+
+class LossWeights(NamedTuple):
+  """Weights of the auxiliary losses: arguments of the compiled step, so a sweep never recompiles."""
+
+  load_balancing: Float[Array, '']
+  router_z: Float[Array, '']
+  importance: Float[Array, '']
+
+
+class AuxiliaryLosses(NamedTuple):
+  """Unweighted auxiliary losses, one number for each MoE layer."""
+
+  load_balancing: Float[Array, 'L']
+  router_z: Float[Array, 'L']
+  importance: Float[Array, 'L']
+
+
+def loss_weights(config: ml_collections.ConfigDict) -> LossWeights:
+  """Returns the weights of a config as arrays."""
+  moe = config.moe
+  weights = (moe.load_balancing_weight, moe.router_z_weight, moe.importance_weight)
+  return LossWeights(*(jnp.asarray(weight, jnp.float32) for weight in weights))
+
+
+def cross_entropy_sum(
+  logits: Float[Array, 'B T V'], targets: Int[Array, 'B T'], segment_ids: Int[Array, 'B T']
+) -> Float[Array, '']:
+  """Returns the cross-entropy in nats, summed over tokens that are not padding."""
+  per_token = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+  return jnp.sum(jnp.where(segment_ids > 0, per_token, 0.0))
+
+
+def auxiliary_losses(sums: routing.RouterSums, num_selected_experts: int) -> AuxiliaryLosses:
+  """Returns the losses of each layer from its sums.
+
+  They are formed per layer and never from sums pooled over layers: two layers that collapse onto
+  different experts would balance each other.
+  """
+  return AuxiliaryLosses(
+    routing.load_balancing_loss(sums, num_selected_experts),
+    routing.router_z_loss(sums),
+    routing.importance_loss(sums),
+  )
+
+
+def weighted_sum(
+  losses: AuxiliaryLosses, weights: LossWeights, layer_reduction: str
+) -> Float[Array, '']:
+  """Returns what is added to the cross-entropy: mean or sum over layers, each loss weighted."""
+  reduce = {'mean': jnp.mean, 'sum': jnp.sum}[layer_reduction]
+  return sum(
+    (weight * reduce(loss) for weight, loss in zip(weights, losses, strict=True)),
+    jnp.zeros((), jnp.float32),
+  )

@@ -1,0 +1,118 @@
+"""The state of training, and where each of its arrays lies on the mesh."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
+
+from moe_jax.models.decoder import Decoder
+from moe_jax.parallel.mesh import LOGICAL_RULES
+
+
+class TrainState(NamedTuple):
+  """Everything that a step changes. Random numbers are drawn from (seed, step) alone.
+
+  Attributes:
+    step: optimizer steps done.
+    params: float32.
+    opt_state: of the Optax chain.
+    seed: what every random number of the run is drawn from.
+  """
+
+  step: Int[Array, '']
+  params: Any
+  opt_state: Any
+  seed: Int[Array, '']
+
+
+def init_params(model: Decoder, seed: Int[Array, '']) -> Any:
+  """Returns new parameters; the same numbers on any mesh."""
+  shards = model.mesh.size * (model.options.moe.group_size if model.options.moe else 1)
+  tokens = jnp.ones((shards, 2), jnp.int32)
+  variables = model.init({'params': jax.random.key(seed)}, tokens, tokens, tokens)
+  return nn.unbox(variables['params'])
+
+
+def params_shardings(model: Decoder) -> Any:
+  """Returns a sharding for each parameter, from its logical dimensions and the table of rules."""
+  shards = model.mesh.size * (model.options.moe.group_size if model.options.moe else 1)
+  tokens = jax.ShapeDtypeStruct((shards, 2), jnp.int32)
+  boxed = jax.eval_shape(
+    lambda tokens: model.init({'params': jax.random.key(0)}, tokens, tokens, tokens), tokens
+  )
+  specs = nn.get_partition_spec(boxed)['params']
+  return nn.logical_to_mesh_sharding(specs, model.mesh, LOGICAL_RULES)
+
+
+def state_shardings(model: Decoder, optimizer: optax.GradientTransformation) -> TrainState:
+  """Returns a sharding for each array of the state.
+
+  Optimizer statistics of a parameter's shape lie where the parameter lies; smaller ones (Adafactor's
+  factors, counters) are copied to every device.
+  """
+  mesh = model.mesh
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  of_params = params_shardings(model)
+  params = jax.eval_shape(lambda: init_params(model, jnp.zeros((), jnp.int32)))
+  opt_state = jax.eval_shape(optimizer.init, params)
+
+  def of_statistic(statistic, param, sharding):
+    if isinstance(statistic, optax.MaskedNode):
+      return statistic
+    return sharding if statistic.shape == param.shape else everywhere
+
+  of_opt_state = optax.tree_utils.tree_map_params(
+    optimizer,
+    of_statistic,
+    opt_state,
+    params,
+    of_params,
+    transform_non_params=lambda _: everywhere,
+    is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+  )
+  return TrainState(everywhere, of_params, of_opt_state, everywhere)
+
+
+def init_state(
+  model: Decoder, optimizer: optax.GradientTransformation, seed: int
+) -> TrainState:
+  """Returns the state before the first step, each array made on the devices that hold it."""
+
+  def make(seed):
+    params = init_params(model, seed)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), seed)
+
+  shardings = state_shardings(model, optimizer)
+  return jax.jit(make, out_shardings=shardings)(jnp.asarray(seed, jnp.int32))
+
+
+def abstract_state(
+  model: Decoder, optimizer: optax.GradientTransformation
+) -> TrainState:
+  """Returns shapes, dtypes and shardings of the state: what a checkpoint is restored into."""
+
+  def make(seed):
+    params = init_params(model, seed)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), seed)
+
+  shapes = jax.eval_shape(make, jax.ShapeDtypeStruct((), jnp.int32))
+  return with_shardings(shapes, state_shardings(model, optimizer))
+
+
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+  """Returns the shapes, each with its sharding."""
+  return jax.tree.map(
+    lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+    shapes,
+    shardings,
+  )
+
+
+def abstract_params(model: Decoder) -> Any:
+  """Returns shapes, dtypes and shardings of the parameters alone."""
+  shapes = jax.eval_shape(lambda: init_params(model, jnp.zeros((), jnp.int32)))
+  return with_shardings(shapes, params_shardings(model))

@@ -1,0 +1,224 @@
+"""One optimizer step, compiled once: micro-batches, objective, gradient, update.
+
+Gradients are taken outside every `shard_map`, of a loss that is already a global number, so no psum is
+written here.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from moe_jax import routing
+from moe_jax.models.decoder import Decoder
+from moe_jax.parallel.mesh import BATCH_AXES, batch_sharding, replicated
+from moe_jax.train import objective
+from moe_jax.train.state import TrainState, state_shardings
+
+BATCH_FIELDS = ('inputs', 'targets', 'segment_ids', 'positions')
+Batch = dict[str, Int[Array, 'B T']]
+
+
+class StepMetrics(NamedTuple):
+  """What a step reports; sums and unweighted losses, over the whole batch.
+
+  Attributes:
+    tokens: valid tokens.
+    cross_entropy: nats per token.
+    objective: what was differentiated: cross-entropy plus weighted auxiliary losses.
+    auxiliary: per MoE layer, unweighted; None for a dense model.
+    router_sums: per MoE layer, summed over balance scopes; None for a dense model.
+    grad_norm: global norm before clipping.
+    learning_rate: of this step.
+  """
+
+  tokens: Float[Array, '']
+  cross_entropy: Float[Array, '']
+  objective: Float[Array, '']
+  auxiliary: objective.AuxiliaryLosses | None
+  router_sums: routing.RouterSums | None
+  grad_norm: Float[Array, '']
+  learning_rate: Float[Array, '']
+
+
+class _Parts(NamedTuple):
+  """What adds up over micro-batches."""
+
+  cross_entropy: Float[Array, '']
+  objective: Float[Array, '']
+  auxiliary: objective.AuxiliaryLosses | None
+  router_sums: routing.RouterSums | None
+
+
+def make_loss(
+  model: Decoder, layer_reduction: str
+) -> Callable[..., tuple[Float[Array, ''], _Parts]]:
+  """Returns the share of a micro-batch in the objective of its batch, with what it consists of.
+
+  The function takes (params, micro, key, weights, batch_tokens, batch_sums). `batch_tokens` is the
+  number of valid tokens of the whole batch. `batch_sums` are the router's sums over the whole batch
+  if the auxiliary losses are those of the batch, and None if each micro-batch has its own. With
+  `batch_sums`, the losses are formed from (rest of the batch, held fixed) + (this micro-batch), so
+  that the gradients of the micro-batches add up to the gradient of the batch exactly, however the
+  losses depend on the sums.
+  """
+
+  def loss(params, micro, key, weights, batch_tokens, batch_sums):
+    out = model.apply(
+      {'params': params},
+      micro['inputs'],
+      micro['segment_ids'],
+      micro['positions'],
+      deterministic=False,
+      rngs={'routing': key},
+    )
+    nats = objective.cross_entropy_sum(out.logits, micro['targets'], micro['segment_ids'])
+    cross_entropy = nats / batch_tokens
+    if out.router_sums is None:
+      return cross_entropy, _Parts(cross_entropy, cross_entropy, None, None)
+    sums, share = out.router_sums, 1.0
+    if batch_sums is None:
+      share = jnp.sum(micro['segment_ids'] > 0) / batch_tokens
+    else:
+      sums = jax.tree.map(lambda whole, own: jax.lax.stop_gradient(whole - own) + own, batch_sums, sums)
+    auxiliary = objective.auxiliary_losses(sums, model.options.moe.num_selected_experts)
+    added = objective.weighted_sum(auxiliary, weights, layer_reduction)
+    auxiliary = jax.tree.map(lambda x: x * share, auxiliary)
+    total = cross_entropy + added * share
+    return total, _Parts(cross_entropy, total, auxiliary, out.router_sums)
+
+  return loss
+
+
+def make_gradient(
+  model: Decoder, accumulation_steps: int, pool_sums: bool, layer_reduction: str
+) -> Callable[..., tuple[Any, _Parts]]:
+  """Returns (params, batch, key, weights) -> (gradient of the batch's objective, its parts).
+
+  With `pool_sums` the auxiliary losses are formed once, from the router's sums over all micro-batches
+  (a forward pass of its own); without, in each micro-batch, and averaged by its tokens.
+  """
+  value_and_grad = jax.value_and_grad(make_loss(model, layer_reduction), has_aux=True)
+
+  def gradient(params, batch, key, weights):
+    batch_tokens = jnp.maximum(jnp.sum(batch['segment_ids'] > 0), 1).astype(jnp.float32)
+    if accumulation_steps == 1:
+      key = jax.random.fold_in(key, 0)
+      (_, parts), grads = value_and_grad(params, batch, key, weights, batch_tokens, None)
+      return grads, parts
+    micros = _split(batch, accumulation_steps, model)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(accumulation_steps))
+    batch_sums = None
+    if pool_sums and model.options.moe is not None:
+      batch_sums = _sum_over(lambda micro, key: _router_sums(model, params, micro, key), micros, keys)
+
+    def one(micro, key):
+      (_, parts), grads = value_and_grad(params, micro, key, weights, batch_tokens, batch_sums)
+      return grads, parts
+
+    grads, parts = _sum_over(one, micros, keys)
+    if batch_sums is not None:
+      # Every micro-batch reported the batch's own auxiliary losses: the mean of equals, not a sum.
+      auxiliary = jax.tree.map(lambda x: x / accumulation_steps, parts.auxiliary)
+      added = objective.weighted_sum(auxiliary, weights, layer_reduction)
+      parts = parts._replace(auxiliary=auxiliary, objective=parts.cross_entropy + added)
+    return grads, parts
+
+  return gradient
+
+
+def _router_sums(model: Decoder, params: Any, micro: Batch, key) -> routing.RouterSums:
+  fields = (micro['inputs'], micro['segment_ids'], micro['positions'])
+  out = model.apply({'params': params}, *fields, deterministic=False, rngs={'routing': key})
+  return jax.lax.stop_gradient(out.router_sums)
+
+
+def _split(batch: Batch, accumulation_steps: int, model: Decoder) -> Batch:
+  """Cuts a batch into consecutive parts: which sequences stand together never depends on the mesh."""
+  sharding = NamedSharding(model.mesh, PartitionSpec(None, BATCH_AXES))
+  return {
+    name: jax.lax.with_sharding_constraint(
+      array.reshape(accumulation_steps, -1, array.shape[-1]), sharding
+    )
+    for name, array in batch.items()
+  }
+
+
+def _sum_over(function: Callable, micros: Batch, keys) -> Any:
+  """Sums function(micro, key) over micro-batches, one at a time."""
+  shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], micros), keys[0])
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+  def body(total, micro_and_key):
+    return jax.tree.map(jnp.add, total, function(*micro_and_key)), None
+
+  return jax.lax.scan(body, zeros, (micros, keys))[0]
+
+
+def make_train_step(
+  model: Decoder,
+  optimizer: optax.GradientTransformation,
+  schedule: optax.Schedule,
+  accumulation_steps: int = 1,
+  pool_sums: bool = False,
+  layer_reduction: str = 'mean',
+) -> Callable[[TrainState, Batch, objective.LossWeights], tuple[TrainState, StepMetrics]]:
+  """Returns the compiled step. The state that goes in is donated: use only the one that comes out.
+
+  Args:
+    model: in mode `train`, built for the size of a micro-batch.
+    optimizer: clipping included.
+    schedule: step -> learning rate, for the report alone.
+    accumulation_steps: micro-batches; divides the batch.
+    pool_sums: form the auxiliary losses over all micro-batches, see `make_gradient`.
+    layer_reduction: `mean` or `sum` of the auxiliary losses over layers.
+  """
+  gradient = make_gradient(model, accumulation_steps, pool_sums, layer_reduction)
+
+  def step(state, batch, weights):
+    key = jax.random.fold_in(jax.random.key(state.seed), state.step)
+    grads, parts = gradient(state.params, batch, key, weights)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    sums = parts.router_sums
+    metrics = StepMetrics(
+      tokens=jnp.sum(batch['segment_ids'] > 0).astype(jnp.float32),
+      cross_entropy=parts.cross_entropy,
+      objective=parts.objective,
+      auxiliary=parts.auxiliary,
+      router_sums=None if sums is None else over_scopes(sums),
+      grad_norm=optax.global_norm(grads),
+      learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
+    )
+    return TrainState(state.step + 1, params, opt_state, state.seed), metrics
+
+  shardings = state_shardings(model, optimizer)
+  by_sequence = {name: batch_sharding(model.mesh) for name in BATCH_FIELDS}
+  everywhere = replicated(model.mesh)
+  return jax.jit(
+    step,
+    in_shardings=(shardings, by_sequence, everywhere),
+    out_shardings=(shardings, everywhere),
+    donate_argnums=0,
+  )
+
+
+def over_scopes(sums: routing.RouterSums) -> routing.RouterSums:
+  """Adds up the balance scopes; leaves keep their leading dimension of layers."""
+  return sums._replace(
+    tokens=jnp.sum(sums.tokens, axis=1),
+    tokens_per_expert=jnp.sum(sums.tokens_per_expert, axis=1),
+    prob_sum=jnp.sum(sums.prob_sum, axis=1),
+  )
+
+
+def put_batch(batch: dict[str, Any], model: Decoder) -> Batch:
+  """Puts this process's rows of a batch onto its devices."""
+  sharding = batch_sharding(model.mesh)
+  return {
+    name: jax.make_array_from_process_local_data(sharding, batch[name]) for name in BATCH_FIELDS
+  }
