@@ -1,0 +1,97 @@
+"""Bits per byte of a run by domain: python -m moe_jax.evaluate --workdir=runs/quickstart."""
+
+import pathlib
+from typing import Any
+
+import jax
+import tqdm
+from absl import flags
+
+from moe_jax import cli
+from moe_jax.data import Dataset, compression_baselines
+from moe_jax.errors import UserError
+from moe_jax.models.build import build_model
+from moe_jax.results import load_figure
+from moe_jax.train import evaluate as evaluate_room
+from moe_jax.train.loop import dataset_of, write_json
+from moe_jax.train.restore import restore_run
+
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run.')
+_SPLIT = flags.DEFINE_string('split', 'test', 'train, valid or test.')
+_STEP = flags.DEFINE_integer('step', None, 'Checkpoint; the newest by default.')
+_MESH = flags.DEFINE_string('mesh', None, "data=D,expert=E; the run's own by default.")
+_FIGURE = flags.DEFINE_bool('figure', True, 'Also draw expert load into WORKDIR/expert_load.png.')
+
+
+def main() -> None:
+  """Evaluates, prints the tables and writes WORKDIR/evaluation_SPLIT.json."""
+  workdir = cli.required(_WORKDIR)
+  run = restore_run(workdir, _STEP.value, _MESH.value)
+  dataset = dataset_of(run.config)
+  if dataset.fingerprint != run.facts['data']['fingerprint']:
+    raise UserError(
+      'data.name', run.config.data.name, f'is not the text and tokenizer that {workdir} was trained on'
+    )
+  length, microbatch = run.config.data.sequence_length, _batch_size(run)
+  model = build_model(run.config, run.mesh, run.tokenizer.vocab_size, 'eval')
+  batches = evaluate_room.num_batches(dataset, _SPLIT.value, length, microbatch)
+  with jax.set_mesh(run.mesh), tqdm.tqdm(total=batches, unit='batch', leave=False) as bar:
+    result = evaluate_room.evaluate(
+      evaluate_room.make_eval_step(model),
+      model,
+      run.params,
+      dataset,
+      split=_SPLIT.value,
+      sequence_length=length,
+      batch_size=microbatch,
+      on_batch=bar.update,
+    )
+  result |= {'step': run.step, 'eval_capacity_factor': run.config.moe.eval_capacity_factor}
+  _add_baselines(result, dataset, _SPLIT.value)
+  path = pathlib.Path(workdir) / f'evaluation_{_SPLIT.value}.json'
+  write_json(path, result)
+  _print_quality(result)
+  if run.config.moe.num_experts:
+    _print_load(result)
+    if _FIGURE.value:
+      figure = load_figure.draw(workdir, result)
+      print(f'expert load over training and by domain: {figure}')
+  print(f'all numbers: {path}')
+
+
+def _batch_size(run) -> int:
+  return run.config.data.batch_size // run.config.train.accumulation_steps
+
+
+def _add_baselines(result: dict[str, Any], dataset: Dataset, split: str) -> None:
+  for domain, summary in result['domains'].items():
+    summary |= compression_baselines(dataset.document_text(split, domain))
+  total = result['bytes']
+  for name in ('gzip', 'xz'):
+    bits = sum(s[name] * s['bytes'] for s in result['domains'].values())
+    result[name] = bits / total
+
+
+def _print_quality(result: dict[str, Any]) -> None:
+  print(f'{result["split"]} split, whole held-out documents, step {result["step"]}; bits per byte:')
+  print(f'{"domain":<14}{"model":>8}{"gzip -9":>9}{"xz -9":>8}{"kB":>8}{"loss":>8}{"drop":>7}')
+  rows = [*result['domains'].items(), ('all', result)]
+  for domain, summary in rows:
+    drop = f'{summary["router/drop_share"]:.1%}' if 'router/drop_share' in summary else '-'
+    print(
+      f'{domain:<14}{summary["bits_per_byte"]:>8.3f}{summary["gzip"]:>9.3f}{summary["xz"]:>8.3f}'
+      f'{summary["bytes"] / 1000:>8.0f}{summary["loss"]:>8.3f}{drop:>7}'
+    )
+
+
+def _print_load(result: dict[str, Any]) -> None:
+  num_layers = len(result['router/load'])
+  print('load of each expert, % of assignments before any drop:')
+  for layer in range(num_layers):
+    for domain, summary in [*result['domains'].items(), ('all', result)]:
+      load = ''.join(f'{share * 100:>6.1f}' for share in summary['router/load'][layer])
+      print(f'  layer {layer}  {domain:<14}{load}')
+
+
+if __name__ == '__main__':
+  cli.run(main)

@@ -1,0 +1,87 @@
+"""Continues prompts: python -m moe_jax.generate --workdir=runs/quickstart --prompt='In the beginning'."""
+
+import math
+
+from absl import flags
+
+from moe_jax import cli
+from moe_jax.data import Tokenizer
+from moe_jax.errors import UserError
+from moe_jax.models.build import build_model
+from moe_jax.models.generate import generate
+from moe_jax.train.restore import restore_run
+
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run.')
+_PROMPT = flags.DEFINE_multi_string('prompt', None, 'Text to continue; may be given several times.')
+_NUM_TOKENS = flags.DEFINE_integer('num_tokens', 200, 'New tokens for each prompt, at most.')
+_TEMPERATURE = flags.DEFINE_float('temperature', 0.8, '0 always takes the most probable token.')
+_TOP_K = flags.DEFINE_integer('top_k', 0, 'Sample among this many most probable tokens; 0 all.')
+_TOP_P = flags.DEFINE_float('top_p', 1.0, 'Sample among tokens that reach this probability.')
+_SEED = flags.DEFINE_integer('seed', 0, 'Of what is drawn.')
+_STEP = flags.DEFINE_integer('step', None, 'Checkpoint; the newest by default.')
+_MESH = flags.DEFINE_string('mesh', None, "data=D,expert=E; the run's own by default.")
+
+
+def encode_prompt(prompt: str, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
+  """Returns the start symbol and the tokens of a prompt.
+
+  Raises:
+    UserError: if the prompt is not text or leaves the vocabulary.
+  """
+  try:
+    prompt.encode('utf-8')
+  except UnicodeEncodeError as error:
+    raise UserError('--prompt', prompt, 'is not UTF-8 text') from error
+  tokens = [tokenizer.bos_id, *(int(token) for token in tokenizer.encode(prompt))]
+  outside = [token for token in tokens if not 0 <= token < vocab_size]
+  if outside:
+    raise UserError(
+      '--prompt', prompt, f'token {outside[0]} is outside the vocabulary of {vocab_size}'
+    )
+  return tokens
+
+
+def _check_flags() -> None:
+  checks = (
+    (_NUM_TOKENS, _NUM_TOKENS.value >= 1, 'must be at least 1'),
+    (
+      _TEMPERATURE,
+      math.isfinite(_TEMPERATURE.value) and _TEMPERATURE.value >= 0,
+      'must be a finite number >= 0',
+    ),
+    (_TOP_K, _TOP_K.value >= 0, 'must be at least 0'),
+    (_TOP_P, 0 < _TOP_P.value <= 1, 'must be above 0 and at most 1'),
+    (_SEED, 0 <= _SEED.value < 2**31, 'must be in 0..2**31-1'),
+  )
+  for flag, good, allowed in checks:
+    if not good:
+      raise UserError(f'--{flag.name}', flag.value, allowed)
+
+
+def main() -> None:
+  """Prints each prompt with its continuation."""
+  workdir = cli.required(_WORKDIR)
+  if not _PROMPT.value:
+    raise UserError('--prompt', _PROMPT.value, 'must be given')
+  _check_flags()
+  run = restore_run(workdir, _STEP.value, _MESH.value)
+  model = build_model(run.config, run.mesh, run.tokenizer.vocab_size, 'decode')
+  prompts = [encode_prompt(text, run.tokenizer, run.tokenizer.vocab_size) for text in _PROMPT.value]
+  continuations = generate(
+    model,
+    run.params,
+    prompts,
+    num_tokens=_NUM_TOKENS.value,
+    eos_id=run.tokenizer.eos_id,
+    temperature=_TEMPERATURE.value,
+    top_k=_TOP_K.value,
+    top_p=_TOP_P.value,
+    seed=_SEED.value,
+  )
+  for prompt, tokens in zip(_PROMPT.value, continuations, strict=True):
+    print(f'--- {prompt!r}')
+    print(prompt + run.tokenizer.decode(tokens))
+
+
+if __name__ == '__main__':
+  cli.run(main)

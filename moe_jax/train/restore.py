@@ -1,0 +1,111 @@
+"""From the directory of a run to its model and parameters, on any mesh."""
+
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+from jax.sharding import Mesh
+
+from moe_jax import optim
+from moe_jax.data import Tokenizer, load_tokenizer
+from moe_jax.errors import DamagedError, UserError
+from moe_jax.models.build import build_model
+from moe_jax.parallel.mesh import make_mesh
+from moe_jax.train import manifest
+from moe_jax.train.checkpoint import Checkpoints
+from moe_jax.train.loop import TOKENIZER
+from moe_jax.train.state import abstract_state
+
+
+class RestoredRun(NamedTuple):
+  """A run as it was saved.
+
+  Attributes:
+    config: that it was started with.
+    facts: its manifest.
+    step: of the checkpoint.
+    params: on `mesh`.
+    mesh: axes ('data', 'expert').
+    tokenizer: that it was trained with.
+  """
+
+  config: ml_collections.ConfigDict
+  facts: dict[str, Any]
+  step: int
+  params: Any
+  mesh: Mesh
+  tokenizer: Tokenizer
+
+
+def restore_run(workdir: str, step: int | None = None, mesh: str | None = None) -> RestoredRun:
+  """Returns the parameters of a run.
+
+  Args:
+    workdir: of the run.
+    step: of a checkpoint; the newest good one by default.
+    mesh: 'data=D,expert=E'; by default the mesh of the run if there are as many devices, else a
+      single device, which is said. Results do not depend on it.
+
+  Raises:
+    UserError: if there is no such run or step, or the mesh does not fit.
+    DamagedError: if no checkpoint is good.
+  """
+  facts = manifest.read(workdir)
+  config = manifest.config_of(facts)
+  tokenizer = load_tokenizer(str(pathlib.Path(workdir) / TOKENIZER))
+  if tokenizer.vocab_size != facts['vocab_size']:
+    raise UserError(
+      'tokenizer.vocab_size',
+      tokenizer.vocab_size,
+      f'the model in {workdir} has a vocabulary of {facts["vocab_size"]}',
+    )
+  device_mesh = _choose_mesh(config, mesh)
+  model = build_model(config, device_mesh, facts['vocab_size'], 'eval')
+  optimizer = optim.make_optimizer(config.optim, config.train.num_steps)
+  checkpoints = Checkpoints(workdir, read_only=True)
+  try:
+    steps = checkpoints.steps()
+    if not steps:
+      raise UserError('workdir', workdir, 'has no checkpoint yet')
+    if step is not None and step not in steps:
+      raise UserError('--step', step, f'must be one of {sorted(steps)}')
+    abstract = abstract_state(model, optimizer)
+    if step is None:
+      restored = checkpoints.restore(abstract)
+      if restored is None:
+        raise DamagedError(f'no checkpoint in {workdir}')
+      step, state, _ = restored
+      for damaged in checkpoints.damaged:
+        print(f'warning: checkpoint {damaged} in {workdir} is damaged; using {step}', flush=True)
+    else:
+      state = checkpoints.restore_step(step, abstract)
+  finally:
+    checkpoints.close()
+  return RestoredRun(config, facts, step, state.params, device_mesh, tokenizer)
+
+
+def _choose_mesh(config: ml_collections.ConfigDict, mesh: str | None) -> Mesh:
+  wanted = (config.mesh.data, config.mesh.expert)
+  if mesh is not None:
+    wanted = _parse_mesh(mesh)
+  elif wanted[0] * wanted[1] > jax.device_count():
+    print(
+      f'note: {jax.device_count()} device(s) for a mesh of {wanted[0]}x{wanted[1]}; using one, the '
+      'result is the same',
+      flush=True,
+    )
+    wanted = (1, 1)
+  if config.moe.num_experts % wanted[1]:
+    raise UserError('--mesh', mesh, f'expert must divide {config.moe.num_experts} experts')
+  try:
+    return make_mesh(*wanted)
+  except ValueError as error:
+    raise UserError('--mesh', mesh, str(error)) from error
+
+
+def _parse_mesh(mesh: str) -> tuple[int, int]:
+  parts = dict(part.partition('=')[::2] for part in mesh.split(','))
+  if set(parts) != {'data', 'expert'} or not all(n.isdigit() and int(n) for n in parts.values()):
+    raise UserError('--mesh', mesh, 'must read data=D,expert=E')
+  return int(parts['data']), int(parts['expert'])
