@@ -1,7 +1,7 @@
 """What every command shares: flags, the `error:` line and exit codes.
 
-Exit codes: 0 done; 2 the user's input is wrong; 3 a file is damaged and nothing good is left; 130 and
-143 interrupted by SIGINT and SIGTERM, with the state saved; 1 a defect of ours.
+Exit codes: 0 done; 2 the user's input is wrong; 3 a file is damaged and nothing good is left; 130
+and 143 interrupted by SIGINT and SIGTERM, with the state saved; 1 a defect of ours.
 """
 
 import errno

@@ -60,7 +60,7 @@ SCHEMA: dict[str, dict[str, Field]] = {
     'num_layers': _at_least(2, 1, 'L, transformer blocks.'),
     'embed_dim': _at_least(128, 1, 'D, width of the residual stream.'),
     'num_heads': _at_least(4, 1, 'Query heads.'),
-    'num_kv_heads': _at_least(4, 1, 'Key-value heads (grouped-query attention); divides num_heads.'),
+    'num_kv_heads': _at_least(4, 1, 'Key-value heads, shared by query heads; divides num_heads.'),
     'head_dim': _at_least(0, 0, 'Width of a head, even; 0 means embed_dim / num_heads.'),
     'mlp_dim': _at_least(256, 1, 'Hidden units of a dense feed-forward layer.'),
     'activation': _one_of('swiglu', ('swiglu', 'gelu'), 'Of dense layers and of experts.'),
@@ -230,7 +230,9 @@ def _check_field(name: str, value: Any, field: Field) -> None:
 def _check_model(config: ml_collections.ConfigDict) -> None:
   model, data, optim = config.model, config.data, config.optim
   if model.num_heads % model.num_kv_heads:
-    raise UserError('model.num_kv_heads', model.num_kv_heads, f'must divide {model.num_heads} heads')
+    raise UserError(
+      'model.num_kv_heads', model.num_kv_heads, f'must divide {model.num_heads} heads'
+    )
   if not model.head_dim and model.embed_dim % model.num_heads:
     raise UserError(
       'model.embed_dim', model.embed_dim, f'must be divisible by {model.num_heads} heads'
@@ -257,9 +259,7 @@ def _check_moe(config: ml_collections.ConfigDict) -> None:
     raise UserError(
       'moe.num_selected_experts', moe.num_selected_experts, f'must be <= {moe.num_experts} experts'
     )
-  if moe.num_selected_experts == 1 and (
-    moe.renormalize != 'none' or moe.softmax_order == 'after'
-  ):
+  if moe.num_selected_experts == 1 and (moe.renormalize != 'none' or moe.softmax_order == 'after'):
     field = 'moe.renormalize' if moe.renormalize != 'none' else 'moe.softmax_order'
     value = config.moe[field.split('.')[1]]
     raise UserError(

@@ -1,6 +1,6 @@
 """The two ways in which a run ends because of what it was given, and their exit codes.
 
-Everything else that is raised is a defect of this package and ends with exit code 1 and a traceback.
+Everything else that is raised is a defect of this package: exit code 1 and a traceback.
 """
 
 from typing import Any

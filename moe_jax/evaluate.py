@@ -30,7 +30,9 @@ def main() -> None:
   dataset = dataset_of(run.config)
   if dataset.fingerprint != run.facts['data']['fingerprint']:
     raise UserError(
-      'data.name', run.config.data.name, f'is not the text and tokenizer that {workdir} was trained on'
+      'data.name',
+      run.config.data.name,
+      f'is not the text and tokenizer that {workdir} was trained on',
     )
   length, microbatch = run.config.data.sequence_length, _batch_size(run)
   model = build_model(run.config, run.mesh, run.tokenizer.vocab_size, 'eval')

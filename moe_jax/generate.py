@@ -1,4 +1,4 @@
-"""Continues prompts: python -m moe_jax.generate --workdir=runs/quickstart --prompt='In the beginning'."""
+"""Continues prompts: python -m moe_jax.generate --workdir=runs/quickstart --prompt=TEXT."""
 
 import math
 

@@ -56,18 +56,23 @@ def make_optimizer(
     )
   elif optim.name == 'muon':
     scale = (optim.adam_learning_rate or optim.learning_rate) / optim.learning_rate
-    rule = optax.contrib.muon(
-      schedule,
-      beta=optim.momentum,
-      eps=optim.epsilon,
-      weight_decay=optim.weight_decay,
-      weight_decay_mask=is_matrix,
-      adam_b1=optim.b1,
-      adam_b2=optim.b2,
-      adam_learning_rate=lambda step: scale * schedule(step),
-      adam_weight_decay=0.0,
-      muon_weight_dimension_numbers=_muon_dimensions,
-      consistent_rms=0.2,
+    rule = optax.partition(
+      {
+        'muon': optax.chain(
+          optax.trace(optim.momentum, nesterov=True),
+          _orthogonalize(),
+          optax.add_decayed_weights(optim.weight_decay),
+          optax.scale_by_learning_rate(schedule),
+        ),
+        'adamw': optax.adamw(
+          lambda step: scale * schedule(step),
+          optim.b1,
+          optim.b2,
+          optim.epsilon,
+          weight_decay=0.0,
+        ),
+      },
+      _muon_labels,
     )
   elif optim.name == 'sgd':
     rule = optax.chain(
@@ -87,14 +92,39 @@ def is_matrix(params):
   )
 
 
-def _muon_dimensions(params):
-  """Muon orthogonalises the last two dimensions; leading ones (layers, experts) are separate.
+def _muon_labels(params):
+  """Muon takes the matrices but the router, whose E columns are directions to tell apart."""
 
-  The router stays with AdamW: its E columns are directions to tell apart, not a map between spaces.
+  def label(path, matrix):
+    return 'muon' if matrix and path[-1].key != 'router' else 'adamw'
+
+  return jax.tree_util.tree_map_with_path(label, is_matrix(params))
+
+
+def _orthogonalize() -> optax.GradientTransformation:
+  """Replaces each matrix (the last two dimensions) by its nearest semi-orthogonal one.
+
+  Optax's Newton-Schulz iteration, mapped over layers and experts. `optax.contrib.muon` as a whole
+  would reshape them into one dimension, and a reshape of a sharded dimension makes every device
+  gather and work on the experts of all others: 6 times slower on 8 simulated devices.
+
+  Source: Jordan 2024, "Muon"; scaled to the size of an AdamW update as in Liu et al. 2025,
+  arXiv:2502.16982, eq. 4.
   """
-  spec = optax.contrib.MuonDimensionNumbers
+  newton_schulz = optax.contrib.scale_by_muon(
+    beta=0.0,
+    nesterov=False,
+    weight_dimension_numbers={'x': optax.contrib.MuonDimensionNumbers(0, 1)},
+  )
 
-  def dimensions(path, matrix, p):
-    return spec(p.ndim - 2, p.ndim - 1) if matrix and path[-1].key != 'router' else None
+  def matrix(x):
+    y, _ = newton_schulz.update({'x': x}, newton_schulz.init({'x': x}))
+    return 0.2 * max(x.shape) ** 0.5 * y['x']
 
-  return jax.tree_util.tree_map_with_path(dimensions, is_matrix(params), params)
+  def stacked(x):
+    function = matrix
+    for _ in range(x.ndim - 2):
+      function = jax.vmap(function)
+    return function(x)
+
+  return optax.stateless(lambda updates, params: jax.tree.map(stacked, updates))

@@ -1,6 +1,6 @@
 """The mixture-of-experts layer: one `shard_map` with router, capacity and dispatch inside.
 
-  x -> [router -> plan -> dispatch -> all_to_all -> local experts -> all_to_all -> combine] -> y, sums
+  x -> [router -> plan -> dispatch -> all_to_all -> own experts -> all_to_all -> combine] -> y, sums
 
 Each device routes its own tokens and computes only its own experts. Gradients are taken OUTSIDE the
 `shard_map`, with `check_vma=True`: JAX then inserts every cross-device sum of the backward pass.
@@ -8,7 +8,7 @@ Taking them inside, or with `check_vma=False`, needs psums by hand and silently 
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -86,18 +86,18 @@ def moe_layer(
 
   by_token = PartitionSpec(BATCH_AXES)
   by_expert = PartitionSpec(EXPERT_AXIS)
-  weights = MoeParams(router=PartitionSpec(), w_in=by_expert, w_out=by_expert)
+  of_params: tuple[Any, ...] = (PartitionSpec(), by_expert, by_expert)
   return jax.shard_map(
     local,
     mesh=mesh,
-    in_specs=(by_token, by_token, weights, by_token),
+    in_specs=(by_token, by_token, MoeParams(*of_params), by_token),
     out_specs=(by_token, PartitionSpec()),
     check_vma=True,
   )(x, valid, params, keys)
 
 
 def _num_groups(batch_size: int, mesh: Mesh, options: MoeOptions) -> int:
-  """Returns G of the whole batch. Groups belong to the config and are never adjusted to the mesh."""
+  """Returns G of the whole batch. Groups belong to the config; the mesh never adjusts them."""
   experts_axis = mesh.shape[EXPERT_AXIS]
   if options.num_experts % experts_axis:
     raise ValueError(
@@ -168,7 +168,7 @@ def _local_layer(
 
 
 def group_capacity(options: MoeOptions, tokens_in_group: int) -> int:
-  """Returns C; never more than the S slots one expert can fill, and S when nothing may be dropped."""
+  """Returns C: at most the S slots one expert can fill, and S when nothing may be dropped."""
   if options.capacity_factor is None:
     return tokens_in_group
   capacity = routing.expert_capacity(

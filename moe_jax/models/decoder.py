@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax import routing
 from moe_jax.layers.attention import Attention, KeyValueCache, packed_causal_mask
@@ -83,6 +83,7 @@ class _Block(nn.Module):
     normed = RMSNorm(options.norm_epsilon, name='mlp_norm')(x)
     if not self.sparse:
       return x + Mlp(options.mlp_dim, options.activation, name='mlp')(normed), None, cache
+    assert options.moe is not None
     y, sums = Moe(options.moe, self.mesh, name='moe')(normed, valid, deterministic)
     if options.num_shared_experts:
       shared_dim = options.num_shared_experts * options.moe.mlp_dim
@@ -172,10 +173,43 @@ class Decoder(nn.Module):
       output = self.param(
         'output', logical(matrix_init, 'embed', 'vocab'), (options.embed_dim, options.vocab_size)
       )
-    logits = jnp.einsum(
-      'btd,dv->btv', x, output.astype(dtype), preferred_element_type=jnp.float32
-    )
+    logits = jnp.einsum('btd,dv->btv', x, output.astype(dtype), preferred_element_type=jnp.float32)
     return DecoderOutput(logits, sums, cache)
+
+
+def forward(
+  model: Decoder,
+  params: Any,
+  inputs: Int[Array, 'B T'],
+  segment_ids: Int[Array, 'B T'],
+  positions: Int[Array, 'B T'],
+  *,
+  cache: Any = None,
+  key: Key[Array, ''] | None = None,
+) -> DecoderOutput:
+  """Applies the model; with a key as in training (jitter, random drops), without deterministically.
+
+  Args:
+    model: whose parameters these are.
+    params: without Linen's outer collection.
+    inputs: as in `Decoder.__call__`, like the rest.
+    segment_ids: documents within a row.
+    positions: within the document.
+    cache: from `init_cache`.
+    key: of what is drawn.
+  """
+  rngs = None if key is None else {'routing': key}
+  out = model.apply(
+    {'params': params},
+    inputs,
+    segment_ids,
+    positions,
+    cache=cache,
+    deterministic=key is None,
+    rngs=rngs,
+  )
+  assert isinstance(out, DecoderOutput)
+  return out
 
 
 def init_cache(options: DecoderOptions, batch_size: int, max_length: int) -> tuple:
@@ -194,7 +228,7 @@ def init_cache(options: DecoderOptions, batch_size: int, max_length: int) -> tup
 
 
 def _cache_mask(positions: Int[Array, 'B T'], cache: tuple) -> Bool[Array, 'B 1 T M']:
-  """A query sees the cells up to its own position; later ones hold nothing yet, or another's past."""
+  """A query sees the cells up to its own position; later ones hold nothing of its past."""
   cell = jnp.arange(cache[0].key.shape[2])
   return (cell[None, None, :] <= positions[:, :, None])[:, None]
 

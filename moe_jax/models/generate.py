@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from moe_jax.models.decoder import Decoder, init_cache
+from moe_jax.models.decoder import Decoder, forward, init_cache
 from moe_jax.parallel.mesh import batch_sharding, replicated
 
 
@@ -29,7 +29,7 @@ def sample_token(
     key: of this row and position.
     temperature: divides the logits; 0 takes the largest.
     top_k: keeps this many largest logits; 0 keeps all. Ties with the k-th are kept.
-    top_p: keeps the smallest set of most probable tokens whose probability reaches this; 1 keeps all.
+    top_p: keeps the fewest most probable tokens whose probability reaches this; 1 keeps all.
 
   Source: Fan et al. 2018, arXiv:1805.04833 (top-k); Holtzman et al. 2020, arXiv:1904.09751 (top-p).
   """
@@ -67,7 +67,9 @@ def generate(
     prompts: token ids, each at least one.
     num_tokens: new tokens of each prompt, at most.
     eos_id: ends a continuation; not returned.
-    temperature: see `sample_token`, as `top_k` and `top_p`.
+    temperature: see `sample_token`.
+    top_k: see `sample_token`.
+    top_p: see `sample_token`.
     seed: with the place of the prompt in the list, determines what is drawn.
 
   Returns:
@@ -115,7 +117,7 @@ def _generate(model, num_tokens, params, tokens, lengths, key, numbers):
   cell = jnp.broadcast_to(jnp.arange(longest, dtype=jnp.int32), tokens.shape)
   in_prompt: Bool[Array, 'B T'] = cell < lengths[:, None]
   cache = init_cache(model.options, batch_size, longest + num_tokens)
-  out = model.apply({'params': params}, tokens, in_prompt.astype(jnp.int32), cell, cache=cache)
+  out = forward(model, params, tokens, in_prompt.astype(jnp.int32), cell, cache=cache)
   last_logits = jnp.take_along_axis(out.logits, lengths[:, None, None] - 1, axis=1)[:, 0]
   first = draw(last_logits, 0)
 
@@ -124,7 +126,7 @@ def _generate(model, num_tokens, params, tokens, lengths, key, numbers):
     done = done | (token == eos_id)
     ones = jnp.ones((batch_size, 1), jnp.int32)
     position = (lengths + index - 1)[:, None]
-    out = model.apply({'params': params}, token[:, None], ones, position, cache=cache)
+    out = forward(model, params, token[:, None], ones, position, cache=cache)
     drawn = jnp.where(done, eos_id, draw(out.logits[:, 0], index))
     return (drawn, done, out.cache), drawn
 

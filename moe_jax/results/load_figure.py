@@ -19,7 +19,9 @@ def draw(workdir: str, evaluation: dict[str, Any]) -> pathlib.Path:
     workdir: of the run.
     evaluation: from `moe_jax.train.evaluate.evaluate`.
   """
-  records = [r for r in read_metrics(pathlib.Path(workdir) / 'metrics.jsonl') if r['split'] == 'train']
+  records = [
+    r for r in read_metrics(pathlib.Path(workdir) / 'metrics.jsonl') if r['split'] == 'train'
+  ]
   steps = [record['step'] for record in records]
   load_SLE = np.array([record['router/load'] for record in records])
   domains = list(evaluation['domains'])

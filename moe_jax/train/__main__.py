@@ -1,4 +1,4 @@
-"""Trains a config: python -m moe_jax.train --config=configs/quickstart.py --workdir=runs/quickstart."""
+"""Trains a config: python -m moe_jax.train --config=configs/quickstart.py --workdir=DIR."""
 
 from absl import flags
 

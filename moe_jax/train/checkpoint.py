@@ -1,8 +1,8 @@
 """Checkpoints with Orbax: asynchronous, atomic, and checked against their own digest.
 
-A checkpoint holds the whole state (parameters, optimizer, step, seed), the position in the data, and a
-digest of every array: an integer sum of its bits, which does not depend on the mesh. Orbax makes a
-checkpoint visible only when it is complete; the digest finds what rots afterwards.
+A checkpoint holds the whole state (parameters, optimizer, step, seed), the position in the data,
+and a digest of every array: an integer sum of its bits, which does not depend on the mesh. Orbax
+makes a checkpoint visible only when it is complete; the digest finds what rots afterwards.
 """
 
 import logging
@@ -71,7 +71,7 @@ class Checkpoints:
     )
 
   def restore(self, abstract: TrainState) -> tuple[int, TrainState, dict[str, Any]] | None:
-    """Returns (step, state, data position) of the newest good checkpoint, None if there is none yet.
+    """Returns (step, state, data position) of the newest good checkpoint; None if there is none.
 
     Args:
       abstract: shapes, dtypes and shardings; the mesh may differ from the one that saved.

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from moe_jax.data import Dataset, eval_batches
-from moe_jax.models.decoder import Decoder
+from moe_jax.models.decoder import Decoder, forward
 from moe_jax.parallel.mesh import batch_sharding, replicated
 from moe_jax.train import metrics, objective
 from moe_jax.train.state import params_shardings
@@ -21,7 +21,7 @@ def make_eval_step(model: Decoder) -> EvalStep:
   """Returns the compiled (params, batch) -> (nats, tokens, router sums), each summed."""
 
   def step(params, batch):
-    out = model.apply({'params': params}, batch['inputs'], batch['segment_ids'], batch['positions'])
+    out = forward(model, params, batch['inputs'], batch['segment_ids'], batch['positions'])
     nats = objective.cross_entropy_sum(out.logits, batch['targets'], batch['segment_ids'])
     sums = None if out.router_sums is None else over_scopes(out.router_sums)
     return nats, (batch['segment_ids'] > 0).sum(), sums

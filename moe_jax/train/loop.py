@@ -240,7 +240,9 @@ def _announce(run: _Run, facts: dict[str, Any]) -> None:
 
 def _start(run: _Run, optimizer, checkpoints: Checkpoints):
   """Returns (state, step, data position): restored, or new."""
-  restored = checkpoints.restore(abstract_state(run.model, optimizer)) if checkpoints.steps() else None
+  restored = (
+    checkpoints.restore(abstract_state(run.model, optimizer)) if checkpoints.steps() else None
+  )
   for path in checkpoints.set_damaged_aside():
     run.say(f'warning: damaged checkpoint moved to {path}')
   if restored is None:

@@ -1,8 +1,8 @@
 """The one place where losses are normalised and weighted.
 
-Cross-entropy is a sum over valid tokens divided by the valid tokens of the WHOLE batch, whatever part
-of it is at hand; auxiliary losses are formed from the router's sums. So the parts of a batch add up,
-over devices and over micro-batches, and every metric is reported without its weight.
+Cross-entropy is a sum over valid tokens divided by the valid tokens of the WHOLE batch, whatever
+part of it is at hand; auxiliary losses are formed from the router's sums. So the parts of a batch
+add up, over devices and micro-batches, and every metric is reported without its weight.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from moe_jax import routing
 
 
 class LossWeights(NamedTuple):
-  """Weights of the auxiliary losses: arguments of the compiled step, so a sweep never recompiles."""
+  """Weights of the auxiliary losses: arguments of the compiled step, never constants of it."""
 
   load_balancing: Float[Array, '']
   router_z: Float[Array, '']

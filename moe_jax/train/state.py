@@ -1,5 +1,6 @@
 """The state of training, and where each of its arrays lies on the mesh."""
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -48,11 +49,11 @@ def params_shardings(model: Decoder) -> Any:
   return nn.logical_to_mesh_sharding(specs, model.mesh, LOGICAL_RULES)
 
 
-def state_shardings(model: Decoder, optimizer: optax.GradientTransformation) -> TrainState:
+def state_shardings(model: Decoder, optimizer: optax.GradientTransformation) -> Any:
   """Returns a sharding for each array of the state.
 
-  Optimizer statistics of a parameter's shape lie where the parameter lies; smaller ones (Adafactor's
-  factors, counters) are copied to every device.
+  Optimizer statistics of a parameter's shape lie where the parameter lies; smaller ones
+  (Adafactor's factors, counters) are copied to every device.
   """
   mesh = model.mesh
   everywhere = NamedSharding(mesh, PartitionSpec())
@@ -74,31 +75,27 @@ def state_shardings(model: Decoder, optimizer: optax.GradientTransformation) -> 
     transform_non_params=lambda _: everywhere,
     is_leaf=lambda x: isinstance(x, optax.MaskedNode),
   )
-  return TrainState(everywhere, of_params, of_opt_state, everywhere)
+  shardings: tuple[Any, ...] = (everywhere, of_params, of_opt_state, everywhere)
+  return TrainState(*shardings)
 
 
-def init_state(
-  model: Decoder, optimizer: optax.GradientTransformation, seed: int
-) -> TrainState:
+def init_state(model: Decoder, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
   """Returns the state before the first step, each array made on the devices that hold it."""
-
-  def make(seed):
-    params = init_params(model, seed)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), seed)
-
+  make = functools.partial(_new_state, model, optimizer)
   shardings = state_shardings(model, optimizer)
   return jax.jit(make, out_shardings=shardings)(jnp.asarray(seed, jnp.int32))
 
 
-def abstract_state(
-  model: Decoder, optimizer: optax.GradientTransformation
+def _new_state(
+  model: Decoder, optimizer: optax.GradientTransformation, seed: Int[Array, '']
 ) -> TrainState:
+  params = init_params(model, seed)
+  return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), seed)
+
+
+def abstract_state(model: Decoder, optimizer: optax.GradientTransformation) -> TrainState:
   """Returns shapes, dtypes and shardings of the state: what a checkpoint is restored into."""
-
-  def make(seed):
-    params = init_params(model, seed)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), seed)
-
+  make = functools.partial(_new_state, model, optimizer)
   shapes = jax.eval_shape(make, jax.ShapeDtypeStruct((), jnp.int32))
   return with_shardings(shapes, state_shardings(model, optimizer))
 

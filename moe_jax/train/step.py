@@ -1,20 +1,20 @@
 """One optimizer step, compiled once: micro-batches, objective, gradient, update.
 
-Gradients are taken outside every `shard_map`, of a loss that is already a global number, so no psum is
-written here.
+Gradients are taken outside every `shard_map`, of a loss that is already a global number, so no
+psum is written here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from moe_jax import routing
-from moe_jax.models.decoder import Decoder
+from moe_jax.models.decoder import Decoder, DecoderOutput, forward
 from moe_jax.parallel.mesh import BATCH_AXES, batch_sharding, replicated
 from moe_jax.train import objective
 from moe_jax.train.state import TrainState, state_shardings
@@ -68,23 +68,17 @@ def make_loss(
   """
 
   def loss(params, micro, key, weights, batch_tokens, batch_sums):
-    out = model.apply(
-      {'params': params},
-      micro['inputs'],
-      micro['segment_ids'],
-      micro['positions'],
-      deterministic=False,
-      rngs={'routing': key},
-    )
+    out = _forward(model, params, micro, key)
     nats = objective.cross_entropy_sum(out.logits, micro['targets'], micro['segment_ids'])
     cross_entropy = nats / batch_tokens
-    if out.router_sums is None:
+    if out.router_sums is None or model.options.moe is None:
       return cross_entropy, _Parts(cross_entropy, cross_entropy, None, None)
     sums, share = out.router_sums, 1.0
     if batch_sums is None:
       share = jnp.sum(micro['segment_ids'] > 0) / batch_tokens
     else:
-      sums = jax.tree.map(lambda whole, own: jax.lax.stop_gradient(whole - own) + own, batch_sums, sums)
+      fixed = jax.lax.stop_gradient(jax.tree.map(jnp.subtract, batch_sums, sums))
+      sums = jax.tree.map(jnp.add, fixed, sums)
     auxiliary = objective.auxiliary_losses(sums, model.options.moe.num_selected_experts)
     added = objective.weighted_sum(auxiliary, weights, layer_reduction)
     auxiliary = jax.tree.map(lambda x: x * share, auxiliary)
@@ -99,8 +93,8 @@ def make_gradient(
 ) -> Callable[..., tuple[Any, _Parts]]:
   """Returns (params, batch, key, weights) -> (gradient of the batch's objective, its parts).
 
-  With `pool_sums` the auxiliary losses are formed once, from the router's sums over all micro-batches
-  (a forward pass of its own); without, in each micro-batch, and averaged by its tokens.
+  With `pool_sums` the auxiliary losses are formed once, from the router's sums over all
+  micro-batches (a forward pass of its own); without, in each micro-batch, and averaged by tokens.
   """
   value_and_grad = jax.value_and_grad(make_loss(model, layer_reduction), has_aux=True)
 
@@ -114,7 +108,8 @@ def make_gradient(
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(accumulation_steps))
     batch_sums = None
     if pool_sums and model.options.moe is not None:
-      batch_sums = _sum_over(lambda micro, key: _router_sums(model, params, micro, key), micros, keys)
+      count = lambda micro, key: _forward(model, params, micro, key).router_sums  # noqa: E731
+      batch_sums = jax.lax.stop_gradient(_sum_over(count, micros, keys))
 
     def one(micro, key):
       (_, parts), grads = value_and_grad(params, micro, key, weights, batch_tokens, batch_sums)
@@ -131,14 +126,12 @@ def make_gradient(
   return gradient
 
 
-def _router_sums(model: Decoder, params: Any, micro: Batch, key) -> routing.RouterSums:
-  fields = (micro['inputs'], micro['segment_ids'], micro['positions'])
-  out = model.apply({'params': params}, *fields, deterministic=False, rngs={'routing': key})
-  return jax.lax.stop_gradient(out.router_sums)
+def _forward(model: Decoder, params: Any, micro: Batch, key: Key[Array, '']) -> DecoderOutput:
+  return forward(model, params, micro['inputs'], micro['segment_ids'], micro['positions'], key=key)
 
 
 def _split(batch: Batch, accumulation_steps: int, model: Decoder) -> Batch:
-  """Cuts a batch into consecutive parts: which sequences stand together never depends on the mesh."""
+  """Cuts a batch into consecutive parts, whatever the mesh."""
   sharding = NamedSharding(model.mesh, PartitionSpec(None, BATCH_AXES))
   return {
     name: jax.lax.with_sharding_constraint(
@@ -166,8 +159,10 @@ def make_train_step(
   accumulation_steps: int = 1,
   pool_sums: bool = False,
   layer_reduction: str = 'mean',
-) -> Callable[[TrainState, Batch, objective.LossWeights], tuple[TrainState, StepMetrics]]:
-  """Returns the compiled step. The state that goes in is donated: use only the one that comes out.
+) -> Any:
+  """Returns the compiled (state, batch, weights) -> (state, StepMetrics).
+
+  The state that goes in is donated: use only the one that comes out.
 
   Args:
     model: in mode `train`, built for the size of a micro-batch.
@@ -216,7 +211,7 @@ def over_scopes(sums: routing.RouterSums) -> routing.RouterSums:
   )
 
 
-def put_batch(batch: dict[str, Any], model: Decoder) -> Batch:
+def put_batch(batch: Mapping[str, Any], model: Decoder) -> Batch:
   """Puts this process's rows of a batch onto its devices."""
   sharding = batch_sharding(model.mesh)
   return {

@@ -1,0 +1,1 @@
+"""One file per named configuration: a function returning the whole config."""

@@ -1,0 +1,56 @@
+# Sourced by ./launch/quickstart and ./launch/test: makes .venv and installs the project into it.
+#
+#   prepare_environment EXTRA...   installs with these extras; [cuda] or [tpu] is added if one is there
+#   prepare_devices                8 simulated devices where there is no accelerator
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+_find_python() {
+  local name
+  for name in "${PYTHON:-}" python3 python python3.14 python3.13 python3.12 python3.11; do
+    if [ -n "$name" ] && "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      echo "$name"
+      return
+    fi
+  done
+  fail "python: none of version 3.11 or newer found; name one with PYTHON=/path/to/python"
+}
+
+_accelerator_extra() {
+  if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; then
+    echo cuda
+  elif compgen -G '/dev/accel*' >/dev/null || [ -n "${TPU_NAME:-}" ]; then
+    echo tpu
+  fi
+}
+
+prepare_environment() {
+  local accelerator wanted python extras
+  accelerator=$(_accelerator_extra)
+  extras=$(printf '%s\n' "$@" $accelerator | paste -sd,)
+  if [ ! -x .venv/bin/python ] || ! .venv/bin/python -c '' 2>/dev/null; then
+    python=$(_find_python) || exit 2
+    echo "making .venv with $("$python" --version)"
+    rm -rf .venv
+    "$python" -m venv .venv || fail ".venv: cannot be made; is the venv module of Python installed?"
+  fi
+  # Installed once for each state of setup.cfg and each set of extras.
+  wanted="$(cksum < setup.cfg) [$extras]"
+  if [ "$(cat ".venv/installed-$extras" 2>/dev/null)" != "$wanted" ]; then
+    echo "installing the project${extras:+ with [$extras]}: about 1.3 GB, once"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
+      --editable ".${extras:+[$extras]}" || fail "pip: could not install the project"
+    echo "$wanted" > ".venv/installed-$extras"
+  fi
+}
+
+prepare_devices() {
+  export TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-2}"
+  if [ -z "$(_accelerator_extra)" ]; then
+    export JAX_PLATFORMS=cpu
+    export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=8"
+  fi
+}
