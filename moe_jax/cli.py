@@ -5,12 +5,11 @@ and 143 interrupted by SIGINT and SIGTERM, with the state saved; 1 a defect of o
 """
 
 import errno
-import logging
 import sys
 from collections.abc import Callable, Sequence
 
 import ml_collections
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from moe_jax import config as config_lib
@@ -22,11 +21,10 @@ _ENVIRONMENT = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ERO
 
 def run(main: Callable[[], int | None]) -> None:
   """Parses the flags, runs `main` and leaves with the exit code that its end asks for."""
-  logging.getLogger('absl').setLevel(logging.ERROR)
   try:
     app.run(lambda argv: _guard(main), flags_parser=_parse)
   except _UsageError as error:
-    _fail(str(error))
+    fail(str(error))
 
 
 class _UsageError(Exception):
@@ -67,22 +65,24 @@ def _describe(error: Exception, argv: Sequence[str]) -> str:
 
 
 def _guard(main: Callable[[], int | None]) -> int | None:
+  # The libraries log their search for devices and every file they write.
+  logging.set_verbosity(logging.ERROR)
   try:
     return main()
   except UserError as error:
-    _fail(str(error))
+    fail(str(error))
   except DamagedError as error:
-    _fail(str(error), DAMAGED_EXIT_CODE)
+    fail(str(error), DAMAGED_EXIT_CODE)
   except OSError as error:
     if error.errno not in _ENVIRONMENT:
       raise
-    _fail(f'{error.filename}: {error.strerror}')
+    fail(f'{error.filename}: {error.strerror}')
   except KeyboardInterrupt:
     sys.exit(130)
   return None
 
 
-def _fail(message: str, code: int = USER_ERROR_EXIT_CODE) -> None:
+def fail(message: str, code: int = USER_ERROR_EXIT_CODE) -> None:
   print(f'error: {" ".join(message.split())}', file=sys.stderr, flush=True)
   sys.exit(code)
 

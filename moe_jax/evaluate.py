@@ -1,6 +1,7 @@
 """Bits per byte of a run by domain: python -m moe_jax.evaluate --workdir=runs/quickstart."""
 
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -37,7 +38,10 @@ def main() -> None:
   length, microbatch = run.config.data.sequence_length, _batch_size(run)
   model = build_model(run.config, run.mesh, run.tokenizer.vocab_size, 'eval')
   batches = evaluate_room.num_batches(dataset, _SPLIT.value, length, microbatch)
-  with jax.set_mesh(run.mesh), tqdm.tqdm(total=batches, unit='batch', leave=False) as bar:
+  progress = tqdm.tqdm(
+    total=batches, unit='batch', leave=False, mininterval=0.2 if sys.stderr.isatty() else 10.0
+  )
+  with jax.set_mesh(run.mesh), progress as bar:
     result = evaluate_room.evaluate(
       evaluate_room.make_eval_step(model),
       model,

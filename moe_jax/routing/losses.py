@@ -1,7 +1,7 @@
 """Auxiliary losses of a router, formed from `RouterSums`. None is multiplied by its weight here.
 
-Each takes the sums of one layer (leading dimensions broadcast) and averages over the balance scopes,
-weighted by their valid tokens, so that a scope of padding alone counts for nothing.
+Each takes the sums of one layer (leading dimensions broadcast) and averages over the balance
+scopes, weighted by their valid tokens, so that a scope of padding alone counts for nothing.
 """
 
 import jax
@@ -12,7 +12,7 @@ from moe_jax.routing.stats import RouterSums
 
 
 def load_balancing_loss(sums: RouterSums, num_selected_experts: int) -> Float[Array, '*layers']:
-  """Returns E * sum_e f_e P_e, averaged over scopes: 1 at perfect balance, E if one expert wins all.
+  """Returns E * sum_e f_e P_e, averaged over scopes: 1 at balance, E if one expert wins all (K=1).
 
   f_e is the share of assignments expert e received BEFORE any drop (sums to 1 over e; no gradient),
   P_e its mean router probability.

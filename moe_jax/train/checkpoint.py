@@ -5,7 +5,6 @@ and a digest of every array: an integer sum of its bits, which does not depend o
 makes a checkpoint visible only when it is complete; the digest finds what rots afterwards.
 """
 
-import logging
 import os
 import pathlib
 from typing import Any
@@ -33,7 +32,6 @@ class Checkpoints:
     self._folder = (pathlib.Path(workdir) / FOLDER).absolute()
     self._read_only = read_only
     self.damaged: list[int] = []
-    logging.getLogger('absl').setLevel(logging.ERROR)
     options = ocp.CheckpointManagerOptions(
       max_to_keep=None if read_only else keep,
       create=not read_only,

@@ -173,7 +173,9 @@ def _train(run: _Run, old: dict[str, Any] | None) -> Outcome:
     state, step, position = _start(run, optimizer, checkpoints)
     facts['step'] = step
     if first:
-      run.dataset.tokenizer.save(str(pathlib.Path(run.workdir) / TOKENIZER))
+      folder = pathlib.Path(run.workdir) / TOKENIZER
+      folder.mkdir(exist_ok=True)
+      run.dataset.tokenizer.save(str(folder))
       manifest.write(run.workdir, facts)
     batches = train_iterator(
       run.dataset.windows('train', config.data.sequence_length),
@@ -231,8 +233,8 @@ def _announce(run: _Run, facts: dict[str, Any]) -> None:
       run.say('warning: below 16 tokens per expert and group even balanced routing drops many')
   if not facts['causal']:
     run.say(
-      f'warning: moe.priority={run.config.moe.priority} is not causal: training sees who is dropped '
-      'by later tokens, decoding cannot'
+      f'warning: moe.priority={run.config.moe.priority} is not causal: in training, later tokens '
+      'decide who is dropped; in decoding they cannot'
     )
   if facts['git_dirty']:
     run.say('note: uncommitted changes; the manifest says so')

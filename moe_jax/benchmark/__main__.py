@@ -1,0 +1,102 @@
+"""Benchmarks: python -m moe_jax.benchmark {layer,step} [--json].
+
+layer: the MoE layer against a dense layer of the same active FLOPs and its own batched products.
+step:  where the time of a training step goes, and how long it waits for data (--config=...).
+"""
+
+import json
+import sys
+
+import jax
+from absl import flags
+
+from moe_jax import cli
+from moe_jax.benchmark import layer, step
+from moe_jax.benchmark.timing import Ratio
+from moe_jax.errors import UserError
+
+_CONFIG = cli.define_config_flag()
+_JSON = flags.DEFINE_bool('json', False, 'Print one JSON object per row.')
+_ROUNDS = flags.DEFINE_integer('rounds', 9, 'Rounds of interleaved calls.')
+_STEPS = flags.DEFINE_integer('steps', 20, 'step: real steps with the data pipeline.')
+_NUM_EXPERTS = flags.DEFINE_list('num_experts', ['8', '64', '256'], 'layer: values of E.')
+_NUM_TOKENS = flags.DEFINE_integer('num_tokens', 4096, 'layer: tokens, one routing group.')
+_EMBED_DIM = flags.DEFINE_integer('embed_dim', 512, 'layer: D.')
+_MLP_DIM = flags.DEFINE_integer('mlp_dim', 1024, 'layer: F of one expert.')
+_SELECTED = flags.DEFINE_integer('num_selected_experts', 2, 'layer: K.')
+_CAPACITY_FACTOR = flags.DEFINE_float('capacity_factor', 1.25, 'layer: of every E.')
+_DISPATCH = flags.DEFINE_enum('dispatch', 'gather', ['gather', 'einsum'], 'layer: dispatcher.')
+_ACTIVATION = flags.DEFINE_enum('activation', 'swiglu', ['swiglu', 'gelu'], 'layer: of all arms.')
+_DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'layer: of the products.')
+_SEED = flags.DEFINE_integer('seed', 0, 'Of weights, inputs and orders.')
+_COMMANDS = ('layer', 'step')
+
+
+def main() -> None:
+  """Runs the benchmark that the first argument names."""
+  if _ROUNDS.value < 9:
+    raise UserError('--rounds', _ROUNDS.value, 'must be at least 9')
+  if not _JSON.value:
+    print(f'on {jax.devices()[0].device_kind}, {jax.device_count()} device(s)')
+  if _COMMAND == 'layer':
+    _layer()
+  else:
+    _step()
+
+
+def _layer() -> None:
+  if not all(n.isdigit() and int(n) >= _SELECTED.value for n in _NUM_EXPERTS.value):
+    raise UserError('--num_experts', _NUM_EXPERTS.value, 'must be numbers >= num_selected_experts')
+  rows = layer.rows(
+    num_experts=[int(n) for n in _NUM_EXPERTS.value],
+    num_tokens=_NUM_TOKENS.value,
+    embed_dim=_EMBED_DIM.value,
+    mlp_dim=_MLP_DIM.value,
+    num_selected_experts=_SELECTED.value,
+    capacity_factor=_CAPACITY_FACTOR.value,
+    dispatch=_DISPATCH.value,
+    activation=_ACTIVATION.value,
+    dtype=_DTYPE.value,
+    rounds=_ROUNDS.value,
+    seed=_SEED.value,
+  )
+  if not _JSON.value:
+    print(
+      f'{"E":>5} {"pass":<17}{"dense/MoE":<20}{"products/MoE":<20}{"null":<20}'
+      f'{"drops":>7}{"tokens/E":>10}{"compile s":>10}'
+    )
+  for row in rows:
+    if _JSON.value:
+      print(json.dumps(row), flush=True)
+      continue
+    eta = {name: str(Ratio(**row[name])) for name in ('eta_dense', 'eta_bmm', 'null')}
+    print(
+      f'{row["num_experts"]:>5} {row["pass"]:<17}{eta["eta_dense"]:<20}{eta["eta_bmm"]:<20}'
+      f'{eta["null"]:<20}{row["drop_share"]:>7.1%}{row["tokens_per_expert"]:>10.0f}'
+      f'{row["compile_seconds"]:>10.1f}{"  VOID: restless machine" if row["void"] else ""}',
+      flush=True,
+    )
+
+
+def _step() -> None:
+  result = step.shares(_CONFIG(), _ROUNDS.value, _STEPS.value)
+  if _JSON.value:
+    print(json.dumps(result))
+    return
+  for name in ('forward', 'backward', 'optimizer'):
+    print(f'{name:<12}{result[name]:>7.1%} of a step')
+  print(f'{"data wait":<12}{result["data_wait"]:>7.2%} of the time of {_STEPS.value} real steps')
+  print(f'compilations of the step: {result["compilations"]}')
+
+
+def _take_command(argv: list[str]) -> str:
+  """Takes the command out of the arguments: absl knows flags only."""
+  if len(argv) < 2 or argv[1] not in _COMMANDS:
+    given = argv[1] if len(argv) > 1 else None
+    cli.fail(f'benchmark={given!r}: must be one of {", ".join(_COMMANDS)}')
+  return argv.pop(1)
+
+
+if __name__ == '__main__':
+  _COMMAND = _take_command(sys.argv)
+  cli.run(main)

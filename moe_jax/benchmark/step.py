@@ -1,0 +1,84 @@
+"""Where the time of a training step goes, and how long it waits for data."""
+
+import time
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from moe_jax import optim
+from moe_jax.data import train_iterator
+from moe_jax.models.build import build_model
+from moe_jax.train import objective
+from moe_jax.train.loop import dataset_of, mesh_of
+from moe_jax.train.state import init_state
+from moe_jax.train.step import make_gradient, make_loss, make_train_step, put_batch
+
+
+def shares(config: ml_collections.ConfigDict, rounds: int, steps: int) -> dict[str, Any]:
+  """Measures the parts of a step, as shares of it.
+
+  Forward, forward + backward, and the whole step are compiled apart and run in turn on the same
+  batch, `rounds` times. Then `steps` real steps run with the data pipeline behind them.
+
+  Returns:
+    Medians over rounds: `forward`, `backward`, `optimizer` (what is left: clipping and update), as
+    shares of the step; `data_wait`, the share of the time of the real steps spent on waiting for the
+    next batch; `compilations` of the step.
+  """
+  mesh = mesh_of(config)
+  dataset = dataset_of(config)
+  microbatch = config.data.batch_size // config.train.accumulation_steps
+  model = build_model(config, mesh, dataset.tokenizer.vocab_size, 'train', microbatch)
+  optimizer = optim.make_optimizer(config.optim, config.train.num_steps)
+  schedule = optim.make_schedule(config.optim, config.train.num_steps)
+  accumulate = (config.train.accumulation_steps, False, config.moe.layer_reduction)
+  batches = train_iterator(
+    dataset.windows('train', config.data.sequence_length),
+    batch_size=config.data.batch_size,
+    seed=config.train.seed,
+  )
+  weights = objective.loss_weights(config)
+  with jax.set_mesh(mesh):
+    state = init_state(model, optimizer, config.train.seed)
+    batch = put_batch(next(batches), model)
+    key = jax.random.key(0)
+    loss = make_loss(model, config.moe.layer_reduction)
+    parts = {'forward': jax.jit(lambda params: loss(params, batch, key, weights, 1.0, None)[0])}
+    gradient = make_gradient(model, *accumulate)
+    parts['gradient'] = jax.jit(lambda params: gradient(params, batch, key, weights)[0])
+    step = make_train_step(
+      model, optimizer, schedule, *accumulate[:2], layer_reduction=accumulate[2]
+    )
+    for part in parts.values():
+      jax.block_until_ready(part(state.params))
+    state, _ = step(state, batch, weights)
+    seconds: dict[str, list[float]] = {'forward': [], 'gradient': [], 'step': []}
+    for _ in range(rounds):
+      for name, part in parts.items():
+        start = time.perf_counter()
+        jax.block_until_ready(part(state.params))
+        seconds[name].append(time.perf_counter() - start)
+      start = time.perf_counter()
+      state, _ = jax.block_until_ready(step(state, batch, weights))
+      seconds['step'].append(time.perf_counter() - start)
+    waited = 0.0
+    start = time.perf_counter()
+    for _ in range(steps):
+      asked = time.perf_counter()
+      batch = put_batch(next(batches), model)
+      waited += time.perf_counter() - asked
+      state, metrics = step(state, batch, weights)
+      jax.block_until_ready(metrics)
+    total = time.perf_counter() - start
+  whole = np.array(seconds['step'])
+  forward = float(np.median(np.array(seconds['forward']) / whole))
+  gradient_share = float(np.median(np.array(seconds['gradient']) / whole))
+  return {
+    'forward': forward,
+    'backward': gradient_share - forward,
+    'optimizer': 1 - gradient_share,
+    'data_wait': waited / total,
+    'compilations': step._cache_size(),
+  }

@@ -1,0 +1,89 @@
+"""How arms are timed against each other on a machine that others use too.
+
+Every round runs each arm once, in an order drawn anew, and gives one ratio between two arms; what is
+reported is the median of the ratios with their quartiles. A copy of the dense layer runs as an arm
+of its own: if its median ratio leaves 0.95 to 1.05, the machine was too restless, the run is void.
+"""
+
+import random
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+NULL_BOUNDS = (0.95, 1.05)
+
+
+class Compiled(NamedTuple):
+  """A compiled function with its arguments.
+
+  Attributes:
+    call: runs it once and waits.
+    compile_seconds: what XLA took.
+  """
+
+  call: Callable[[], Any]
+  compile_seconds: float
+
+
+class Ratio(NamedTuple):
+  """Time of the reference / time of an arm: above 1, the arm is faster. Median and quartiles."""
+
+  median: float
+  low: float
+  high: float
+
+  def __str__(self) -> str:
+    return f'{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]'
+
+
+def compile_arm(function: Callable, *arguments: Any) -> Compiled:
+  """Compiles and warms up a function."""
+  lowered = jax.jit(function).lower(*arguments)
+  start = time.perf_counter()
+  compiled = lowered.compile()
+  seconds = time.perf_counter() - start
+
+  def call():
+    return jax.block_until_ready(compiled(*arguments))
+
+  call()
+  return Compiled(call, seconds)
+
+
+def measure(
+  arms: Mapping[str, Callable[[], Any]], rounds: int, seed: int = 0
+) -> dict[str, list[float]]:
+  """Times the arms in interleaved rounds.
+
+  Args:
+    arms: each runs once and waits for its result.
+    rounds: at least 9.
+    seed: of the orders.
+
+  Returns:
+    For each arm, its seconds in every round.
+  """
+  order = random.Random(seed)
+  seconds: dict[str, list[float]] = {name: [] for name in arms}
+  for _ in range(rounds):
+    names = list(arms)
+    order.shuffle(names)
+    for name in names:
+      start = time.perf_counter()
+      arms[name]()
+      seconds[name].append(time.perf_counter() - start)
+  return seconds
+
+
+def ratio(reference: list[float], arm: list[float]) -> Ratio:
+  """Returns the time of a reference over that of an arm, round by round."""
+  low, median, high = np.quantile(np.array(reference) / np.array(arm), [0.25, 0.5, 0.75])
+  return Ratio(float(median), float(low), float(high))
+
+
+def is_void(null: Ratio) -> bool:
+  """Whether the copy of the reference came out too far from the reference."""
+  return not NULL_BOUNDS[0] <= null.median <= NULL_BOUNDS[1]

@@ -1,0 +1,129 @@
+"""A user's own text: a folder of .txt and .jsonl files, or one such file."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+
+from moe_jax import errors
+from moe_jax.data import documents as documents_lib
+
+SUFFIXES = ('.txt', '.jsonl')
+_DEFAULT_DOMAIN = 'text'
+
+
+class LocalText:
+  """The documents below a path, read anew at every pass.
+
+  A .txt file is one document; its domain is the first-level sub-folder that it lies in, or 'text'.
+  A .jsonl file is one document per line, `{"text": ..., "domain": ..., "name": ...}`, the last two
+  optional. Files are read in the order of their relative paths; hidden files and folders and other
+  suffixes are passed over.
+
+  Attributes:
+    path: the folder or file.
+    fingerprint: SHA-256 over the relative paths and contents.
+  """
+
+  def __init__(self, path: str, dataset_name: str):
+    """Finds and fingerprints the files.
+
+    Args:
+      path: a folder or a file.
+      dataset_name: the user's `data.name`, for error messages.
+
+    Raises:
+      errors.UserError: if the path is missing or unreadable or holds no .txt or .jsonl file.
+    """
+    self.path = path
+    self._dataset_name = dataset_name
+    self._files = self._find()
+    digest = hashlib.sha256()
+    for relative, file in self._files:
+      content = hashlib.sha256(self._read(file)).hexdigest()
+      digest.update(f'{len(relative)}:{relative}:{content};'.encode('utf-8', 'surrogateescape'))
+    self.fingerprint = digest.hexdigest()
+
+  def __iter__(self) -> Iterator[documents_lib.Document]:
+    """Yields the documents.
+
+    Raises:
+      errors.UserError: if a file is not UTF-8, is empty, or holds a record without text; names the
+        file and the place in it.
+    """
+    for relative, file in self._files:
+      text = self._decode(file)
+      domain = relative.split(os.sep)[0] if os.sep in relative else _DEFAULT_DOMAIN
+      if file.endswith('.jsonl'):
+        yield from self._records(file, relative, text, domain)
+      else:
+        self._check_length(text, file)
+        yield documents_lib.Document(text, domain, relative)
+
+  def _error(self, what: str) -> errors.UserError:
+    return errors.UserError('data.name', self._dataset_name, what)
+
+  def _find(self) -> list[tuple[str, str]]:
+    if os.path.isfile(self.path):
+      if not self.path.endswith(SUFFIXES):
+        raise self._error(f'{self.path} is not a {" or ".join(SUFFIXES)} file')
+      return [(os.path.basename(self.path), self.path)]
+    if not os.path.isdir(self.path):
+      raise self._error(f'{self.path!r} does not exist; give a folder or a file of text')
+    found = []
+    for folder, folders, names in os.walk(self.path, followlinks=True):
+      folders[:] = [name for name in folders if not name.startswith('.')]
+      for name in names:
+        if name.endswith(SUFFIXES) and not name.startswith('.'):
+          file = os.path.join(folder, name)
+          found.append((os.path.relpath(file, self.path), file))
+    if not found:
+      raise self._error(f'{self.path} holds no {" or ".join(SUFFIXES)} file')
+    return sorted(found)
+
+  def _read(self, file: str) -> bytes:
+    try:
+      with open(file, 'rb') as stream:
+        return stream.read()
+    except OSError as error:
+      raise self._error(f'{file} cannot be read ({error.strerror})') from error
+
+  def _decode(self, file: str) -> str:
+    content = self._read(file)
+    try:
+      # A byte order mark is a trace of an editor, not text.
+      text = content.decode('utf-8-sig')
+    except UnicodeDecodeError as error:
+      raise self._error(f'{file} is not UTF-8 text (byte {error.start})') from error
+    if not text.strip():
+      raise self._error(f'{file} is empty')
+    return text
+
+  def _check_length(self, text: str, where: str) -> None:
+    if len(text.encode()) < 2:
+      raise self._error(f'{where} is a document shorter than two tokens')
+
+  def _records(
+    self, file: str, relative: str, text: str, domain: str
+  ) -> Iterator[documents_lib.Document]:
+    # Not splitlines(): JSON strings may hold U+2028 and other characters it splits at.
+    for number, line in enumerate(text.split('\n'), start=1):
+      where = f'{file}:{number}'
+      if not line.strip():
+        continue
+      try:
+        record = json.loads(line)
+      except json.JSONDecodeError as error:
+        raise self._error(f'{where} is not JSON ({error.msg})') from error
+      if not isinstance(record, dict) or not isinstance(record.get('text'), str):
+        raise self._error(f'{where} is not an object with a string "text"')
+      for key in ('domain', 'name'):
+        if not isinstance(record.get(key, ''), str):
+          raise self._error(f'{where} has a "{key}" that is not a string')
+      try:
+        self._check_length(record['text'], where)
+      except UnicodeEncodeError as error:
+        raise self._error(f'{where} holds half a surrogate pair, which is not text') from error
+      yield documents_lib.Document(
+        record['text'], record.get('domain') or domain, record.get('name') or f'{relative}:{number}'
+      )

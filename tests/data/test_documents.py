@@ -1,0 +1,99 @@
+"""Splits by whole documents, and text that stands in two splits."""
+
+import hypothesis
+from hypothesis import strategies as st
+
+from moe_jax.data import documents as documents_lib
+from moe_jax.data import overlap
+
+from . import conftest
+
+DOCUMENTS = st.lists(
+  st.tuples(st.integers(0, 30).map(str), st.sampled_from('ab'), st.integers(1, 50)),
+  min_size=1,
+  max_size=40,
+)
+
+
+@hypothesis.settings(max_examples=200, deadline=None)
+@hypothesis.given(DOCUMENTS, st.randoms())
+def test_splits_are_stable_and_by_content(documents, rng):
+  def assign(documents):
+    keys, domains, sizes = map(list, zip(*documents, strict=True))
+    return documents_lib.assign_splits(keys, domains, sizes, 0.2, 0.2)
+
+  splits = assign(documents)
+  by_key = {}
+  for (key, _, _), split in zip(documents, splits, strict=True):
+    assert by_key.setdefault(key, split) == split
+  shuffled = rng.sample(documents, len(documents))
+  assert {d[0]: s for d, s in zip(shuffled, assign(shuffled), strict=True)} == by_key
+  if len({domain for _, domain, _ in documents}) == 1:
+    assert 'train' in splits
+    assert set(splits) == {'train', 'test', 'valid'} or len(by_key) < 3
+
+
+def test_shares_are_near_what_was_asked():
+  keys = [documents_lib.content_key(str(i)) for i in range(1000)]
+  splits = documents_lib.assign_splits(keys, ['a'] * 1000, [10] * 1000, 0.05, 0.1)
+  assert splits.count('valid') == 50
+  assert splits.count('test') == 100
+
+
+def test_a_huge_work_is_not_held_out_for_a_small_share():
+  keys = [documents_lib.content_key(str(i)) for i in range(10)]
+  for huge in range(10):
+    sizes = [1000 if i == huge else 10 for i in range(10)]
+    splits = documents_lib.assign_splits(keys, ['a'] * 10, sizes, 0.05, 0.05)
+    assert splits[huge] == 'train'
+
+
+def test_one_document_only_trains():
+  assert documents_lib.assign_splits(['k'], ['a'], [10], 0.4, 0.4) == ['train']
+  assert sorted(documents_lib.assign_splits(['k', 'l'], ['a'] * 2, [9, 9], 0.4, 0.4)) == [
+    'test',
+    'train',
+  ]
+
+
+def _document(text, name):
+  return documents_lib.Document(text, 'a', name)
+
+
+def test_quoted_lines_leave_the_training_text_and_nothing_else_does():
+  held_out = conftest.prose('held out', 20)
+  line, other = held_out.splitlines()[3], held_out.splitlines()[9]
+  own = conftest.prose('own', 20)
+  # Other case, other punctuation, and broken elsewhere.
+  words = other.split()
+  quoted = f'{line.upper()}!\n"{" ".join(words[:5])}\n{" ".join(words[5:])}"\n'
+  pairs = [('train', _document(own + quoted + own[:50], 'x')), ('test', _document(held_out, 'y'))]
+  kept, removed = overlap.remove_held_out_lines(pairs)
+  assert kept[0][1].text == own + own[:50]
+  assert kept[1] == pairs[1]
+  assert removed == len(quoted)
+
+
+def test_short_formulas_stay():
+  held_out = conftest.prose('held out', 5) + 'and it is so in a way of it\n'
+  train = conftest.prose('own', 5) + 'and it is so in a way of it\n'
+  pairs = [('train', _document(train, 'x')), ('valid', _document(held_out, 'y'))]
+  assert overlap.remove_held_out_lines(pairs) == (pairs, 0)
+
+
+def test_copies_of_held_out_works_and_of_each_other_go():
+  held_out, own = conftest.prose('held out', 20), conftest.prose('own', 20)
+  pairs = [
+    ('train', _document(own, 'own')),
+    ('train', _document(own.upper(), 'copy')),
+    ('train', _document('Preface.\n' + held_out[: len(held_out) // 2], 'excerpt')),
+    ('test', _document(held_out, 'held out')),
+  ]
+  kept, _ = overlap.remove_held_out_lines(pairs)
+  assert [document.name for _, document in kept] == ['own', 'held out']
+
+
+def test_nothing_held_out_and_empty():
+  pairs = [('train', _document(conftest.prose('own', 3), 'x'))]
+  assert overlap.remove_held_out_lines(pairs) == (pairs, 0)
+  assert overlap.remove_held_out_lines([]) == ([], 0)

@@ -1,0 +1,244 @@
+"""From a name to a data set: bad input, kills, damage, and two processes at once."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from moe_jax import data, errors
+from moe_jax.data import prepare, token_store
+
+from . import conftest
+
+
+@pytest.fixture
+def corpus(tmp_path):
+  folder = tmp_path / 'corpus'
+  for domain in ('letters', 'notes'):
+    (folder / domain).mkdir(parents=True)
+    for i in range(4):
+      (folder / domain / f'{i}.txt').write_text(conftest.prose(f'{domain}{i}', 6))
+  records = [{'text': conftest.prose(f'r{i}', 3), 'domain': 'mail'} for i in range(3)]
+  records.append({'text': 'Second\u2028half.', 'name': 'named'})
+  (folder / 'records.jsonl').write_text('\n\n'.join(map(json.dumps, records)) + '\n')
+  (folder / 'ignored.csv').write_bytes(b'\xff')
+  (folder / '.hidden.txt').write_bytes(b'\xff')
+  return folder
+
+
+def open_text(corpus, tmp_path, **kwargs):
+  return data.open_dataset(f'text:{corpus}', data_dir=str(tmp_path / 'data'), **kwargs)
+
+
+def test_a_folder_of_text(corpus, tmp_path):
+  dataset = open_text(corpus, tmp_path)
+  assert dataset.domains == ('letters', 'mail', 'notes', 'text')
+  counts = {s: dataset.num_documents(s) for s in ('train', 'valid', 'test')}
+  assert sum(counts.values()) == 12
+  assert all(dataset.num_documents('test', d) for d in ('letters', 'mail', 'notes'))
+  everything = [t for split in counts for t in dataset.document_text(split)]
+  assert 'Second\u2028half.'.encode() in everything
+  assert sum(map(len, everything)) == sum(map(dataset.num_bytes, counts))
+  assert dataset.num_tokens('train') == dataset.num_bytes('train') + counts['train']
+  windows = dataset.windows('train', 64)
+  assert windows.num_pairs == dataset.num_tokens('train')
+  mail = dataset.domains.index('mail')
+  assert {int(i) for row in dataset.windows('train', 64, 'mail') for i in row['domain_ids']} <= {
+    mail,
+    -1,
+  }
+  json.dumps(dataset.provenance)
+  batch = next(data.train_iterator(windows, batch_size=2, seed=0))
+  assert batch['inputs'].shape == (2, 64)
+
+
+def test_one_file(corpus, tmp_path):
+  dataset = open_text(corpus / 'letters' / '0.txt', tmp_path)
+  assert dataset.domains == ('text',)
+  with pytest.raises(errors.UserError, match="split='valid'.*has none there"):
+    dataset.windows('valid', 8)
+
+
+def test_changed_files_are_prepared_anew(corpus, tmp_path):
+  before = open_text(corpus, tmp_path)
+  assert open_text(corpus, tmp_path).fingerprint == before.fingerprint
+  (corpus / 'notes' / '0.txt').write_text(conftest.prose('changed', 6))
+  assert open_text(corpus, tmp_path).fingerprint != before.fingerprint
+  shares = open_text(corpus, tmp_path, valid_fraction=0.0)
+  assert shares.num_documents('valid') == 0
+
+
+def _replace(name, content):
+  def change(corpus):
+    (corpus / name).write_bytes(content)
+
+  return change
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    (_replace('notes/bad.txt', b'good \xff bad'), r'notes/bad.txt is not UTF-8 text \(byte 5\)'),
+    (_replace('notes/empty.txt', b''), 'notes/empty.txt is empty'),
+    (_replace('notes/blank.txt', b' \n\n'), 'notes/blank.txt is empty'),
+    (_replace('notes/short.txt', b'x'), 'notes/short.txt is a document shorter than two tokens'),
+    (_replace('a.jsonl', b'{"text": "fine"}\n{"text"\n'), 'a.jsonl:2 is not JSON'),
+    (_replace('a.jsonl', b'["text"]\n'), 'a.jsonl:1 is not an object with a string "text"'),
+    (_replace('a.jsonl', b'{"text": 3}\n'), 'a.jsonl:1 is not an object with a string "text"'),
+    (_replace('a.jsonl', b'{"text": "ab", "name": 3}'), 'a.jsonl:1 has a "name" that is not'),
+    (_replace('a.jsonl', b'{"text": ""}'), 'a.jsonl:1 is a document shorter than two tokens'),
+    (_replace('a.jsonl', b'{"text": "\\ud800x"}'), 'a.jsonl:1 holds half a surrogate pair'),
+    (shutil.rmtree, 'does not exist'),
+    (lambda corpus: [shutil.rmtree(corpus), corpus.mkdir()], 'holds no .txt or .jsonl file'),
+  ],
+)
+def test_bad_text_names_the_file_and_leaves_no_store(corpus, tmp_path, change, message):
+  change(corpus)
+  with pytest.raises(errors.UserError, match=message) as error:
+    open_text(corpus, tmp_path)
+  assert error.value.field == 'data.name'
+  assert '\n' not in str(error.value)
+  assert not (tmp_path / 'data' / 'tokens').exists()
+
+
+def test_one_token_documents_are_short_for_bpe(corpus, tmp_path):
+  for i in range(12):
+    (corpus / 'notes' / f'word{i}.txt').write_text('antidis ' * 50 + str(i))
+  (corpus / 'notes' / 'one.txt').write_text('antidis')
+  open_text(corpus, tmp_path)
+  with pytest.raises(errors.UserError, match='document notes/one.txt is shorter than two tokens'):
+    open_text(corpus, tmp_path, tokenizer='bpe', vocab_size=600)
+
+
+@pytest.mark.parametrize(
+  ('name', 'kwargs', 'field'),
+  [
+    ('tier9', {}, 'data.name'),
+    ('', {}, 'data.name'),
+    ('text:', {}, 'data.name'),
+    ('tfds:', {}, 'data.name'),
+    ('tier1', {'tokenizer': 'words'}, 'data.tokenizer'),
+    ('tier1', {'vocab_size': 300}, 'data.vocab_size'),
+    ('tier1', {'tokenizer': 'bpe', 'vocab_size': 100}, 'data.vocab_size'),
+    ('tier1', {'valid_fraction': 0.7}, 'data.valid_fraction'),
+    ('tier1', {'test_fraction': -0.1}, 'data.test_fraction'),
+  ],
+)
+def test_bad_arguments(tmp_path, name, kwargs, field):
+  with pytest.raises(errors.UserError) as error:
+    data.open_dataset(name, data_dir=str(tmp_path / 'data'), **kwargs)
+  assert error.value.field == field
+  assert not (tmp_path / 'data').exists()
+
+
+def test_unwritable_directory(corpus, tmp_path):
+  (tmp_path / 'data').write_text('a file stands here')
+  with pytest.raises(errors.UserError, match='data_dir'):
+    open_text(corpus, tmp_path)
+
+
+def test_unknown_split_and_domain(corpus, tmp_path):
+  dataset = open_text(corpus, tmp_path)
+  for call in (dataset.num_bytes, dataset.num_tokens, dataset.num_documents):
+    with pytest.raises(errors.UserError, match="split='dev'"):
+      call('dev')
+  with pytest.raises(errors.UserError, match="split='dev'"):
+    dataset.windows('dev', 8)
+  with pytest.raises(errors.UserError, match="domain='poems'"):
+    dataset.windows('train', 8, 'poems')
+
+
+class Killed(BaseException):
+  pass
+
+
+@pytest.mark.parametrize('place', ['tfds', 'tokens', 'meta'])
+def test_a_kill_leaves_nothing_half_made(corpus, tmp_path, monkeypatch, place):
+  whole = open_text(corpus, tmp_path).fingerprint
+  shutil.rmtree(tmp_path / 'data')
+
+  def killed(*args, **kwargs):
+    raise Killed
+
+  with monkeypatch.context() as patch:
+    # A real kill runs no clean-up either.
+    patch.setattr('moe_jax.data.files.shutil.rmtree', lambda *args, **kwargs: None)
+    if place == 'tfds':
+      patch.setattr('moe_jax.data.local_text.LocalText._check_length', killed)
+    elif place == 'tokens':
+      patch.setattr(token_store.SplitWriter, 'finish', killed)
+    else:
+      patch.setattr('moe_jax.data.token_store.files.sha256_file', killed)
+    with pytest.raises(Killed):
+      open_text(corpus, tmp_path)
+  dataset = open_text(corpus, tmp_path)
+  assert dataset.fingerprint == whole
+  left = [name for _, folders, files in os.walk(tmp_path / 'data') for name in folders + files]
+  assert not [name for name in left if 'incomplete' in name]
+
+
+def _store_file(tmp_path, pattern):
+  (path,) = (tmp_path / 'data').glob(pattern)
+  return path
+
+
+def test_a_damaged_store_is_made_again(corpus, tmp_path, capsys):
+  before = open_text(corpus, tmp_path)
+  path = _store_file(tmp_path, 'tokens/*/bytes/train.tokens.npy')
+  path.write_bytes(path.read_bytes()[:-10])
+  capsys.readouterr()
+  after = open_text(corpus, tmp_path)
+  assert 'train.tokens.npy should have' in capsys.readouterr().err
+  assert after.fingerprint == before.fingerprint
+  np.testing.assert_array_equal(after.windows('train', 8)[0]['inputs'].shape, (8,))
+
+
+@pytest.mark.parametrize('damage', ['flip', 'cut'])
+def test_a_damaged_tfds_data_set_is_built_again(corpus, tmp_path, capsys, damage):
+  before = open_text(corpus, tmp_path)
+  shutil.rmtree(tmp_path / 'data' / 'tokens')
+  path = _store_file(tmp_path, 'tfds/*/*/*/*train*array_record*')
+  content = bytearray(path.read_bytes())
+  # The first record starts at byte 64.
+  content[200] ^= 0xFF
+  path.write_bytes(content if damage == 'flip' else content[: len(content) // 2])
+  after = open_text(corpus, tmp_path)
+  assert 'building it again' in capsys.readouterr().err
+  assert after.fingerprint == before.fingerprint
+
+
+def test_a_damaged_store_without_its_source_is_damage(registry, tmp_path, monkeypatch):
+  data.open_dataset('tier1', data_dir=str(tmp_path))
+  shutil.rmtree(tmp_path / 'downloads')
+  shutil.rmtree(tmp_path / 'tfds')
+  _, path = sorted(tmp_path.glob('tokens/*/bytes/*.bytes.npy'))[:2]
+  path.unlink()
+
+  def offline(packages, directory, dataset_name):
+    raise errors.UserError('data.name', dataset_name, 'no network')
+
+  monkeypatch.setattr('moe_jax.data.packages._download', offline)
+  with pytest.raises(errors.DamagedError, match='cannot be made again.*no network'):
+    data.open_dataset('tier1', data_dir=str(tmp_path))
+
+
+def test_two_processes_prepare_the_same_data_set(corpus, tmp_path):
+  script = (
+    'import sys; from moe_jax import data;'
+    'print(data.open_dataset(sys.argv[1], data_dir=sys.argv[2]).fingerprint)'
+  )
+  command = [sys.executable, '-c', script, f'text:{corpus}', str(tmp_path / 'data')]
+  pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+  processes = [subprocess.Popen(command, **pipes) for _ in range(2)]
+  results = [process.communicate(timeout=120) for process in processes]
+  assert [process.returncode for process in processes] == [0, 0], results
+  assert len({out for out, _ in results}) == 1
+  assert sum('encoding' in err for _, err in results) == 1
+
+
+def test_the_tiers_are_what_open_dataset_says():
+  assert set(prepare.TIERS) == {'tier1', 'tier2'}

@@ -1,0 +1,115 @@
+"""Tokenizers lose nothing and never mistake text for a special token."""
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from moe_jax import errors
+from moe_jax.data import tokenizer as tokenizer_lib
+
+from . import conftest
+
+TEXTS = [conftest.prose(f'text{i}', 60) + 'Grüße, <bos> and <eos>!\r\n\t x\n' for i in range(6)]
+
+
+@pytest.fixture(scope='module')
+def bpe():
+  return tokenizer_lib.train_bpe(TEXTS, 700)
+
+
+@pytest.fixture(params=['bytes', 'bpe'])
+def tokenizer(request, bpe):
+  return bpe if request.param == 'bpe' else tokenizer_lib.ByteTokenizer()
+
+
+fixed_tokenizer = hypothesis.settings(
+  max_examples=80,
+  deadline=None,
+  suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+
+
+@fixed_tokenizer
+@hypothesis.given(st.lists(st.text() | st.sampled_from(['<bos>', '<eos>', '\n', '\u2028', ' '])))
+def test_lossless_for_any_text(tokenizer, parts):
+  text = ''.join(parts)
+  ids = tokenizer.encode(text)
+  assert ids.dtype == np.int32
+  assert not np.isin(ids, [tokenizer.bos_id, tokenizer.eos_id]).any()
+  assert tokenizer.decode(ids) == text
+  assert tokenizer.decode([tokenizer.bos_id, *ids.tolist(), tokenizer.eos_id]) == text
+
+
+@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.given(
+  st.lists(st.sampled_from(['word', ' ', '\n', '\n\n', '.', "'s", '\x1c', 'é', '\r\n'])).map(
+    lambda parts: ''.join(parts) * 40
+  )
+)
+def test_cutting_long_texts_changes_no_token(bpe, text):
+  old = tokenizer_lib._PIECE_CHARACTERS
+  tokenizer_lib._PIECE_CHARACTERS = 5
+  try:
+    cut = bpe.encode(text)
+  finally:
+    tokenizer_lib._PIECE_CHARACTERS = old
+  assert cut.tolist() == bpe._tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def test_incomplete_utf8_becomes_replacement_characters(tokenizer):
+  ids = [int(i) for i in tokenizer.encode('é')]
+  if tokenizer.name == 'bytes':
+    assert tokenizer.decode(ids[:1]) == '\ufffd'
+  assert tokenizer.decode([]) == ''
+
+
+def test_batch_equals_one_by_one(tokenizer):
+  for text, ids in zip(TEXTS, tokenizer.encode_batch(TEXTS), strict=True):
+    np.testing.assert_array_equal(ids, tokenizer.encode(text))
+
+
+def test_training_is_deterministic_and_small_texts_give_small_vocabularies(bpe):
+  assert tokenizer_lib.train_bpe(TEXTS, 700).fingerprint == bpe.fingerprint
+  assert bpe.vocab_size == 700
+  tiny = tokenizer_lib.train_bpe(['ab'], 700)
+  assert tiny.vocab_size == 258
+  assert tiny.decode(tiny.encode('Ω zebra')) == 'Ω zebra'
+
+
+def test_save_and_load(tokenizer, tmp_path):
+  tokenizer.save(str(tmp_path))
+  loaded = tokenizer_lib.load_tokenizer(str(tmp_path))
+  for key in ('name', 'vocab_size', 'bos_id', 'eos_id', 'fingerprint'):
+    assert getattr(loaded, key) == getattr(tokenizer, key)
+  np.testing.assert_array_equal(loaded.encode('<eos> a'), tokenizer.encode('<eos> a'))
+
+
+@pytest.mark.parametrize(
+  'content', [None, '', '{"model"', '[]', '{"model": {"type": "WordPiece"}}']
+)
+def test_damaged_file(tmp_path, content):
+  if content is not None:
+    (tmp_path / tokenizer_lib.FILE).write_text(content)
+  with pytest.raises(errors.DamagedError, match=tokenizer_lib.FILE):
+    tokenizer_lib.load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+  ('kind', 'vocab_size', 'field'),
+  [
+    ('words', 0, 'data.tokenizer'),
+    ('bytes', 512, 'data.vocab_size'),
+    ('bpe', 0, 'data.vocab_size'),
+    ('bpe', 511, 'data.vocab_size'),
+  ],
+)
+def test_bad_requests_name_the_field(kind, vocab_size, field):
+  with pytest.raises(errors.UserError) as error:
+    tokenizer_lib.check_request(kind, vocab_size)
+  assert error.value.field == field
+
+
+def test_good_requests():
+  for kind, vocab_size in (('bytes', 0), ('bytes', 258), ('bpe', 512)):
+    tokenizer_lib.check_request(kind, vocab_size)
