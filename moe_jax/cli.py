@@ -7,6 +7,7 @@ and 143 interrupted by SIGINT and SIGTERM, with the state saved; 1 a defect of o
 import errno
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import ml_collections
 from absl import app, flags, logging
@@ -82,7 +83,8 @@ def _guard(main: Callable[[], int | None]) -> int | None:
   return None
 
 
-def fail(message: str, code: int = USER_ERROR_EXIT_CODE) -> None:
+def fail(message: str, code: int = USER_ERROR_EXIT_CODE) -> NoReturn:
+  """Prints one `error:` line and leaves."""
   print(f'error: {" ".join(message.split())}', file=sys.stderr, flush=True)
   sys.exit(code)
 
