@@ -17,6 +17,6 @@ def get_config(arg: str = ''):
   config.data.update(
     name='tier1', tokenizer='bpe', vocab_size=2048, sequence_length=128, batch_size=16
   )
-  config.optim.update(name='muon', learning_rate=0.02, adam_learning_rate=0.006, warmup_steps=20)
-  config.train.update(num_steps=700, checkpoint_every=100, eval_every=0)
+  config.optim.update(learning_rate=6e-3, warmup_steps=40)
+  config.train.update(num_steps=400, checkpoint_every=100)
   return config
