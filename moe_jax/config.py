@@ -49,6 +49,10 @@ def _share(default: float, meaning: str) -> Field:
   return Field(default, meaning, 'must be at least 0 and below 1', lambda v: 0 <= v < 1)
 
 
+def _held_out(default: float, meaning: str) -> Field:
+  return Field(default, meaning, 'must be at least 0 and below 0.5', lambda v: 0 <= v < 0.5)
+
+
 def _any(default: Any, meaning: str) -> Field:
   kind = {bool: 'true or false', str: 'text'}[type(default)]
   return Field(default, meaning, f'must be {kind}', lambda v: True)
@@ -138,8 +142,10 @@ SCHEMA: dict[str, dict[str, Field]] = {
     'vocab_size': _at_least(0, 0, 'Of the BPE, at least 512; 0 for bytes.'),
     'sequence_length': _at_least(256, 2, 'T, tokens in a sequence.'),
     'batch_size': _at_least(32, 1, 'B, sequences in an optimizer step, over all devices.'),
-    'valid_fraction': _share(0.05, 'Share held out for validation where the source has no split.'),
-    'test_fraction': _share(0.05, 'Share held out for test where the source has no split.'),
+    'valid_fraction': _held_out(
+      0.05, 'Share held out for validation where the source has no split.'
+    ),
+    'test_fraction': _held_out(0.05, 'Share held out for test where the source has no split.'),
   },
   'optim': {
     'name': _one_of('adamw', ('adamw', 'adafactor', 'muon', 'sgd'), 'Optimizer.'),
@@ -164,7 +170,12 @@ SCHEMA: dict[str, dict[str, Field]] = {
   },
   'train': {
     'num_steps': _at_least(1000, 1, 'Optimizer steps.'),
-    'seed': _at_least(0, 0, 'Of initialisation, data order, jitter and random drops.'),
+    'seed': Field(
+      0,
+      'Of initialisation, data order, jitter and random drops.',
+      'must be an integer in 0..2**31-1',
+      lambda v: 0 <= v < 2**31,
+    ),
     'accumulation_steps': _at_least(1, 1, 'Micro-batches in an optimizer step; divides the batch.'),
     'accumulation_scope': _one_of(
       'microbatch',
@@ -243,10 +254,6 @@ def _check_model(config: ml_collections.ConfigDict) -> None:
     raise UserError('data.vocab_size', data.vocab_size, 'must be 0 with data.tokenizer=bytes')
   if data.tokenizer == 'bpe' and data.vocab_size < 512:
     raise UserError('data.vocab_size', data.vocab_size, 'must be >= 512 with data.tokenizer=bpe')
-  if data.valid_fraction + data.test_fraction >= 1:
-    raise UserError(
-      'data.test_fraction', data.test_fraction, 'must leave text to train on beside valid_fraction'
-    )
   if optim.schedule != 'constant' and optim.warmup_steps >= config.train.num_steps:
     raise UserError(
       'optim.warmup_steps', optim.warmup_steps, f'must be below {config.train.num_steps} steps'

@@ -66,7 +66,13 @@ def main() -> None:
 
 
 def _batch_size(run) -> int:
-  return run.config.data.batch_size // run.config.train.accumulation_steps
+  """Returns the micro-batch of the run, filled up to what the mesh and the routing groups divide.
+
+  Rows that fill up are padding: the size of a batch changes no number.
+  """
+  microbatch = run.config.data.batch_size // run.config.train.accumulation_steps
+  unit = run.mesh.size * (run.config.moe.group_size if run.config.moe.num_experts else 1)
+  return -(-microbatch // unit) * unit
 
 
 def _add_baselines(result: dict[str, Any], dataset: Dataset, split: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import ml_collections
+import numpy as np
 import tqdm
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -42,25 +43,28 @@ class _Signals:
     return self
 
   def __exit__(self, *exception):
-    for number, handler in self._old.items():
-      signal.signal(number, handler)
+    for number in self._old:
+      self._put_back(number)
+
+  def _put_back(self, number: int) -> None:
+    # None stands for a handler that was not set from Python, as JAX's own for preemption.
+    old = self._old[number]
+    signal.signal(number, signal.SIG_DFL if old is None else old)
 
   def _remember(self, number: int, frame: FrameType | None) -> None:
     if self.received is not None:
       # The second one means now.
-      signal.signal(number, self._old[number])
+      self._put_back(number)
       signal.raise_signal(number)
     self.received = number
 
-  def should_stop(self, step: int) -> bool:
+  def should_stop(self) -> bool:
     """Whether to stop after this step; the same answer in every process."""
-    if jax.process_count() == 1:
-      return self.received is not None
-    return bool(multihost_utils.process_allgather(_flag(self.received)).any())
-
-
-def _flag(received: int | None):
-  return jax.numpy.asarray(received is not None)
+    if jax.process_count() > 1:
+      # Whoever did not receive it ends with the same exit code.
+      received = np.asarray(self.received or 0, np.int32)
+      self.received = int(multihost_utils.process_allgather(received).max()) or None
+    return self.received is not None
 
 
 class Outcome(NamedTuple):
@@ -116,6 +120,14 @@ def dataset_of(config: ml_collections.ConfigDict) -> Dataset:
     valid_fraction=data.valid_fraction,
     test_fraction=data.test_fraction,
   )
+
+
+def pools_sums(config: ml_collections.ConfigDict) -> bool:
+  """Whether auxiliary losses are formed over all micro-batches at once, see `make_gradient`.
+
+  Scopes smaller than a micro-batch need no pooling: each lies in one micro-batch.
+  """
+  return config.train.accumulation_scope == 'batch' and config.moe.balance_scope == 'global'
 
 
 def train(config: ml_collections.ConfigDict, workdir: str) -> Outcome:
@@ -191,10 +203,11 @@ def _train(run: _Run, old: dict[str, Any] | None) -> Outcome:
       optimizer,
       schedule,
       config.train.accumulation_steps,
-      config.train.accumulation_scope == 'batch' and config.moe.balance_scope == 'global',
+      pools_sums(config),
       config.moe.layer_reduction,
     )
-    writer = metrics.MetricsWriter(run.workdir, step, enabled=first)
+    again = _evaluates_at(config, step)
+    writer = metrics.MetricsWriter(run.workdir, step, enabled=first, drop_last_valid=again)
     try:
       outcome = _steps(run, train_step, state, batches, checkpoints, writer, step)
       checkpoints.wait()
@@ -261,6 +274,9 @@ def _steps(run, train_step, state, batches, checkpoints, writer, step: int) -> O
   evaluator = _Evaluator(run)
   bar = _Bar(run, step)
   pending = None
+  if _evaluates_at(config, step):
+    # The interruption came between this step's checkpoint and its evaluation, or may have.
+    writer.write(step, 'valid', evaluator(state.params))
   with _Signals() as signals:
     while step < config.train.num_steps:
       waited = time.perf_counter()
@@ -271,13 +287,13 @@ def _steps(run, train_step, state, batches, checkpoints, writer, step: int) -> O
       if pending is not None:
         _report(run, writer, bar, *pending)
       pending = (step, step_metrics, waited)
-      stop = signals.should_stop(step)
+      stop = signals.should_stop()
       last = step == config.train.num_steps or stop
       if last or step % config.train.checkpoint_every == 0:
         _report(run, writer, bar, *pending)
         pending = None
         checkpoints.save(step, state, batches.get_state())
-      if config.train.eval_every and not stop and step % config.train.eval_every == 0:
+      if _evaluates_at(config, step) and not stop:
         writer.write(step, 'valid', evaluator(state.params))
       if stop:
         run.say(f'\ninterrupted: saving step {step}')
@@ -287,6 +303,11 @@ def _steps(run, train_step, state, batches, checkpoints, writer, step: int) -> O
     run.say(f'warning: the step was compiled {train_step._cache_size()} times')
   finished = step == config.train.num_steps
   return Outcome(step, finished, None if finished else signals.received)
+
+
+def _evaluates_at(config: ml_collections.ConfigDict, step: int) -> bool:
+  """Whether the validation split is evaluated after this step."""
+  return bool(config.train.eval_every and step and step % config.train.eval_every == 0)
 
 
 def _report(run, writer, bar, step: int, step_metrics, waited: float) -> None:

@@ -78,7 +78,9 @@ class MetricsWriter:
   one cut line, which the next start removes along with lines past the step it resumes from.
   """
 
-  def __init__(self, workdir: str, resume_step: int, enabled: bool = True):
+  def __init__(
+    self, workdir: str, resume_step: int, enabled: bool = True, drop_last_valid: bool = False
+  ):
     self._enabled = enabled
     if not enabled:
       return
@@ -86,7 +88,7 @@ class MetricsWriter:
     import tensorboardX
 
     path = pathlib.Path(workdir) / 'metrics.jsonl'
-    _keep_until(path, resume_step)
+    _keep_until(path, resume_step, drop_last_valid)
     self._file = open(path, 'a', encoding='utf-8')  # noqa: SIM115
     self._events = tensorboardX.SummaryWriter(
       str(pathlib.Path(workdir) / 'tensorboard'), purge_step=resume_step + 1
@@ -120,11 +122,16 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
   return records
 
 
-def _keep_until(path: pathlib.Path, step: int) -> None:
-  """Drops lines of steps that will be done again, so that no step stands in the file twice."""
+def _keep_until(path: pathlib.Path, step: int, drop_last_valid: bool) -> None:
+  """Drops lines of what will be done again, so that nothing stands in the file twice."""
   if not path.exists():
     return
-  kept = [record for record in read_metrics(path) if record['step'] <= step]
+
+  def again(record: dict[str, Any]) -> bool:
+    repeated = drop_last_valid and record['split'] == 'valid' and record['step'] == step
+    return repeated or record['step'] > step
+
+  kept = [record for record in read_metrics(path) if not again(record)]
   replacement = path.with_suffix('.tmp')
   replacement.write_text(''.join(json.dumps(r) + '\n' for r in kept), encoding='utf-8')
   os.replace(replacement, path)

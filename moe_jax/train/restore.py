@@ -106,6 +106,6 @@ def _choose_mesh(config: ml_collections.ConfigDict, mesh: str | None) -> Mesh:
 
 def _parse_mesh(mesh: str) -> tuple[int, int]:
   parts = dict(part.partition('=')[::2] for part in mesh.split(','))
-  if set(parts) != {'data', 'expert'} or not all(n.isdigit() and int(n) for n in parts.values()):
+  if set(parts) != {'data', 'expert'} or not all(n.isdecimal() and int(n) for n in parts.values()):
     raise UserError('--mesh', mesh, 'must read data=D,expert=E')
   return int(parts['data']), int(parts['expert'])

@@ -1,6 +1,7 @@
 """The state of training, and where each of its arrays lies on the mesh."""
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -32,16 +33,22 @@ class TrainState(NamedTuple):
 
 def init_params(model: Decoder, seed: Int[Array, '']) -> Any:
   """Returns new parameters; the same numbers on any mesh."""
-  shards = model.mesh.size * (model.options.moe.group_size if model.options.moe else 1)
-  tokens = jnp.ones((shards, 2), jnp.int32)
+  tokens = jnp.ones((_num_rows(model), 2), jnp.int32)
   variables = model.init({'params': jax.random.key(seed)}, tokens, tokens, tokens)
   return nn.unbox(variables['params'])
 
 
+def _num_rows(model: Decoder) -> int:
+  """Returns the rows of a smallest batch that the mesh, groups and balance scopes divide."""
+  moe = model.options.moe
+  if moe is None:
+    return model.mesh.size
+  return math.lcm(model.mesh.size, moe.balance_scopes) * moe.group_size
+
+
 def params_shardings(model: Decoder) -> Any:
   """Returns a sharding for each parameter, from its logical dimensions and the table of rules."""
-  shards = model.mesh.size * (model.options.moe.group_size if model.options.moe else 1)
-  tokens = jax.ShapeDtypeStruct((shards, 2), jnp.int32)
+  tokens = jax.ShapeDtypeStruct((_num_rows(model), 2), jnp.int32)
   boxed = jax.eval_shape(
     lambda tokens: model.init({'params': jax.random.key(0)}, tokens, tokens, tokens), tokens
   )

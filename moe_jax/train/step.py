@@ -186,7 +186,7 @@ def make_train_step(
       objective=parts.objective,
       auxiliary=parts.auxiliary,
       router_sums=None if sums is None else over_scopes(sums),
-      grad_norm=optax.global_norm(grads),
+      grad_norm=optax.tree.norm(grads),
       learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
     )
     return TrainState(state.step + 1, params, opt_state, state.seed), metrics

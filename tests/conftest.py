@@ -1,0 +1,42 @@
+"""Every test runs on 8 simulated CPU devices, with shapes checked at every call of the package."""
+
+import os
+
+NUM_DEVICES = 8
+
+# Before the first import of jax. The last two flags cut the time of compiling to a third.
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['XLA_FLAGS'] = ' '.join(
+  [
+    os.environ.get('XLA_FLAGS', ''),
+    f'--xla_force_host_platform_device_count={NUM_DEVICES}',
+    '--xla_backend_optimization_level=0',
+    '--xla_cpu_use_fusion_emitters=false',
+  ]
+).strip()
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
+
+if os.environ.get('PYTHONPATH', '').startswith('/tmp/copy'):
+  # Before the first import of moe_jax: its annotations are checked, shapes included.
+  jaxtyping.install_import_hook('moe_jax', 'beartype.beartype')
+  # [S, E] + [E] must be written as what it is.
+  jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+hypothesis.settings.register_profile(
+  'deterministic', derandomize=True, database=None, deadline=None, max_examples=25
+)
+hypothesis.settings.load_profile('deterministic')
+
+
+def pytest_configure(config):
+  config.addinivalue_line('markers', 'slow: starts processes of its own.')
+
+
+def pytest_sessionstart():
+  # A test that skips for want of devices is a test that never runs.
+  if jax.device_count() < NUM_DEVICES:
+    pytest.exit(f'{jax.device_count()} devices: the tests need {NUM_DEVICES}', returncode=1)

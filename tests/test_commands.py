@@ -1,0 +1,360 @@
+"""The commands as a user meets them: what they print, what they refuse, and what they leave alone.
+
+Each refusal is one `error:` line with the field and its value, exit code 2, and no changed file.
+"""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+from moe_jax.data import ByteTokenizer
+from moe_jax.train import loop, manifest
+from tests import tiny
+
+
+@pytest.fixture(scope='session')
+def text(tmp_path_factory):
+  """Config overrides of a prepared text."""
+  return tiny.prepared_text(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope='module')
+def path(text, tmp_path_factory):
+  """A config file."""
+  return tiny.config_file(tmp_path_factory.mktemp('config'), {**text, 'train.num_steps': 3})
+
+
+@pytest.fixture(scope='module')
+def run(path, text, tmp_path_factory):
+  """The directory of a finished run, made by the command."""
+  workdir = tmp_path_factory.mktemp('run') / 'run'
+  result = tiny.command('train', f'--config={path}', f'--workdir={workdir}')
+  assert result.code == 0, result.err
+  assert 'parameters' in result.out
+  return workdir
+
+
+@pytest.mark.parametrize(
+  ('override', 'words'),
+  [
+    ('moe.num_expert=4', ('moe.num_expert=', '4', 'num_experts')),
+    ('trian.num_steps=4', ('trian.num_steps=', '4')),
+    ('moe.num_experts=many', ('moe.num_experts=', 'many', 'int')),
+    ('moe.num_experts=2.5', ('moe.num_experts=', '2.5', 'int')),
+    ('model.remat=perhaps', ('model.remat=', 'perhaps', 'bool')),
+    ('optim.learning_rate=fast', ('optim.learning_rate=', 'fast', 'float')),
+    ('moe.num_selected_experts=9', ('moe.num_selected_experts=9', '8 experts')),
+    ('moe.capacity_factor=0', ('moe.capacity_factor=0.0', '> 0')),
+    ('moe.capacity_factor=-1.5', ('moe.capacity_factor=-1.5', '> 0')),
+    ('moe.capacity_factor=nan', ('moe.capacity_factor=nan', '> 0')),
+    ('mesh.expert=3', ('mesh.expert=3', '8 experts')),
+    ('data.batch_size=12', ('data.batch_size=12', '8 devices')),
+    ('moe.group_size=3', ('data.batch_size=16', 'moe.group_size')),
+    ('mesh.data=4', ('mesh.data=4', '16 devices', 'found 8')),
+    ('moe.priority=first', ("moe.priority='first'", 'token')),
+    ('moe.num_selected_experts=1', ('moe.renormalize=', 'before_drop')),
+    ('data.name=tier3', ("data.name='tier3'", 'tier1')),
+    ('data.name=text:/nowhere', ("data.name='text:/nowhere'", 'does not exist')),
+    ('data.name=tfds:no_such_data_set', ("data.name='tfds:no_such_data_set'",)),
+    ('data.data_dir=/proc/moe_jax', ('/proc/moe_jax',)),
+  ],
+)
+def test_train_refuses(path, tmp_path, override, words):
+  workdir = tmp_path / 'run'
+  result = tiny.command('train', f'--config={path}', f'--workdir={workdir}', f'--config.{override}')
+  if override == 'data.data_dir=/proc/moe_jax':
+    assert 'data_dir' in result.err
+  result.assert_error(*words)
+  assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+  ('content', 'words'),
+  [
+    (None, ('does not exist',)),
+    ({}, ('holds no .txt or .jsonl file',)),
+    ({'a.txt': b''}, ('a.txt', 'is empty')),
+    ({'a.txt': b' \n'}, ('a.txt', 'is empty')),
+    ({'good.txt': b'A good one.', 'bad.txt': b'caf\xe9'}, ('bad.txt', 'not UTF-8', 'byte 3')),
+    ({'a.txt': b'x'}, ('a.txt', 'shorter than two tokens')),
+    ({'a.jsonl': b'{"text": "x"}\n'}, ('a.jsonl:1', 'shorter than two tokens')),
+  ],
+)
+def test_train_refuses_text(path, tmp_path, content, words):
+  folder, data_dir, workdir = tmp_path / 'text', tmp_path / 'data', tmp_path / 'run'
+  if content is not None:
+    folder.mkdir()
+    for name, value in content.items():
+      (folder / name).write_bytes(value)
+  before = tiny.snapshot(folder) if content is not None else None
+  result = tiny.command(
+    'train',
+    f'--config={path}',
+    f'--workdir={workdir}',
+    f'--config.data.name=text:{folder}',
+    f'--config.data.data_dir={data_dir}',
+  )
+  result.assert_error(f"data.name='text:{folder}'", *words)
+  assert not workdir.exists()
+  assert not list(data_dir.glob('tokens/*/*'))
+  if before is not None:
+    assert tiny.snapshot(folder) == before
+
+
+def test_train_refuses_flags(path, tmp_path):
+  workdir = f'--workdir={tmp_path / "run"}'
+  tiny.command('train', workdir).assert_error('--config=None')
+  tiny.command('train', f'--config={path}').assert_error('--workdir=None')
+  tiny.command('train', f'--config={path}', workdir, '--speed=9').assert_error('speed')
+  tiny.command('train', f'--config={path}', workdir, 'more').assert_error("argument='more'")
+  missing = f'--config={tmp_path / "missing.py"}'
+  tiny.command('train', missing, workdir).assert_error('missing.py')
+  wrong = tmp_path / 'wrong.py'
+  wrong.write_text('def get_config(:\n')
+  tiny.command('train', f'--config={wrong}', workdir).assert_error('wrong.py:1')
+  wrong.write_text('x = 1\n')
+  tiny.command('train', f'--config={wrong}', workdir).assert_error('get_config')
+  tiny.command('train', f'--config={path}:nonsense', workdir).assert_error('--config')
+  tiny.command('train', '--config=configs/debug.py:nonsense', workdir).assert_error('nonsense')
+  assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+  ('override', 'words'),
+  [
+    ('train.seed=1', ('train.seed=1', 'has 0')),
+    ('moe.num_experts=4', ('moe.num_experts=4', 'has 8')),
+    ('train.num_steps=4', ('train.num_steps=4', 'has 3')),
+  ],
+)
+def test_train_refuses_the_directory_of_another_run(path, run, override, words):
+  before = tiny.snapshot(run)
+  result = tiny.command('train', f'--config={path}', f'--workdir={run}', f'--config.{override}')
+  result.assert_error(*words, str(run))
+  assert tiny.snapshot(run) == before
+
+
+def test_train_refuses_other_text_in_the_same_place(run, text, tmp_path):
+  """The name is the same, the text is not."""
+  folder = tiny.write_text(tmp_path / 'text')
+  own = {'data.name': f'text:{folder}', 'data.data_dir': str(tmp_path / 'data')}
+  path = tiny.config_file(tmp_path, {**own, 'train.num_steps': 1})
+  workdir = tmp_path / 'run'
+  assert tiny.command('train', f'--config={path}', f'--workdir={workdir}').code == 0
+  (folder / 'prose' / '0.txt').write_text('Something else.')
+  before = tiny.snapshot(workdir)
+  for verb, more in (('train', [f'--config={path}']), ('evaluate', [])):
+    result = tiny.command(verb, *more, f'--workdir={workdir}')
+    result.assert_error(f"data.name='text:{folder}'", str(workdir))
+  assert tiny.snapshot(workdir) == before
+
+
+def test_train_refuses_directories_it_cannot_use(path, tmp_path):
+  foreign = tmp_path / 'foreign'
+  foreign.mkdir()
+  (foreign / 'thesis.txt').write_text('Mine.')
+  file = tmp_path / 'file'
+  file.write_text('A file.')
+  before = tiny.snapshot(tmp_path)
+  for workdir, word in (
+    (foreign, 'thesis.txt'),
+    (file, 'cannot be written'),
+    (file / 'below', 'cannot be written'),
+    ('/proc/moe_jax', 'cannot be written'),
+    (tmp_path / ('x' * 300), 'File name too long'),
+  ):
+    result = tiny.command('train', f'--config={path}', f'--workdir={workdir}')
+    result.assert_error('workdir=', str(workdir), word)
+  assert tiny.snapshot(tmp_path) == before
+
+
+def test_train_refuses_a_directory_in_use(path, tmp_path):
+  workdir = tmp_path / 'run'
+  with manifest.claimed(str(workdir)):
+    result = tiny.command('train', f'--config={path}', f'--workdir={workdir}')
+  result.assert_error('workdir=', 'another process')
+
+
+@pytest.mark.parametrize('verb', ['evaluate', 'generate'])
+@pytest.mark.parametrize(
+  ('flags', 'words'),
+  [
+    (['--workdir=/nowhere'], ('/nowhere', 'no run')),
+    (['--workdir='], ('--workdir', 'must be given')),
+    (['--step=2'], ('--step=2', '[3]')),
+    (['--step=x'], ('step', 'x')),
+    (['--mesh=nonsense'], ("--mesh='nonsense'", 'data=D,expert=E')),
+    (['--mesh=data=0,expert=1'], ('--mesh=', 'data=D,expert=E')),
+    (['--mesh=data=1,expert=3'], ('--mesh=', '8 experts')),
+    (['--mesh=data=2,expert=8'], ('--mesh=', '16 devices')),
+    (['--what=1'], ('what',)),
+  ],
+)
+def test_evaluate_and_generate_refuse(run, verb, flags, words):
+  before = tiny.snapshot(run)
+  prompt = ['--prompt=The'] if verb == 'generate' else []
+  tiny.command(verb, f'--workdir={run}', *prompt, *flags).assert_error(*words)
+  assert tiny.snapshot(run) == before
+
+
+def test_evaluate_refuses_splits(run):
+  before = tiny.snapshot(run)
+  result = tiny.command('evaluate', f'--workdir={run}', '--split=tset')
+  result.assert_error("split='tset'", 'train')
+  assert tiny.snapshot(run) == before
+
+
+def test_evaluate_takes_a_mesh_that_the_batch_of_training_does_not_fill(path, tmp_path):
+  workdir = tmp_path / 'run'
+  fewer = ('--config.data.batch_size=4', '--config.mesh.data=1', '--config.mesh.expert=4')
+  assert tiny.command('train', f'--config={path}', f'--workdir={workdir}', *fewer).code == 0
+  results = []
+  for mesh in ((), ('--mesh=data=8,expert=1',)):
+    assert tiny.command('evaluate', f'--workdir={workdir}', '--nofigure', *mesh).code == 0
+    results.append(json.loads((workdir / 'evaluation_test.json').read_text())['bits_per_byte'])
+  np.testing.assert_allclose(*results, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('flags', 'words'),
+  [
+    ([], ('--prompt=None',)),
+    (['--prompt=x\udcff'], ('--prompt=', 'not UTF-8')),
+    (['--prompt=x', '--num_tokens=0'], ('--num_tokens=0',)),
+    (['--prompt=x', '--temperature=-1'], ('--temperature=-1.0',)),
+    (['--prompt=x', '--temperature=nan'], ('--temperature=nan',)),
+    (['--prompt=x', '--top_k=-1'], ('--top_k=-1',)),
+    (['--prompt=x', '--top_p=0'], ('--top_p=0.0',)),
+    (['--prompt=x', '--top_p=1.1'], ('--top_p=1.1',)),
+    (['--prompt=x', '--seed=-1'], ('--seed=-1',)),
+  ],
+)
+def test_generate_refuses(run, flags, words):
+  tiny.command('generate', f'--workdir={run}', *flags).assert_error(*words)
+
+
+def test_generate_refuses_a_prompt_outside_the_vocabulary(run, monkeypatch):
+  monkeypatch.setattr(ByteTokenizer, 'encode', lambda self, text: np.array([70, 258], np.int32))
+  result = tiny.command('generate', f'--workdir={run}', '--prompt=odd')
+  result.assert_error("--prompt='odd'", '258', 'outside the vocabulary of 258')
+
+
+@pytest.mark.parametrize('verb', ['evaluate', 'generate'])
+def test_a_tokenizer_of_another_size_is_refused(run, tmp_path, verb):
+  workdir = tmp_path / 'copy'
+  shutil.copytree(run, workdir)
+  facts = manifest.read(workdir)
+  manifest.write(workdir, {**facts, 'vocab_size': 300})
+  before = tiny.snapshot(workdir)
+  prompt = ['--prompt=The'] if verb == 'generate' else []
+  result = tiny.command(verb, f'--workdir={workdir}', *prompt)
+  result.assert_error('tokenizer.vocab_size=258', '300')
+  assert tiny.snapshot(workdir) == before
+
+
+@pytest.mark.parametrize('verb', ['train', 'evaluate', 'generate'])
+def test_damaged_files_of_a_run_are_exit_code_3(path, run, tmp_path, verb):
+  workdir = tmp_path / 'copy'
+  shutil.copytree(run, workdir)
+  (workdir / 'manifest.json').write_text('{"config": ')
+  before = tiny.snapshot(workdir)
+  more = {'train': [f'--config={path}'], 'evaluate': [], 'generate': ['--prompt=x']}[verb]
+  result = tiny.command(verb, f'--workdir={workdir}', *more)
+  result.assert_error('manifest.json', 'damaged', code=3)
+  assert tiny.snapshot(workdir) == before
+
+
+@pytest.mark.parametrize('verb', ['evaluate', 'generate'])
+def test_a_damaged_tokenizer_is_exit_code_3(run, tmp_path, verb):
+  workdir = tmp_path / 'copy'
+  shutil.copytree(run, workdir)
+  more = ['--prompt=x'] if verb == 'generate' else []
+  file = workdir / 'tokenizer' / 'tokenizer.json'
+  file.write_text('{')
+  tiny.command(verb, f'--workdir={workdir}', *more).assert_error('tokenizer', code=3)
+  file.unlink()
+  tiny.command(verb, f'--workdir={workdir}', *more).assert_error('tokenizer', code=3)
+
+
+def test_a_run_without_a_checkpoint_is_refused(run, tmp_path):
+  workdir = tmp_path / 'copy'
+  shutil.copytree(run, workdir)
+  shutil.rmtree(workdir / 'checkpoints')
+  for verb, more in (('evaluate', []), ('generate', ['--prompt=x'])):
+    result = tiny.command(verb, f'--workdir={workdir}', *more)
+    result.assert_error('workdir=', 'no checkpoint')
+  assert not (workdir / 'checkpoints').exists()
+
+
+def test_evaluate_prints_and_writes_every_domain(run):
+  result = tiny.command('evaluate', f'--workdir={run}', '--split=test')
+  assert result.code == 0, result.err
+  written = json.loads((run / 'evaluation_test.json').read_text())
+  for domain, summary in [*written['domains'].items(), ('all', written)]:
+    row = re.search(rf'^{domain} +([\d.]+) +([\d.]+) +([\d.]+) ', result.out, re.MULTILINE)
+    shown = [float(number) for number in row.groups()]
+    expected = [summary[name] for name in ('bits_per_byte', 'gzip', 'xz')]
+    np.testing.assert_allclose(shown, expected, atol=6e-4)
+  assert result.out.count('layer 0') == result.out.count('layer 1') == 3
+  assert (run / 'expert_load.png').read_bytes().startswith(b'\x89PNG')
+  again = tiny.command(
+    'evaluate', f'--workdir={run}', '--split=test', '--mesh=data=8,expert=1', '--nofigure'
+  )
+  assert again.code == 0, again.err
+  other = json.loads((run / 'evaluation_test.json').read_text())
+  np.testing.assert_allclose(other['bits_per_byte'], written['bits_per_byte'], rtol=1e-5)
+
+
+def test_generate_continues_each_prompt(run):
+  flags = ['--prompt=The sea', '--prompt=no', '--num_tokens=5', '--seed=3']
+  result = tiny.command('generate', f'--workdir={run}', *flags)
+  assert result.code == 0, result.err
+  assert "--- 'The sea'\nThe sea" in result.out
+  assert "--- 'no'\nno" in result.out
+  again = tiny.command('generate', f'--workdir={run}', *flags, '--mesh=data=1,expert=1')
+  assert again.out == result.out
+
+
+def test_a_dense_run_is_trained_evaluated_and_sampled(path, tmp_path):
+  workdir = tmp_path / 'run'
+  dense = ('--config.moe.num_experts=0', '--config.mesh.data=2', '--config.mesh.expert=1')
+  result = tiny.command('train', f'--config={path}', f'--workdir={workdir}', *dense)
+  assert result.code == 0, result.err
+  assert tiny.command('evaluate', f'--workdir={workdir}').code == 0
+  assert tiny.command('generate', f'--workdir={workdir}', '--prompt=x', '--num_tokens=2').code == 0
+
+
+def test_fewer_devices_than_the_run_had_is_said(run, monkeypatch):
+  monkeypatch.setattr('jax.device_count', lambda: 1)
+  result = tiny.command('evaluate', f'--workdir={run}', '--nofigure')
+  assert result.code == 0, result.err
+  assert 'note: 1 device(s) for a mesh of 2x4' in result.out
+
+
+def test_a_defect_of_ours_is_not_dressed_up(path, tmp_path, monkeypatch):
+  def broken(config, workdir):
+    raise ZeroDivisionError('ours')
+
+  monkeypatch.setattr(loop, 'train', broken)
+  with pytest.raises(ZeroDivisionError):
+    tiny.command('train', f'--config={path}', f'--workdir={tmp_path / "run"}')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('verb', 'flags', 'words'),
+  [
+    ('train', ['--config.moe.num_expert=4'], ('moe.num_expert=', '4')),
+    ('evaluate', ['--split=tset'], ("split='tset'",)),
+    ('generate', ['--prompt=x', '--top_p=7'], ('--top_p=7.0',)),
+  ],
+)
+def test_as_processes(path, run, verb, flags, words):
+  """What the tests above find within this process is what a shell would see."""
+  config = [f'--config={path}'] if verb == 'train' else []
+  result = tiny.finish(tiny.start(verb, *config, f'--workdir={run}', *flags))
+  result.assert_error(*words)
+  assert result.out == ''

@@ -1,0 +1,335 @@
+"""Every field has bounds, and every wrong value is an error that names the field and the value."""
+
+import math
+import pathlib
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import ml_collections
+import numpy as np
+import pytest
+
+from configs import debug, dense_matched, lm_small, quickstart
+from moe_jax import config as schema
+from moe_jax import data, dispatch, optim, routing
+from moe_jax.data import tokenizer as tokenizer_lib
+from moe_jax.errors import UserError
+from moe_jax.layers import basic
+from moe_jax.models.build import build_model
+from moe_jax.models.decoder import forward
+from moe_jax.parallel.mesh import make_mesh
+from moe_jax.routing import plan
+from moe_jax.train import accounting
+from moe_jax.train.state import init_params
+from tests import tiny
+from tests.golden import regenerate
+
+FIELDS = [(room, name) for room, fields in schema.SCHEMA.items() for name in fields]
+
+
+def _allowed(room, name):
+  """The choices a field of text names in its `allowed`."""
+  return tuple(schema.SCHEMA[room][name].allowed.removeprefix('must be one of ').split(', '))
+
+
+@pytest.mark.parametrize('name', sorted(regenerate.named_configs()))
+def test_named_config_is_valid_and_as_reviewed(name):
+  """Changed on purpose: python -m tests.golden.regenerate."""
+  config = regenerate.named_configs()[name]
+  schema.validate(config)
+  golden = regenerate.FOLDER / f'{name}.txt'
+  assert regenerate.as_text(config) == golden.read_text(encoding='utf-8')
+
+
+def test_every_config_file_has_a_golden_text():
+  files = {path.stem for path in pathlib.Path(debug.__file__).parent.glob('*.py')} - {'__init__'}
+  assert files == {name.split('.')[0] for name in regenerate.named_configs()}
+  goldens = {path.stem for path in regenerate.FOLDER.glob('*.txt')}
+  assert goldens == set(regenerate.named_configs())
+
+
+@pytest.mark.parametrize('module', [debug, lm_small, quickstart, dense_matched])
+def test_an_argument_that_a_config_does_not_know_is_an_error(module):
+  with pytest.raises(ValueError, match='nonsense'):
+    module.get_config('nonsense')
+
+
+def test_defaults_are_valid():
+  schema.validate(schema.get_config())
+
+
+@pytest.mark.parametrize(('room', 'name'), FIELDS)
+def test_every_field_says_what_it_means_and_allows(room, name):
+  field = schema.SCHEMA[room][name]
+  assert field.meaning.endswith('.')
+  assert field.allowed.startswith('must be ')
+  assert field.check(field.default)
+
+
+def test_the_schema_is_printed(capsys):
+  schema.main()
+  out = capsys.readouterr().out
+  for room, name in FIELDS:
+    assert f'{room}.{name} = ' in out
+
+
+def _error(overrides):
+  """Validates the defaults with overrides, past ConfigDict's own type check."""
+  values = schema.get_config().to_dict()
+  for key, value in overrides.items():
+    room, field = key.split('.')
+    values[room][field] = value
+  with pytest.raises(UserError) as caught:
+    schema.validate(ml_collections.ConfigDict(values))
+  return caught.value
+
+
+def _wrong_types(default):
+  everything = {bool: True, int: 1, float: 0.5, str: 'x', list: [1], type(None): None}
+  kind = type(default)
+  return [v for k, v in everything.items() if k is not kind and (k, kind) != (int, float)]
+
+
+@pytest.mark.parametrize(('room', 'name'), FIELDS)
+def test_wrong_types_are_errors(room, name):
+  for value in _wrong_types(schema.SCHEMA[room][name].default):
+    error = _error({f'{room}.{name}': value})
+    assert (error.field, error.value) == (f'{room}.{name}', value)
+    assert f'{room}.{name}={value!r}: must be ' in str(error)
+
+
+NUMBERS = [f for f in FIELDS if type(schema.SCHEMA[f[0]][f[1]].default) in (int, float)]
+TEXTS = [f for f in FIELDS if schema.SCHEMA[f[0]][f[1]].allowed.startswith('must be one of ')]
+
+
+@pytest.mark.parametrize(('room', 'name'), NUMBERS)
+def test_numbers_out_of_bounds_are_errors(room, name):
+  kind = type(schema.SCHEMA[room][name].default)
+  wrong = [-1, -(10**9)] if kind is int else [-1e-9, -1.0, math.nan, math.inf, -math.inf]
+  for value in wrong:
+    error = _error({f'{room}.{name}': value})
+    assert error.field == f'{room}.{name}'
+    assert repr(value) in str(error)
+
+
+@pytest.mark.parametrize(('room', 'name'), TEXTS)
+@hypothesis.given(value=st.text(max_size=20))
+def test_other_words_are_errors(room, name, value):
+  hypothesis.assume(value not in _allowed(room, name))
+  error = _error({f'{room}.{name}': value})
+  assert (error.field, error.value) == (f'{room}.{name}', value)
+  assert '\n' not in str(error)
+
+
+@pytest.mark.parametrize(
+  ('room', 'name'),
+  [
+    ('moe', 'capacity_factor'),
+    ('moe', 'eval_capacity_factor'),
+    ('moe', 'num_selected_experts'),
+    ('moe', 'group_size'),
+    ('mesh', 'data'),
+    ('mesh', 'expert'),
+    ('model', 'num_layers'),
+    ('data', 'batch_size'),
+    ('train', 'num_steps'),
+    ('train', 'log_every'),
+    ('train', 'checkpoint_every'),
+    ('train', 'keep_checkpoints'),
+    ('optim', 'learning_rate'),
+  ],
+)
+def test_zero_is_an_error_where_it_means_nothing(room, name):
+  zero = type(schema.SCHEMA[room][name].default)(0)
+  assert _error({f'{room}.{name}': zero}).field == f'{room}.{name}'
+
+
+@pytest.mark.parametrize(
+  ('overrides', 'field', 'value'),
+  [
+    ({'moe.num_selected_experts': 9}, 'moe.num_selected_experts', 9),
+    ({'moe.num_selected_experts': 1}, 'moe.renormalize', 'before_drop'),
+    (
+      {'moe.num_selected_experts': 1, 'moe.renormalize': 'after_drop'},
+      'moe.renormalize',
+      'after_drop',
+    ),
+    (
+      {'moe.num_selected_experts': 1, 'moe.renormalize': 'none', 'moe.softmax_order': 'after'},
+      'moe.softmax_order',
+      'after',
+    ),
+    ({'mesh.expert': 3, 'data.batch_size': 33}, 'mesh.expert', 3),
+    ({'mesh.model': 2}, 'mesh.model', 2),
+    ({'moe.every': 3}, 'moe.every', 3),
+    ({'mesh.data': 3}, 'data.batch_size', 32),
+    ({'data.batch_size': 30, 'mesh.expert': 4}, 'data.batch_size', 30),
+    ({'moe.group_size': 3}, 'data.batch_size', 32),
+    ({'train.accumulation_steps': 5}, 'train.accumulation_steps', 5),
+    ({'train.accumulation_steps': 8, 'mesh.expert': 8}, 'data.batch_size', 32),
+    ({'moe.balance_scope': 'device', 'moe.balance_devices': 5}, 'moe.balance_devices', 5),
+    (
+      {
+        'moe.balance_scope': 'device',
+        'moe.balance_devices': 2,
+        'train.accumulation_steps': 4,
+        'train.accumulation_scope': 'batch',
+      },
+      'moe.balance_devices',
+      2,
+    ),
+    ({'model.num_kv_heads': 3}, 'model.num_kv_heads', 3),
+    ({'model.embed_dim': 130}, 'model.embed_dim', 130),
+    ({'model.head_dim': 3}, 'model.head_dim', 3),
+    ({'model.embed_dim': 12}, 'model.head_dim', 3),
+    ({'data.vocab_size': 512}, 'data.vocab_size', 512),
+    ({'data.tokenizer': 'bpe', 'data.vocab_size': 300}, 'data.vocab_size', 300),
+    ({'data.tokenizer': 'bpe'}, 'data.vocab_size', 0),
+    ({'data.valid_fraction': 0.5}, 'data.valid_fraction', 0.5),
+    ({'optim.warmup_steps': 1000}, 'optim.warmup_steps', 1000),
+    ({'train.seed': 2**31}, 'train.seed', 2**31),
+  ],
+)
+def test_fields_that_do_not_fit_together_are_errors(overrides, field, value):
+  error = _error(overrides)
+  assert (error.field, error.value) == (field, value)
+  assert f'{field}={value!r}: ' in str(error)
+
+
+@pytest.mark.parametrize(
+  'overrides',
+  [
+    {'moe.num_selected_experts': 1, 'moe.renormalize': 'none'},
+    {'moe.num_selected_experts': 8},
+    {'moe.num_experts': 0, 'mesh.expert': 4, 'moe.num_selected_experts': 99},
+    {'optim.warmup_steps': 1000, 'optim.schedule': 'constant'},
+    {'moe.load_balancing_weight': 0.0, 'moe.router_z_weight': 0.0},
+    {'moe.group_size': 32},
+    {'train.seed': 2**31 - 1},
+  ],
+)
+def test_edges_are_allowed(overrides):
+  config = schema.get_config()
+  for key, value in overrides.items():
+    room, field = key.split('.')
+    config[room][field] = value
+  schema.validate(config)
+
+
+def test_unknown_and_missing_fields_are_errors():
+  values = schema.get_config().to_dict()
+  values['moe']['num_expert'] = 4
+  with pytest.raises(UserError, match=r'moe\.num_expert=4: unknown; must be one of num_experts'):
+    schema.validate(ml_collections.ConfigDict(values))
+  values = schema.get_config().to_dict()
+  values['trian'] = {}
+  with pytest.raises(UserError, match=r'config\.trian'):
+    schema.validate(ml_collections.ConfigDict(values))
+  for room, name in FIELDS:
+    values = schema.get_config().to_dict()
+    del values[room][name]
+    with pytest.raises(UserError, match=rf'{room}\.{name}=None: missing'):
+      schema.validate(ml_collections.ConfigDict(values))
+
+
+def test_choices_are_those_of_the_rooms_that_implement_them():
+  assert schema.PRIORITIES == routing.PRIORITIES == plan.PRIORITIES
+  assert schema.CAUSAL_PRIORITIES == plan.CAUSAL_PRIORITIES
+  assert set(_allowed('moe', 'softmax_order')) == set(routing.SOFTMAX_ORDERS)
+  assert set(_allowed('moe', 'renormalize')) == set(routing.RENORMALIZATIONS)
+  assert set(_allowed('moe', 'dispatch')) == set(dispatch.DISPATCHERS)
+  assert set(_allowed('model', 'activation')) == set(basic.ACTIVATIONS)
+  assert set(_allowed('data', 'tokenizer')) == set(tokenizer_lib.KINDS)
+  assert {data.ByteTokenizer.name, data.BpeTokenizer.name} == set(tokenizer_lib.KINDS)
+  assert set(_allowed('moe', 'priority')) == set(routing.PRIORITIES)
+
+
+@pytest.mark.parametrize(('name', 'make'), [('name', 'optimizer'), ('schedule', 'schedule')])
+def test_every_optimizer_and_schedule_of_the_schema_is_implemented(name, make):
+  function = {'optimizer': optim.make_optimizer, 'schedule': optim.make_schedule}[make]
+  config = schema.get_config()
+  for choice in _allowed('optim', name):
+    config.optim[name] = choice
+    function(config.optim, 1000)
+  config.optim[name] = 'nonsense'
+  with pytest.raises(UserError, match='nonsense'):
+    function(config.optim, 1000)
+
+
+def test_only_token_priority_is_causal():
+  config = schema.get_config()
+  for priority in schema.PRIORITIES:
+    config.moe.priority = priority
+    assert schema.is_causal(config) == (priority == 'token')
+  config.moe.num_experts = 0
+  assert schema.is_causal(config)
+
+
+@pytest.mark.parametrize(
+  ('overrides', 'expected'),
+  [
+    ({}, 1),
+    ({'moe.balance_scope': 'group'}, 8),
+    ({'moe.balance_scope': 'group', 'moe.group_size': 2}, 4),
+    ({'moe.balance_scope': 'device', 'moe.balance_devices': 4}, 4),
+    (
+      {
+        'moe.balance_scope': 'device',
+        'train.accumulation_steps': 4,
+        'train.accumulation_scope': 'batch',
+      },
+      2,
+    ),
+  ],
+)
+def test_balance_scopes(overrides, expected):
+  config = schema.get_config()
+  for key, value in overrides.items():
+    room, field = key.split('.')
+    config[room][field] = value
+  assert schema.balance_scopes(config, 8) == expected
+
+
+@pytest.mark.parametrize('name', ['debug', 'quickstart', 'lm_small'])
+def test_dense_twin_has_the_same_active_flops_but_for_the_router(name):
+  sparse = {'debug': debug, 'quickstart': quickstart, 'lm_small': lm_small}[name].get_config()
+  dense = dense_matched.get_config(name)
+  vocab_size = sparse.data.vocab_size or tiny.VOCAB_SIZE
+  moe_layers = sparse.model.num_layers // sparse.moe.every
+  router = 6 * sparse.model.embed_dim * sparse.moe.num_experts * moe_layers
+  flops = accounting.training_flops_per_token
+  assert flops(sparse, vocab_size) - flops(dense, vocab_size) == router
+  assert router < 0.03 * flops(sparse, vocab_size)
+
+
+def test_flops_and_parameters_are_those_of_the_compiled_dense_model():
+  config = dense_matched.get_config('debug')
+  model = build_model(config, make_mesh(1, 1), tiny.VOCAB_SIZE, 'eval')
+  tokens = jax.ShapeDtypeStruct((4, config.data.sequence_length), np.int32)
+  params = jax.eval_shape(lambda: init_params(model, jax.numpy.int32(0)))
+  size = sum(leaf.size for leaf in jax.tree.leaves(params))
+  counts = accounting.parameter_counts(config, tiny.VOCAB_SIZE)
+  assert counts == {'total': size, 'active': size}
+  # One layer: XLA counts the body of a scan once.
+  config.model.num_layers = 1
+  model = build_model(config, make_mesh(1, 1), tiny.VOCAB_SIZE, 'eval')
+  params = jax.eval_shape(lambda: init_params(model, jax.numpy.int32(0)))
+  compiled = jax.jit(lambda p, *x: forward(model, p, *x).logits).lower(params, *[tokens] * 3)
+  measured = compiled.compile().cost_analysis()['flops'] / tokens.size
+  expected = accounting.training_flops_per_token(config, tiny.VOCAB_SIZE) / 3
+  # Norms, softmax, rotation and activation come on top of the matrix products.
+  assert expected <= measured < 1.2 * expected
+
+
+def test_random_drop_share_is_that_of_simulated_routing():
+  config = debug.get_config()
+  rng = np.random.default_rng(0)
+  tokens, experts, selected, capacity = 64, 4, 2, 34
+  drops = 0
+  for _ in range(400):
+    order = np.argsort(rng.random((tokens, experts)), axis=1)[:, :selected]
+    drops += np.maximum(np.bincount(order.ravel(), minlength=experts) - capacity, 0).sum()
+  share = accounting.random_drop_share(config, capacity)
+  np.testing.assert_allclose(share, drops / (400 * tokens * selected), rtol=0.1)
+  assert accounting.tokens_per_expert(config) == 32

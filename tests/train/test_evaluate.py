@@ -1,0 +1,122 @@
+"""Evaluation: every token of a split once, on any mesh."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import data
+from moe_jax.errors import UserError
+from moe_jax.models.build import build_model
+from moe_jax.models.decoder import forward
+from moe_jax.parallel.mesh import make_mesh
+from moe_jax.train import evaluate, loop
+from moe_jax.train.state import init_params, params_shardings
+from tests import tiny
+
+LENGTH, BATCH = 16, 16
+
+
+@functools.cache
+def _model(mesh):
+  config = tiny.config({'mesh.data': mesh[0], 'mesh.expert': mesh[1]})
+  model = build_model(config, make_mesh(*mesh), tiny.VOCAB_SIZE, 'eval')
+  params = jax.jit(
+    lambda: init_params(_model((1, 1))[0] if mesh != (1, 1) else model, jnp.int32(0))
+  )
+  return model, jax.device_put(jax.device_get(params()), params_shardings(model))
+
+
+@functools.cache
+def _step(mesh):
+  return evaluate.make_eval_step(_model(mesh)[0])
+
+
+def _evaluate(dataset, mesh=(1, 1), split='test', **more):
+  model, params = _model(mesh)
+  sizes = {'sequence_length': LENGTH, 'batch_size': BATCH}
+  with jax.set_mesh(model.mesh):
+    return evaluate.evaluate(_step(mesh), model, params, dataset, split=split, **sizes, **more)
+
+
+@pytest.fixture(scope='module')
+def dataset(text):
+  return loop.dataset_of(tiny.config(text))
+
+
+@pytest.fixture(scope='module')
+def result(dataset):
+  return _evaluate(dataset)
+
+
+def test_bits_per_byte_is_that_of_all_windows(dataset, result):
+  """Computed apart: log-softmax in NumPy, window by window, over the bytes of the documents."""
+  model, params = _model((1, 1))
+  logits = jax.jit(lambda params, *rows: forward(model, params, *rows).logits)
+  nats, tokens = 0.0, 0
+  windows = dataset.windows('test', LENGTH)
+  for index in range(len(windows)):
+    row = {name: np.asarray(value)[None] for name, value in windows[index].items()}
+    out = np.asarray(
+      logits(params, row['inputs'], row['segment_ids'], row['positions']), np.float64
+    )
+    log_probs = out - np.log(np.sum(np.exp(out), -1, keepdims=True))
+    picked = np.take_along_axis(log_probs, row['targets'][..., None], -1)[..., 0]
+    nats -= picked[row['segment_ids'] > 0].sum()
+    tokens += (row['segment_ids'] > 0).sum()
+  num_bytes = sum(len(text) for text in dataset.document_text('test'))
+  assert result['tokens'] == tokens == dataset.num_tokens('test')
+  assert result['bytes'] == num_bytes
+  # Domains are packed apart, so windows differ, and with them which tokens are dropped: hence 1e-3.
+  np.testing.assert_allclose(result['loss'], nats / tokens, rtol=1e-3)
+  np.testing.assert_allclose(result['bits_per_byte'], nats / math.log(2) / num_bytes, rtol=1e-3)
+
+
+def test_domains_add_up_to_all(result):
+  domains = result['domains']
+  assert list(domains) == ['prose', 'verse']
+  for name in ('tokens', 'bytes'):
+    assert sum(domain[name] for domain in domains.values()) == result[name]
+  nats = sum(domain['loss'] * domain['tokens'] for domain in domains.values())
+  np.testing.assert_allclose(result['loss'], nats / result['tokens'], rtol=1e-6)
+  load = sum(np.asarray(d['router/load']) * d['tokens'] for d in domains.values())
+  np.testing.assert_allclose(result['router/load'], load / result['tokens'], rtol=1e-6)
+
+
+def test_the_mesh_does_not_matter(dataset, result):
+  other = _evaluate(dataset, mesh=(2, 4))
+  for name in ('loss', 'bits_per_byte', 'router/entropy'):
+    np.testing.assert_allclose(other[name], result[name], rtol=1e-5)
+  for name in ('router/load', 'router/load_kept'):
+    np.testing.assert_array_equal(other[name], result[name])
+
+
+def test_evaluation_is_not_random(dataset, result):
+  assert _evaluate(dataset) == result
+
+
+def test_each_batch_is_counted(dataset):
+  seen = []
+  _evaluate(dataset, split='train', on_batch=lambda: seen.append(None))
+  assert len(seen) == evaluate.num_batches(dataset, 'train', LENGTH, BATCH) > 2
+
+
+def test_a_part_of_the_split_has_no_bits_per_byte(dataset):
+  part = _evaluate(dataset, split='train', max_batches=1)
+  assert 'bits_per_byte' not in part
+  assert part['tokens'] < dataset.num_tokens('train')
+
+
+def test_a_split_that_is_not_there_is_an_error(dataset):
+  with pytest.raises(UserError, match="split='tset'"):
+    _evaluate(dataset, split='tset')
+
+
+def test_a_split_without_documents_is_an_error(tmp_path):
+  (tmp_path / 'one.txt').write_text('The only document is trained on.')
+  single = data.open_dataset(f'text:{tmp_path}', data_dir=str(tmp_path / 'data'))
+  with pytest.raises(UserError, match="split='test'"):
+    _evaluate(single)

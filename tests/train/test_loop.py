@@ -1,0 +1,346 @@
+"""A run: start, stop, crash, resume, finish. What was saved is what was trained, to the last bit."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax import optim
+from moe_jax.data import open_dataset
+from moe_jax.models.build import build_model
+from moe_jax.parallel.mesh import make_mesh
+from moe_jax.train import loop, manifest
+from moe_jax.train.checkpoint import Checkpoints
+from moe_jax.train.metrics import read_metrics
+from moe_jax.train.state import abstract_state
+from tests import tiny
+
+# Everything whose state must survive: moments, jitter and random drops.
+LIVELY = {
+  'optim.name': 'adamw',
+  'optim.learning_rate': 0.01,
+  'moe.jitter': 0.1,
+  'moe.priority': 'random',
+  'train.eval_every': 3,
+}
+# Differ from run to run: they measure time.
+TIMES = ('tokens_per_second', 'data_wait')
+
+
+def state_of(workdir, config, mesh=None):
+  """Returns (step, state) of the newest checkpoint."""
+  mesh = make_mesh(*(mesh or (config.mesh.data, config.mesh.expert)))
+  model = build_model(config, mesh, tiny.VOCAB_SIZE, 'eval')
+  optimizer = optim.make_optimizer(config.optim, config.train.num_steps)
+  checkpoints = Checkpoints(str(workdir), read_only=True)
+  step, state, _ = checkpoints.restore(abstract_state(model, optimizer))
+  checkpoints.close()
+  return step, state
+
+
+def metrics_of(workdir):
+  """Returns the lines of metrics.jsonl without what measures time."""
+  records = read_metrics(workdir / 'metrics.jsonl')
+  return [{k: v for k, v in record.items() if k not in TIMES} for record in records]
+
+
+def assert_same_run(workdir, other, config):
+  tiny.assert_equal(state_of(workdir, config), state_of(other, config))
+  assert metrics_of(workdir) == metrics_of(other)
+
+
+def signal_at(monkeypatch, step, number):
+  """Sends a signal to this process while it prepares a step."""
+  steps, put_batch = [], loop.put_batch
+
+  def put_batch_and_signal(*arguments):
+    steps.append(None)
+    if len(steps) == step:
+      os.kill(os.getpid(), number)
+    return put_batch(*arguments)
+
+  monkeypatch.setattr(loop, 'put_batch', put_batch_and_signal)
+
+
+@pytest.fixture(scope='module')
+def whole(text, tmp_path_factory):
+  """(config, work directory) of a run of 6 steps that nothing disturbed."""
+  config = tiny.config({**text, **LIVELY})
+  workdir = tmp_path_factory.mktemp('whole') / 'run'
+  assert loop.train(config, str(workdir)) == (6, True, None)
+  return config, workdir
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+  """A copy of that run that may be spoiled: as it was before its last moment, not yet finished."""
+  config, workdir = whole
+  shutil.copytree(workdir, tmp_path / 'copy')
+  facts = manifest.read(tmp_path / 'copy')
+  manifest.write(tmp_path / 'copy', {**facts, 'status': 'running'})
+  return tmp_path / 'copy'
+
+
+def test_the_manifest_says_what_was_run(whole, text):
+  config, workdir = whole
+  facts = json.loads((workdir / 'manifest.json').read_text())
+  assert facts['status'] == 'finished'
+  assert facts['step'] == 6
+  assert facts['config'] == config.to_dict()
+  assert facts['compilations'] == 1
+  assert len(facts['git_commit']) == 40
+  assert facts['git_dirty'] in (True, False)
+  assert facts['packages']['jax'] == jax.__version__
+  assert {'flax', 'optax', 'orbax-checkpoint', 'grain'} <= set(facts['packages'])
+  devices = {'platform': 'cpu', 'kind': 'cpu', 'count': 8, 'processes': 1}
+  assert facts['devices'] == devices
+  assert facts['mesh'] == {'data': 2, 'expert': 4}
+  assert facts['seed'] == 0
+  assert facts['causal'] is False
+  dataset = loop.dataset_of(config)
+  assert facts['data']['fingerprint'] == dataset.fingerprint
+  assert facts['data']['domains'] == ['prose', 'verse']
+
+
+def test_counts_of_the_manifest_are_those_of_the_parameters(whole):
+  config, workdir = whole
+  facts = manifest.read(workdir)
+  params = tiny.leaves(state_of(workdir, config)[1].params)
+  experts = sum(p.size for name, p in params.items() if "['moe']['w_" in name)
+  total = sum(p.size for p in params.values())
+  # Each token passes 2 of the 8 experts.
+  assert facts['parameters'] == {'total': total, 'active': total - experts * 6 // 8}
+  # Per token and layer: D (H + 2 KV + H) head_dim, router D E, K experts of 3 D F; 2 layers; then
+  # the output D V. Scores and mixing: 4 T D in each layer. Times 2 (multiply, add) and 3 (backward).
+  layer = 16 * (16 + 8 + 8 + 16) + 16 * 8 + 2 * 3 * 16 * 16
+  forward = 2 * (2 * layer + 16 * 258) + 2 * 4 * 16 * 16
+  assert facts['training_flops_per_token'] == 3 * forward
+
+
+def test_metrics_have_each_step_once(whole):
+  records = metrics_of(whole[1])
+  assert [r['step'] for r in records if r['split'] == 'train'] == [1, 2, 3, 4, 5, 6]
+  assert [r['step'] for r in records if r['split'] == 'valid'] == [3, 6]
+  for record in records:
+    assert np.shape(record['router/load']) == (2, 8)
+    np.testing.assert_allclose(np.sum(record['router/load'], -1), 1)
+
+
+def test_a_finished_run_says_so_and_changes_nothing(whole, capsys):
+  config, workdir = whole
+  before = tiny.snapshot(workdir)
+  assert loop.train(config, str(workdir)) == (6, True, None)
+  assert 'finished at step 6' in capsys.readouterr().out
+  assert tiny.snapshot(workdir) == before
+
+
+@pytest.mark.parametrize(('number', 'at'), [(signal.SIGTERM, 2), (signal.SIGINT, 3)])
+def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_been(
+  whole, tmp_path, monkeypatch, number, at
+):
+  config, undisturbed = whole
+  workdir = tmp_path / 'run'
+  with monkeypatch.context() as patch:
+    signal_at(patch, at, number)
+    assert loop.train(config, str(workdir)) == (at, False, number)
+  facts = manifest.read(workdir)
+  assert (facts['status'], facts['step']) == ('interrupted', at)
+  assert state_of(workdir, config)[0] == at
+  assert loop.train(config, str(workdir)) == (6, True, None)
+  assert_same_run(workdir, undisturbed, config)
+  assert manifest.read(workdir)['resumed_from'][0]['step'] == at
+
+
+def test_resuming_on_another_mesh_starts_from_the_same_bits(whole, copy, capsys):
+  config, _ = whole
+  shutil.rmtree(copy / 'checkpoints' / '6')
+  step, expected = state_of(copy, config)
+  assert step == 3
+  tiny.assert_equal(state_of(copy, config, (8, 1))[1], expected)
+  tiny.assert_equal(state_of(copy, config, (1, 1))[1], expected)
+  other = config.copy_and_resolve_references()
+  other.mesh.update(data=8, expert=1)
+  assert loop.train(other, str(copy)).finished
+  assert 'resuming at step 3' in capsys.readouterr().out
+  assert manifest.read(copy)['mesh'] == {'data': 8, 'expert': 1}
+
+
+def truncate(path):
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+  content = bytearray(path.read_bytes())
+  for place in range(len(content) // 3, len(content), max(1, len(content) // 7)):
+    content[place] ^= 0xFF
+  path.write_bytes(bytes(content))
+
+
+def delete(path):
+  path.unlink()
+
+
+DAMAGED_FILES = (
+  'state/d/*',
+  'state/_METADATA',
+  'state/manifest.ocdbt',
+  'state/ocdbt.process_0/d/*',
+  'state/ocdbt.process_0/manifest.ocdbt',
+  'data/metadata',
+  'digest/metadata',
+)
+
+
+@pytest.mark.parametrize('pattern', DAMAGED_FILES)
+@pytest.mark.parametrize('damage', [truncate, flip, delete])
+def test_damage_is_found_whatever_file_it_hits(whole, copy, damage, pattern):
+  """Each file in turn: the newest checkpoint is passed over, or its state is still the right one."""
+  config, workdir = whole
+  files = sorted((copy / 'checkpoints' / '6').glob(pattern))
+  assert files, pattern
+  for file in files:
+    damage(file)
+  step, state = state_of(copy, config)
+  assert step in (3, 6)
+  if step == 6:
+    tiny.assert_equal(state, state_of(workdir, config)[1])
+  else:
+    assert int(state.step) == 3
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_its_steps_done_again(whole, copy, capsys):
+  config, undisturbed = whole
+  newest = copy / 'checkpoints' / '6'
+  for file in (newest / 'state').rglob('d/*'):
+    flip(file)
+  damaged = tiny.snapshot(newest)
+  assert loop.train(config, str(copy)).finished
+  out = capsys.readouterr().out
+  assert 'warning: damaged checkpoint moved to' in out
+  assert 'resuming at step 3' in out
+  assert tiny.snapshot(copy / 'damaged_checkpoint_6') == damaged
+  assert_same_run(copy, undisturbed, config)
+
+
+def test_an_interrupted_save_leaves_no_half_checkpoint(whole, copy):
+  config, undisturbed = whole
+  # What a killed save leaves: a folder with a temporary name, and files within it.
+  newest = copy / 'checkpoints' / '6'
+  newest.rename(copy / 'checkpoints' / '6.orbax-checkpoint-tmp')
+  assert state_of(copy, config)[0] == 3
+  assert loop.train(config, str(copy)).finished
+  assert sorted(p.name for p in (copy / 'checkpoints').iterdir()) == ['3', '6']
+  assert_same_run(copy, undisturbed, config)
+
+
+def test_only_the_newest_checkpoints_stay(text, tmp_path):
+  overrides = {'train.checkpoint_every': 1, 'train.keep_checkpoints': 3}
+  loop.train(tiny.config({**text, **overrides}), str(tmp_path / 'run'))
+  kept = sorted(p.name for p in (tmp_path / 'run' / 'checkpoints').iterdir())
+  assert kept == ['4', '5', '6']
+
+
+def test_accumulation_and_every_optimizer_run_through(text, tmp_path):
+  for number, optimizer in enumerate(('muon', 'adafactor')):
+    overrides = {
+      'optim.name': optimizer,
+      'data.batch_size': 32,
+      'train.accumulation_steps': 2,
+      'moe.balance_scope': ('device', 'group')[number],
+      'train.accumulation_scope': ('microbatch', 'batch')[number],
+    }
+    workdir = tmp_path / optimizer
+    config = tiny.config({**text, **overrides})
+    assert loop.train(config, str(workdir)).finished
+    assert manifest.read(workdir)['compilations'] == 1
+
+
+@pytest.mark.slow
+def test_kill_9_in_mid_run_changes_nothing(text, tmp_path):
+  overrides = {**text, **LIVELY, 'train.num_steps': 150, 'train.eval_every': 50}
+  overrides['train.checkpoint_every'] = 5
+  path, config = tiny.config_file(tmp_path, overrides), tiny.config(overrides)
+  killed, undisturbed = tmp_path / 'killed', tmp_path / 'undisturbed'
+  process = tiny.start('train', f'--config={path}', f'--workdir={killed}')
+  log = killed / 'metrics.jsonl'
+  while process.poll() is None and not (log.exists() and log.read_bytes().count(b'\n') >= 13):
+    time.sleep(0.01)
+  process.kill()
+  assert tiny.finish(process).code == -signal.SIGKILL
+  logged = len(read_metrics(log))
+  assert 13 <= logged < 150
+  assert manifest.read(killed)['status'] == 'running'
+  loop.train(config, str(undisturbed))
+  result = tiny.command('train', f'--config={path}', f'--workdir={killed}')
+  assert result.code == 0, result.err
+  assert 'resuming at step' in result.out
+  steps = [r['step'] for r in read_metrics(log) if r['split'] == 'train']
+  assert steps == list(range(1, 151))
+  assert_same_run(killed, undisturbed, config)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_its_checkpoints(text, tmp_path):
+  overrides = {'optim.learning_rate': 1e30, 'train.checkpoint_every': 1}
+  path = tiny.config_file(tmp_path, {**text, **overrides})
+  result = tiny.command('train', f'--config={path}', f'--workdir={tmp_path / "run"}')
+  assert result.code == 2
+  assert 'error: loss=' in result.err
+  assert 'optim.learning_rate' in result.err
+  assert 'Traceback' not in result.err
+  # The checkpoint of the step before is there; none of the step that diverged.
+  assert [p.name for p in (tmp_path / 'run' / 'checkpoints').iterdir()] == ['1']
+
+
+def test_all_checkpoints_damaged_is_exit_code_3(text, copy, tmp_path):
+  for file in (copy / 'checkpoints').glob('*/state/**/d/*'):
+    flip(file)
+  before = tiny.snapshot(copy)
+  path = tiny.config_file(tmp_path, {**text, **LIVELY})
+  result = tiny.command('train', f'--config={path}', f'--workdir={copy}')
+  result.assert_error('no good checkpoint', 'step 6', 'step 3', code=3)
+  assert tiny.snapshot(copy) == before
+  for verb, more in (('evaluate', ()), ('generate', ('--prompt=x',))):
+    tiny.command(verb, f'--workdir={copy}', *more).assert_error('no good checkpoint', code=3)
+
+
+@pytest.mark.parametrize('limit', [4096, 30_000])  # Hits metrics.jsonl; hits checkpoints alone.
+def test_full_disk_is_one_error_line_and_the_run_goes_on_later(
+  whole, text, copy, monkeypatch, limit
+):
+  """A save that runs out of space: the checkpoint before it stays good."""
+  config, undisturbed = whole
+  shutil.rmtree(copy / 'checkpoints' / '6')
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  put_batch, steps = loop.put_batch, []
+
+  def fill_up(*arguments):
+    steps.append(None)
+    if len(steps) == 3:
+      resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    return put_batch(*arguments)
+
+  path = tiny.config_file(copy.parent, {**text, **LIVELY})
+  try:
+    with monkeypatch.context() as patch:
+      patch.setattr(loop, 'put_batch', fill_up)
+      result = tiny.command('train', f'--config={path}', f'--workdir={copy}')
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert result.code == 2, result.err
+  assert result.err.count('error: ') == 1 and 'Traceback' not in result.err
+  assert loop.train(config, str(copy)).finished
+  assert_same_run(copy, undisturbed, config)
+
+
+def test_data_set_is_opened_without_the_network(text):
+  """The fixture prepared it: nothing is built again."""
+  dataset = open_dataset(
+    text['data.name'], data_dir=text['data.data_dir'], valid_fraction=0.2, test_fraction=0.2
+  )
+  assert dataset.domains == ('prose', 'verse')

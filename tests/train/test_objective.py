@@ -1,0 +1,94 @@
+"""The one place where losses are normalised and weighted."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import routing
+from moe_jax.train import objective
+
+
+def _sums(tokens_per_expert, prob_sum, tokens):
+  """Sums of layers with one balance scope: (L E), (L E), number of tokens."""
+  selected = jnp.asarray(tokens_per_expert, jnp.float32)
+  layers = selected.shape[0]
+  each = jnp.full((layers,), 8.0)
+  return routing.RouterSums(
+    tokens=jnp.full((layers, 1), float(tokens)),
+    tokens_per_expert=selected[:, None],
+    prob_sum=jnp.asarray(prob_sum, jnp.float32)[:, None],
+    kept_per_expert=selected,
+    tokens_all_dropped=jnp.zeros((layers,)),
+    logsumexp_squared=each,
+    entropy=each,
+    top_prob=each,
+  )
+
+
+def test_cross_entropy_is_the_sum_over_valid_tokens_worked_by_hand():
+  # softmax(log 1, log 3) = (1/4, 3/4): the first token costs -log(3/4), the second -log(1/4).
+  logits = jnp.log(jnp.array([[[1.0, 3.0], [1.0, 3.0], [1.0, 3.0]]]))
+  targets = jnp.array([[1, 0, 0]])
+  nats = objective.cross_entropy_sum(logits, targets, jnp.array([[1, 2, 0]]))
+  np.testing.assert_allclose(nats, np.log(4 / 3) + np.log(4), rtol=1e-6)
+
+
+def test_cross_entropy_against_numpy():
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(3, 5, 7)).astype(np.float32) * 10
+  targets, segments = rng.integers(0, 7, (3, 5)), rng.integers(0, 3, (3, 5))
+  probs = np.exp(logits.astype(np.float64))
+  probs /= probs.sum(-1, keepdims=True)
+  picked = np.take_along_axis(probs, targets[..., None], -1)[..., 0]
+  expected = -np.log(picked[segments > 0]).sum()
+  nats = objective.cross_entropy_sum(
+    jnp.asarray(logits), jnp.asarray(targets), jnp.asarray(segments)
+  )
+  np.testing.assert_allclose(nats, expected, rtol=1e-5)
+
+
+def test_padding_has_no_gradient_even_where_logits_are_not_finite():
+  segments = jnp.array([[1, 0]])
+  logits = jnp.array([[[0.0, 1.0], [jnp.inf, 1.0]]])
+  value, grad = jax.value_and_grad(
+    lambda x: objective.cross_entropy_sum(
+      jnp.where(segments[..., None] > 0, x, 0.0), segments, segments
+    )
+  )(logits)
+  assert np.isfinite(value)
+  np.testing.assert_array_equal(grad[0, 1], 0)
+
+
+def test_layers_that_collapse_on_different_experts_do_not_cancel():
+  # Pooled over the layers the load would be balanced, and the loss 1.
+  loads = [[4.0, 0.0], [0.0, 4.0]]
+  losses = objective.auxiliary_losses(_sums(loads, loads, 4), num_selected_experts=1)
+  np.testing.assert_allclose(losses.load_balancing, [2.0, 2.0])
+  np.testing.assert_allclose(losses.importance, [1.0, 1.0])
+
+
+def test_balance_gives_one_and_zero():
+  loads = np.full((2, 4), 2.0)
+  losses = objective.auxiliary_losses(_sums(loads, loads / 2, 4), num_selected_experts=2)
+  np.testing.assert_allclose(losses.load_balancing, [1.0, 1.0])
+  np.testing.assert_allclose(losses.importance, [0.0, 0.0], atol=1e-7)
+  np.testing.assert_allclose(losses.router_z, [2.0, 2.0])
+
+
+@pytest.mark.parametrize(
+  ('reduction', 'expected'), [('mean', 0.5 * 2 + 0.25 * 3 + 4), ('sum', 11.5)]
+)
+def test_weighted_sum(reduction, expected):
+  losses = objective.AuxiliaryLosses(
+    jnp.array([1.0, 3.0]), jnp.array([2.0, 4.0]), jnp.array([4.0, 4.0])
+  )
+  weights = objective.LossWeights(jnp.array(0.5), jnp.array(0.25), jnp.array(1.0))
+  np.testing.assert_allclose(objective.weighted_sum(losses, weights, reduction), expected)
+
+
+def test_weights_enter_once():
+  """Not `aux + weight * aux`: half the weight is half of what is added."""
+  losses = objective.AuxiliaryLosses(*(jnp.array([1.0, 3.0]) for _ in range(3)))
+  zero = objective.LossWeights(*(jnp.zeros(()) for _ in range(3)))
+  assert objective.weighted_sum(losses, zero, 'mean') == 0

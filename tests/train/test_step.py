@@ -1,0 +1,226 @@
+"""One optimizer step: what it computes, on any mesh, in any number of micro-batches."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.models.decoder import forward
+from moe_jax.train import objective
+from moe_jax.train.state import init_state, state_shardings
+from moe_jax.train.step import put_batch
+from tests import tiny
+
+NO_WEIGHTS = objective.LossWeights(*(jnp.zeros(()) for _ in range(3)))
+# So large that an error in the auxiliary gradient cannot hide behind the task's.
+LARGE_WEIGHTS = objective.LossWeights(jnp.array(5.0), jnp.array(1.0), jnp.array(3.0))
+# An expert can take every token of its group. Needed where padding, which counts in the capacity,
+# is not the same.
+DROPLESS = {'moe.capacity_factor': 4.0}
+
+
+@pytest.mark.parametrize('mesh', [(2, 4), (8, 1), (1, 8)])
+def test_a_step_is_the_same_on_every_mesh(mesh):
+  rows = tiny.batch(16, 16)
+  one, many = tiny.trainer(), tiny.trainer(mesh=mesh)
+  expected, metrics = one(rows, LARGE_WEIGHTS), many(rows, LARGE_WEIGHTS)
+  tiny.assert_close(metrics, expected)
+  tiny.assert_close(many.state.params, one.state.params)
+  # Routing itself is the same to the last token, and some were dropped.
+  for name in ('tokens_per_expert', 'kept_per_expert', 'tokens_all_dropped'):
+    counts = getattr(metrics.router_sums, name), getattr(expected.router_sums, name)
+    np.testing.assert_array_equal(*counts)
+  sums = expected.router_sums
+  assert np.sum(sums.kept_per_expert) < np.sum(sums.tokens_per_expert)
+
+
+def _auxiliary_gradient(trainer, rows):
+  """The gradient of the auxiliary losses alone: with them, minus without."""
+  whole, _ = trainer.gradient(rows, LARGE_WEIGHTS)
+  task, _ = trainer.gradient(rows, NO_WEIGHTS)
+  return jax.tree.map(jnp.subtract, whole, task)['layers']['block_0']['moe']['router']
+
+
+@pytest.mark.parametrize('scope', ['global', 'device', 'group'])
+def test_four_micro_batches_are_one_batch(scope):
+  rows = tiny.batch(16, 16)
+  common = {'moe.balance_scope': scope, 'train.accumulation_scope': 'batch'}
+  one = tiny.trainer(common)
+  four = tiny.trainer({**common, 'train.accumulation_steps': 4})
+  expected, expected_parts = one.gradient(rows, LARGE_WEIGHTS)
+  result, parts = four.gradient(rows, LARGE_WEIGHTS)
+  tiny.assert_close(result, expected)
+  for name in ('cross_entropy', 'objective', 'auxiliary'):
+    tiny.assert_close(getattr(parts, name), getattr(expected_parts, name))
+  auxiliary = _auxiliary_gradient(one, rows)
+  assert np.max(np.abs(auxiliary)) > 1e-3
+  tiny.assert_close(_auxiliary_gradient(four, rows), auxiliary, 1e-4)
+
+
+def test_scope_microbatch_is_the_token_weighted_mean_of_the_micro_batches():
+  rows = tiny.batch(16, 16)
+  result, parts = tiny.trainer({'train.accumulation_steps': 4}).gradient(rows, LARGE_WEIGHTS)
+  single = tiny.trainer({'data.batch_size': 4})
+  tokens, grads, losses = [], [], []
+  for start in range(0, 16, 4):
+    micro = {name: value[start : start + 4] for name, value in rows.items()}
+    grad, part = single.gradient(micro, LARGE_WEIGHTS)
+    tokens.append((micro['segment_ids'] > 0).sum())
+    grads.append(grad)
+    losses.append(part.auxiliary)
+  share = np.asarray(tokens) / np.sum(tokens)
+  assert len(set(tokens)) > 1
+
+  def mean(*values):
+    return sum(weight * np.asarray(value) for weight, value in zip(share, values, strict=True))
+
+  tiny.assert_close(result, jax.tree.map(mean, *grads))
+  tiny.assert_close(parts.auxiliary, jax.tree.map(mean, *losses))
+
+
+def test_accumulation_is_the_same_on_a_mesh():
+  rows = tiny.batch(32, 16)
+  overrides = {
+    'data.batch_size': 32,
+    'train.accumulation_steps': 4,
+    'train.accumulation_scope': 'batch',
+  }
+  expected = tiny.trainer(overrides).gradient(rows, LARGE_WEIGHTS)
+  tiny.assert_close(tiny.trainer(overrides, (2, 4)).gradient(rows, LARGE_WEIGHTS), expected)
+
+
+def test_an_sgd_step_is_parameters_minus_learning_rate_times_gradient():
+  trainer, rows = tiny.trainer(), tiny.batch(16, 16)
+  before = tiny.leaves(trainer.state.params)
+  grads = tiny.leaves(trainer.gradient(rows, LARGE_WEIGHTS)[0])
+  metrics = trainer(rows, LARGE_WEIGHTS)
+  after = tiny.leaves(trainer.state.params)
+  tiny.assert_close(after, {name: before[name] - 0.1 * grads[name] for name in before})
+  norm = np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in grads.values()))
+  np.testing.assert_allclose(metrics.grad_norm, norm, rtol=1e-5)
+  np.testing.assert_allclose(metrics.learning_rate, 0.1)
+  assert trainer.state.step == 1
+
+
+def test_the_reported_loss_has_no_auxiliary_part():
+  trainer, rows = tiny.trainer(), tiny.batch(16, 16)
+  batch = put_batch(rows, trainer.model)
+  read = (batch[name] for name in ('inputs', 'segment_ids', 'positions'))
+  compiled = jax.jit(lambda params, *read: forward(trainer.model, params, *read))
+  logits = compiled(trainer.state.params, *read).logits
+  nats = objective.cross_entropy_sum(logits, batch['targets'], batch['segment_ids'])
+  tokens = (rows['segment_ids'] > 0).sum()
+  metrics = trainer(rows, LARGE_WEIGHTS)
+  np.testing.assert_allclose(metrics.cross_entropy, nats / tokens, rtol=1e-5)
+  added = objective.weighted_sum(metrics.auxiliary, LARGE_WEIGHTS, 'mean')
+  np.testing.assert_allclose(metrics.objective, nats / tokens + added, rtol=1e-5)
+  assert added > 1
+  assert metrics.tokens == tokens
+
+
+def test_rows_of_padding_change_nothing_whatever_stands_in_them():
+  rows = tiny.batch(4, 16)
+  longer = {name: np.pad(value, ((0, 12), (0, 0))) for name, value in rows.items()}
+  padding = longer['segment_ids'] == 0
+  longer['inputs'][padding], longer['targets'][padding] = 77, 99
+  short = tiny.trainer({**DROPLESS, 'data.batch_size': 4}).gradient(rows, LARGE_WEIGHTS)
+  tiny.assert_close(tiny.trainer(DROPLESS).gradient(longer, LARGE_WEIGHTS), short)
+
+
+def test_packed_documents_are_computed_as_if_each_had_a_row():
+  packed = tiny.batch(4, 16, padded=False)
+  apart = {name: np.zeros((16, 16), np.int32) for name in packed}
+  for row in range(4):
+    for document in (1, 2):
+      cells = packed['segment_ids'][row] == document
+      for name, value in packed.items():
+        apart[name][2 * row + document - 1, : cells.sum()] = value[row, cells]
+  apart['segment_ids'] = np.minimum(apart['segment_ids'], 1)
+  one = tiny.trainer({**DROPLESS, 'data.batch_size': 4}).gradient(packed, LARGE_WEIGHTS)
+  tiny.assert_close(one, tiny.trainer(DROPLESS).gradient(apart, LARGE_WEIGHTS))
+
+
+def test_weights_are_arguments_and_weight_zero_still_reports():
+  trainer = tiny.trainer()
+  for _ in range(2):
+    trainer(tiny.batch(16, 16), LARGE_WEIGHTS)
+  before = trainer.step._cache_size()
+  metrics = trainer(tiny.batch(16, 16, seed=1), NO_WEIGHTS)
+  assert trainer.step._cache_size() == before
+  np.testing.assert_allclose(metrics.objective, metrics.cross_entropy)
+  assert np.all(np.asarray(metrics.auxiliary.load_balancing) > 0.9)
+  assert np.all(np.asarray(metrics.auxiliary.router_z) > 0)
+  assert np.all(np.asarray(metrics.auxiliary.importance) > 0)
+
+
+def _is_expert_matrix(name):
+  return re.search(r"'moe'\]\['w_(in|out)'\]", name) is not None
+
+
+@pytest.mark.parametrize(
+  # How many arrays the optimizer keeps for each parameter.
+  ('optimizer', 'kept'),
+  [('sgd', 1), ('adamw', 2), ('muon', 1), ('adafactor', 1)],
+)
+def test_experts_stay_sharded_with_their_optimizer_state(optimizer, kept):
+  overrides = {'optim.name': optimizer, 'optim.momentum': 0.9}
+  trainer = tiny.trainer(overrides, (2, 4))
+  old = trainer.state
+  before = jax.tree.map(lambda x: x.sharding, old)
+  compiled = trainer.step.lower(
+    old, put_batch(tiny.batch(16, 16), trainer.model), NO_WEIGHTS
+  ).compile()
+  _assert_no_experts_gathered(compiled.as_text())
+  trainer(tiny.batch(16, 16), NO_WEIGHTS)
+  # Donated. (What no update reads, Adafactor's placeholders, stays behind.)
+  assert all(
+    leaf.is_deleted() for leaf in jax.tree.leaves((old.params, old.opt_state)) if leaf.size > 8
+  )
+  assert before == jax.tree.map(lambda x: x.sharding, trainer.state)
+  num_sharded = 0
+  for path, leaf in jax.tree_util.tree_flatten_with_path(trainer.state)[0]:
+    name, shape = jax.tree_util.keystr(path), leaf.shape
+    if _is_expert_matrix(name) and leaf.ndim == 4:
+      num_sharded += 1
+      layers, experts, *rest = shape
+      # E / expert axis = 8 / 4: two experts on each of the 8 devices.
+      shape = (layers, experts // 4, *rest)
+    assert [shard.data.shape for shard in leaf.addressable_shards] == [shape] * 8, name
+  assert num_sharded == 2 * (1 + kept)
+
+
+def _assert_no_experts_gathered(text):
+  """No collective may bring together the experts of several devices, whole or part by part."""
+  gathers = re.findall(r'= *\(?(\w+\[[\d,]*\])\S* all-gather', text)
+  # An expert's matrices are D x 2F = 16 x 32 and F x D = 16 x 16.
+  assert not [shape for shape in gathers if re.search(r'16,(16|32)\]', shape)], gathers
+  assert 'all-to-all' in text
+
+
+@pytest.mark.parametrize('scope', ['global', 'device'])
+def test_initial_state_is_made_sharded_and_is_the_same_as_on_one_device(scope):
+  expected = tiny.trainer().state
+  trainer = tiny.trainer({'moe.balance_scope': scope}, (2, 4))
+  with jax.set_mesh(trainer.mesh):
+    made = init_state(trainer.model, trainer.optimizer, 0)
+  tiny.assert_equal(made, expected)
+  for leaf, sharding in zip(
+    jax.tree.leaves(made),
+    jax.tree.leaves(state_shardings(trainer.model, trainer.optimizer)),
+    strict=True,
+  ):
+    assert leaf.sharding == sharding
+
+
+def test_overfits_one_batch():
+  overrides = {'optim.name': 'adamw', 'optim.learning_rate': 0.01, 'model.embed_dim': 32}
+  trainer = tiny.trainer({**overrides, 'train.num_steps': 250})
+  rows = tiny.batch(16, 16)
+  weights = objective.LossWeights(jnp.array(0.01), jnp.array(0.001), jnp.array(0.0))
+  first = float(trainer(rows, weights).cross_entropy)
+  for _ in range(249):
+    metrics = trainer(rows, weights)
+  assert first > 5
+  assert float(metrics.cross_entropy) < 0.05
