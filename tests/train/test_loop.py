@@ -21,6 +21,9 @@ from moe_jax.train.metrics import read_metrics
 from moe_jax.train.state import abstract_state
 from tests import tiny
 
+# Orbax leaves event loops to the garbage collector when it meets a damaged file.
+pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+
 # Everything whose state must survive: moments, jitter and random drops.
 LIVELY = {
   'optim.name': 'adamw',
