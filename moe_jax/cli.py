@@ -69,8 +69,7 @@ def _describe(error: Exception, argv: Sequence[str]) -> str:
 
 
 def _guard(main: Callable[[], int | None]) -> int | None:
-  # The libraries log their search for devices, every file they write, and each error that they raise
-  # once more.
+  # The libraries log their search for devices, every file they write, and every error they raise.
   logging.set_verbosity(logging.FATAL)
   hook, sys.unraisablehook = sys.unraisablehook, _report_unraisable
   try:

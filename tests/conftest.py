@@ -1,4 +1,4 @@
-"""Every test runs on 8 simulated CPU devices."""
+"""Every test runs on 8 simulated CPU devices, with shapes checked at every call of the package."""
 
 import os
 
@@ -17,7 +17,13 @@ os.environ['XLA_FLAGS'] = ' '.join(
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
+import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
+
+# Before the first import of moe_jax: its annotations are checked, shapes included.
+jaxtyping.install_import_hook('moe_jax', 'beartype.beartype')
+# [S, E] + [E] must be written as what it is.
+jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 hypothesis.settings.register_profile(
   'deterministic', derandomize=True, database=None, deadline=None, max_examples=25
@@ -27,6 +33,9 @@ hypothesis.settings.load_profile('deterministic')
 
 def pytest_configure(config):
   config.addinivalue_line('markers', 'slow: starts processes of its own.')
+  config.addinivalue_line('filterwarnings', 'error')
+  # Of third parties.
+  config.addinivalue_line('filterwarnings', r'ignore:the load_module\(\) method:DeprecationWarning')
 
 
 def pytest_sessionstart():

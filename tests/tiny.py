@@ -16,6 +16,7 @@ import grain  # noqa: F401  Defines flags, which must outlive the first command.
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 from absl.testing import flagsaver
 
 from configs import debug
@@ -30,25 +31,7 @@ from moe_jax.train.step import make_gradient, make_train_step, put_batch
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 VOCAB_SIZE = 258
-_WORDS = [
-  'the',
-  'sea',
-  'and',
-  'sky',
-  'were',
-  'one',
-  'grey',
-  'wall',
-  'of',
-  'rain',
-  'that',
-  'night',
-  'when',
-  'no',
-  'ship',
-  'came',
-  'home',
-]
+_WORDS = ('the', 'sea', 'and', 'sky', 'were', 'one', 'grey', 'wall', 'of', 'rain', 'that', 'night')
 
 
 def config(overrides: dict | None = None):
@@ -227,8 +210,11 @@ def command(verb, *arguments):
   code = 0
   try:
     with contextlib.ExitStack() as stack:
-      # Forgets the flags that the command defines.
+      # Forgets the flags that the command defines, and hides those of commands that tests import.
       stack.enter_context(flagsaver.flagsaver())
+      for module, defined in flags.FLAGS.flags_by_module_dict().items():
+        for flag in defined if module.startswith('moe_jax') else ():
+          delattr(flags.FLAGS, flag.name)
       stack.enter_context(contextlib.redirect_stdout(out))
       stack.enter_context(contextlib.redirect_stderr(err))
       # A shell does not turn other packages' warnings into errors.
@@ -244,8 +230,8 @@ def command(verb, *arguments):
 
 def start(verb, *arguments, devices=8, **environment):
   """Starts `python -m moe_jax.VERB ARGUMENTS` as a process of its own."""
-  flags = os.environ['XLA_FLAGS'].replace('device_count=8', f'device_count={devices}')
-  variables = {**os.environ, 'XLA_FLAGS': flags, **environment}
+  xla_flags = os.environ['XLA_FLAGS'].replace('device_count=8', f'device_count={devices}')
+  variables = {**os.environ, 'XLA_FLAGS': xla_flags, **environment}
   variables['TF_CPP_MIN_LOG_LEVEL'] = '2'
   return subprocess.Popen(
     [sys.executable, '-m', f'moe_jax.{verb}', *map(str, arguments)],

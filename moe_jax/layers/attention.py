@@ -26,7 +26,7 @@ def rotate(
   """
   half = x.shape[-1] // 2
   frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angle = positions[..., None, None].astype(jnp.float32) * frequency
+  angle = positions[..., None, None].astype(jnp.float32) * frequency[None, None, None]
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   cos, sin = jnp.cos(angle), jnp.sin(angle)
   rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -38,7 +38,7 @@ def packed_causal_mask(segment_ids: Int[Array, 'B T']) -> Bool[Array, 'B 1 T T']
   position = jnp.arange(segment_ids.shape[-1])
   causal = position[:, None] >= position[None, :]
   same_document = segment_ids[:, :, None] == segment_ids[:, None, :]
-  return (causal & same_document)[:, None]
+  return (causal[None] & same_document)[:, None]
 
 
 class Attention(nn.Module):

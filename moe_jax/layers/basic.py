@@ -49,6 +49,7 @@ class RMSNorm(nn.Module):
   def __call__(self, x: Float[Array, '*any D']) -> Float[Array, '*any D']:
     """Returns the normalised array in the dtype of the input."""
     scale = self.param('scale', logical(nn.initializers.ones, 'embed'), (x.shape[-1],))
+    scale = jnp.expand_dims(scale, range(x.ndim - 1))
     x_fp32 = x.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(x_fp32), axis=-1, keepdims=True)
     return (x_fp32 * jax.lax.rsqrt(mean_square + self.epsilon) * scale).astype(x.dtype)

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Key, Shaped
 
 from moe_jax import dispatch as dispatch_room
 from moe_jax import routing
@@ -177,7 +177,7 @@ def group_capacity(options: MoeOptions, tokens_in_group: int) -> int:
   return min(capacity, tokens_in_group)
 
 
-def to_groups(x: Float[Array, 'b T D'], group_size: int) -> Float[Array, 'g S D']:
+def to_groups(x: Shaped[Array, 'b T D'], group_size: int) -> Shaped[Array, 'g S D']:
   """Puts `group_size` sequences into each group, position by position: S index t * n + sequence.
 
   Order of position first makes the `token` priority causal for each sequence and fair to all.

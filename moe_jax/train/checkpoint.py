@@ -1,8 +1,9 @@
 """Checkpoints with Orbax: asynchronous, atomic, and checked against their own digest.
 
-A checkpoint holds the whole state (parameters, optimizer, step, seed), the position in the data,
-and a digest of every array: an integer sum of its bits, which does not depend on the mesh. Orbax
-makes a checkpoint visible only when it is complete; the digest finds what rots afterwards.
+A checkpoint holds the whole state (parameters, optimizer, step, and the seed that with the step
+makes every random number), the position in the data, the resolved config, and a digest of every
+array: an integer sum of its bits, which does not depend on the mesh. Orbax makes a checkpoint
+visible only when it is complete; the digest finds what rots afterwards.
 """
 
 import contextlib
@@ -47,6 +48,7 @@ class Checkpoints:
     handlers = {
       'state': ocp.StandardCheckpointHandler(),
       'data': ocp.JsonCheckpointHandler(),
+      'config': ocp.JsonCheckpointHandler(),
       'digest': ocp.JsonCheckpointHandler(),
     }
     return ocp.CheckpointManager(self._folder, item_handlers=handlers, options=self._options)
@@ -55,7 +57,9 @@ class Checkpoints:
     """Returns the steps that have a complete checkpoint, newest first."""
     return sorted(self._manager.all_steps(), reverse=True) if self._manager else []
 
-  def save(self, step: int, state: TrainState, data_position: dict[str, Any]) -> None:
+  def save(
+    self, step: int, state: TrainState, data_position: dict[str, Any], config: dict[str, Any]
+  ) -> None:
     """Starts to save; returns when the arrays are copied and training may go on."""
     assert self._manager is not None and not self._read_only
     if step in self._manager.all_steps():
@@ -66,6 +70,7 @@ class Checkpoints:
         args=ocp.args.Composite(
           state=ocp.args.StandardSave(state),
           data=ocp.args.JsonSave(data_position),
+          config=ocp.args.JsonSave(config),
           digest=ocp.args.JsonSave(digest(state)),
         ),
       )

@@ -59,12 +59,21 @@ class _Signals:
       signal.raise_signal(number)
     self.received = number
 
-  def should_stop(self) -> bool:
-    """Whether to stop after this step; the same answer in every process."""
+  def should_stop(self, step: int, ask_every: int) -> bool:
+    """Whether to stop after this step; the same answer in every process.
+
+    Several processes ask each other only every `ask_every` steps: asking waits for the devices.
+    """
     if jax.process_count() > 1:
+      if step % ask_every:
+        return False
+      asked = np.asarray(self.received or 0, np.int32)
+      agreed = int(multihost_utils.process_allgather(asked).max())
+      if not agreed:
+        # A signal that came meanwhile waits for the next time.
+        return False
       # Whoever did not receive it ends with the same exit code.
-      received = np.asarray(self.received or 0, np.int32)
-      self.received = int(multihost_utils.process_allgather(received).max()) or None
+      self.received = agreed
     return self.received is not None
 
 
@@ -287,12 +296,12 @@ def _steps(run, train_step, state, batches, checkpoints, writer, step: int) -> O
       if pending is not None:
         _report(run, writer, bar, *pending)
       pending = (step, step_metrics, waited)
-      stop = signals.should_stop()
+      stop = signals.should_stop(step, config.train.log_every)
       last = step == config.train.num_steps or stop
       if last or step % config.train.checkpoint_every == 0:
         _report(run, writer, bar, *pending)
         pending = None
-        checkpoints.save(step, state, batches.get_state())
+        checkpoints.save(step, state, batches.get_state(), config.to_dict())
       if _evaluates_at(config, step) and not stop:
         writer.write(step, 'valid', evaluator(state.params))
       if stop:

@@ -21,6 +21,7 @@ from moe_jax.train.state import TrainState, state_shardings
 
 BATCH_FIELDS = ('inputs', 'targets', 'segment_ids', 'positions')
 Batch = dict[str, Int[Array, 'B T']]
+MicroBatches = dict[str, Int[Array, 'A b T']]
 
 
 class StepMetrics(NamedTuple):
@@ -130,7 +131,7 @@ def _forward(model: Decoder, params: Any, micro: Batch, key: Key[Array, '']) -> 
   return forward(model, params, micro['inputs'], micro['segment_ids'], micro['positions'], key=key)
 
 
-def _split(batch: Batch, accumulation_steps: int, model: Decoder) -> Batch:
+def _split(batch: Batch, accumulation_steps: int, model: Decoder) -> MicroBatches:
   """Cuts a batch into consecutive parts, whatever the mesh."""
   sharding = NamedSharding(model.mesh, PartitionSpec(None, BATCH_AXES))
   return {
@@ -141,7 +142,7 @@ def _split(batch: Batch, accumulation_steps: int, model: Decoder) -> Batch:
   }
 
 
-def _sum_over(function: Callable, micros: Batch, keys) -> Any:
+def _sum_over(function: Callable, micros: MicroBatches, keys) -> Any:
   """Sums function(micro, key) over micro-batches, one at a time."""
   shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], micros), keys[0])
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)

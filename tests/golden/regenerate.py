@@ -1,4 +1,4 @@
-"""Writes the golden texts anew, after a change that was meant: python -m tests.golden.regenerate."""
+"""Writes the golden texts anew, after a meant change: python -m tests.golden.regenerate."""
 
 import pathlib
 

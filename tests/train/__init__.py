@@ -1,0 +1,1 @@
+"""Training, from one loss to two processes."""

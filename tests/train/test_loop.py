@@ -1,4 +1,4 @@
-"""A run: start, stop, crash, resume, finish. What was saved is what was trained, to the last bit."""
+"""A run: start, stop, crash, resume, finish; equal to the last bit whatever came between."""
 
 import json
 import os
@@ -120,7 +120,7 @@ def test_counts_of_the_manifest_are_those_of_the_parameters(whole):
   # Each token passes 2 of the 8 experts.
   assert facts['parameters'] == {'total': total, 'active': total - experts * 6 // 8}
   # Per token and layer: D (H + 2 KV + H) head_dim, router D E, K experts of 3 D F; 2 layers; then
-  # the output D V. Scores and mixing: 4 T D in each layer. Times 2 (multiply, add) and 3 (backward).
+  # the output D V. Scores and mixing: 4 T D in each layer. Times 2 (multiply, add), 3 (backward).
   layer = 16 * (16 + 8 + 8 + 16) + 16 * 8 + 2 * 3 * 16 * 16
   forward = 2 * (2 * layer + 16 * 258) + 2 * 4 * 16 * 16
   assert facts['training_flops_per_token'] == 3 * forward
@@ -203,7 +203,7 @@ DAMAGED_FILES = (
 @pytest.mark.parametrize('pattern', DAMAGED_FILES)
 @pytest.mark.parametrize('damage', [truncate, flip, delete])
 def test_damage_is_found_whatever_file_it_hits(whole, copy, damage, pattern):
-  """Each file in turn: the newest checkpoint is passed over, or its state is still the right one."""
+  """Each kind of file: the newest checkpoint is passed over, or its state is still right."""
   config, workdir = whole
   files = sorted((copy / 'checkpoints' / '6').glob(pattern))
   assert files, pattern

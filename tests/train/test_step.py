@@ -13,9 +13,15 @@ from moe_jax.train.state import init_state, state_shardings
 from moe_jax.train.step import put_batch
 from tests import tiny
 
-NO_WEIGHTS = objective.LossWeights(*(jnp.zeros(()) for _ in range(3)))
+
+def _weights(*values):
+  # As the loop makes them: their dtype is part of what is compiled.
+  return objective.LossWeights(*(jnp.asarray(value, jnp.float32) for value in values))
+
+
+NO_WEIGHTS = _weights(0, 0, 0)
 # So large that an error in the auxiliary gradient cannot hide behind the task's.
-LARGE_WEIGHTS = objective.LossWeights(jnp.array(5.0), jnp.array(1.0), jnp.array(3.0))
+LARGE_WEIGHTS = _weights(5, 1, 3)
 # An expert can take every token of its group. Needed where padding, which counts in the capacity,
 # is not the same.
 DROPLESS = {'moe.capacity_factor': 4.0}
@@ -218,7 +224,7 @@ def test_overfits_one_batch():
   overrides = {'optim.name': 'adamw', 'optim.learning_rate': 0.01, 'model.embed_dim': 32}
   trainer = tiny.trainer({**overrides, 'train.num_steps': 250})
   rows = tiny.batch(16, 16)
-  weights = objective.LossWeights(jnp.array(0.01), jnp.array(0.001), jnp.array(0.0))
+  weights = _weights(0.01, 0.001, 0)
   first = float(trainer(rows, weights).cross_entropy)
   for _ in range(249):
     metrics = trainer(rows, weights)
