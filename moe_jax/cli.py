@@ -116,12 +116,11 @@ def define_config_flag() -> Callable[[], ml_collections.ConfigDict]:
   def config() -> ml_collections.ConfigDict:
     if holder.value is None:
       raise UserError('--config', None, 'must be given, for example configs/quickstart.py')
-    try:
-      config_lib.validate(holder.value)
-    except OSError as error:
-      # ml_collections puts off the error of a file that can't be read until the config is used.
+    if not isinstance(holder.value, ml_collections.ConfigDict):
+      # ml_collections puts off the error of a file that is not there until the config is used.
       path = config_flags.get_config_filename(flags.FLAGS['config'])
-      raise UserError('--config', path, 'cannot be read') from error
+      raise UserError('--config', path, 'must be a file whose get_config() returns a ConfigDict')
+    config_lib.validate(holder.value)
     return holder.value
 
   return config

@@ -5,10 +5,9 @@ import math
 from absl import flags
 
 from moe_jax import cli
-from moe_jax.data import Tokenizer
 from moe_jax.errors import UserError
 from moe_jax.models.build import build_model
-from moe_jax.models.generate import generate
+from moe_jax.models.generate import encode_prompt, generate
 from moe_jax.train.restore import restore_run
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run.')
@@ -20,25 +19,6 @@ _TOP_P = flags.DEFINE_float('top_p', 1.0, 'Sample among tokens that reach this p
 _SEED = flags.DEFINE_integer('seed', 0, 'Of what is drawn.')
 _STEP = flags.DEFINE_integer('step', None, 'Checkpoint; the newest by default.')
 _MESH = flags.DEFINE_string('mesh', None, "data=D,expert=E; the run's own by default.")
-
-
-def encode_prompt(prompt: str, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
-  """Returns the start symbol and the tokens of a prompt.
-
-  Raises:
-    UserError: if the prompt is not text or leaves the vocabulary.
-  """
-  try:
-    prompt.encode('utf-8')
-  except UnicodeEncodeError as error:
-    raise UserError('--prompt', prompt, 'is not UTF-8 text') from error
-  tokens = [tokenizer.bos_id, *(int(token) for token in tokenizer.encode(prompt))]
-  outside = [token for token in tokens if not 0 <= token < vocab_size]
-  if outside:
-    raise UserError(
-      '--prompt', prompt, f'token {outside[0]} is outside the vocabulary of {vocab_size}'
-    )
-  return tokens
 
 
 def _check_flags() -> None:

@@ -121,6 +121,8 @@ def test_train_refuses_flags(path, tmp_path):
   tiny.command('train', f'--config={wrong}', workdir).assert_error('wrong.py:1')
   wrong.write_text('x = 1\n')
   tiny.command('train', f'--config={wrong}', workdir).assert_error('get_config')
+  wrong.write_text('def get_config():\n  return {}\n')
+  tiny.command('train', f'--config={wrong}', workdir).assert_error('wrong.py', 'ConfigDict')
   tiny.command('train', f'--config={path}:nonsense', workdir).assert_error('--config')
   tiny.command('train', '--config=configs/debug.py:nonsense', workdir).assert_error('nonsense')
   assert not (tmp_path / 'run').exists()

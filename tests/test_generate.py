@@ -12,10 +12,9 @@ import pytest
 
 from moe_jax.data import ByteTokenizer
 from moe_jax.errors import UserError
-from moe_jax.generate import encode_prompt
 from moe_jax.models.build import build_model
 from moe_jax.models.decoder import forward
-from moe_jax.models.generate import generate, sample_token
+from moe_jax.models.generate import encode_prompt, generate, sample_token
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.train.state import init_params, params_shardings
 from tests import tiny

@@ -16,7 +16,6 @@ import grain  # noqa: F401  Defines flags, which must outlive the first command.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from absl.testing import flagsaver
 
 from configs import debug
@@ -210,11 +209,8 @@ def command(verb, *arguments):
   code = 0
   try:
     with contextlib.ExitStack() as stack:
-      # Forgets the flags that the command defines, and hides those of commands that tests import.
+      # Forgets the flags that the command defines. (So no test may import a command itself.)
       stack.enter_context(flagsaver.flagsaver())
-      for module, defined in flags.FLAGS.flags_by_module_dict().items():
-        for flag in defined if module.startswith('moe_jax') else ():
-          delattr(flags.FLAGS, flag.name)
       stack.enter_context(contextlib.redirect_stdout(out))
       stack.enter_context(contextlib.redirect_stderr(err))
       # A shell does not turn other packages' warnings into errors.

@@ -24,8 +24,8 @@ def shares(config: ml_collections.ConfigDict, rounds: int, steps: int) -> dict[s
 
   Returns:
     Medians over rounds: `forward`, `backward`, `optimizer` (what is left: clipping and update), as
-    shares of the step; `data_wait`, the share of the time of the real steps spent on waiting for the
-    next batch; `compilations` of the step.
+    shares of the step; `data_wait`, the share of the time of the real steps spent on waiting for
+    the next batch; `compilations` of the step.
   """
   mesh = mesh_of(config)
   dataset = dataset_of(config)

@@ -1,8 +1,9 @@
 """How arms are timed against each other on a machine that others use too.
 
 Every round runs each arm once, in an order drawn anew, and gives one ratio between two arms; what
-is reported is the median of the ratios with their quartiles. A copy of the dense layer runs as an arm
-of its own: if its median ratio leaves 0.95 to 1.05, the machine was too restless, the run is void.
+is reported is the median of the ratios with their quartiles. A copy of the dense layer runs as an
+arm of its own: if its median ratio leaves 0.95 to 1.05, the machine was too restless and the run is
+void.
 """
 
 import random

@@ -11,8 +11,29 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from moe_jax.data import Tokenizer
+from moe_jax.errors import UserError
 from moe_jax.models.decoder import Decoder, forward, init_cache
 from moe_jax.parallel.mesh import batch_sharding, replicated
+
+
+def encode_prompt(prompt: str, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
+  """Returns the start symbol and the tokens of a prompt.
+
+  Raises:
+    UserError: if the prompt is not text or leaves the vocabulary.
+  """
+  try:
+    prompt.encode('utf-8')
+  except UnicodeEncodeError as error:
+    raise UserError('--prompt', prompt, 'is not UTF-8 text') from error
+  tokens = [tokenizer.bos_id, *(int(token) for token in tokenizer.encode(prompt))]
+  outside = [token for token in tokens if not 0 <= token < vocab_size]
+  if outside:
+    raise UserError(
+      '--prompt', prompt, f'token {outside[0]} is outside the vocabulary of {vocab_size}'
+    )
+  return tokens
 
 
 def sample_token(
