@@ -65,6 +65,10 @@ def _describe(error: Exception, argv: Sequence[str]) -> str:
     if f'config.{name}' in text:
       kind = type(known[field].default).__name__
       return f'{name}={value!r}: must be of type {kind}; {known[field].allowed}'
+  if 'Traceback' in text:
+    # ml_collections puts what the config file raised, traceback and all, into its message.
+    flag = next((word for word in argv if word.lstrip('-').startswith('config=')), '--config')
+    return f'{flag}: {str(error).strip().splitlines()[-1].strip()}'
   return text
 
 
