@@ -23,7 +23,7 @@ _MESH = flags.DEFINE_string('mesh', None, "data=D,expert=E; the run's own by def
 
 def _check_flags() -> None:
   checks = (
-    (_NUM_TOKENS, _NUM_TOKENS.value >= 1, 'must be at least 1'),
+    (_NUM_TOKENS, 1 <= _NUM_TOKENS.value <= 65536, 'must be in 1..65536'),
     (
       _TEMPERATURE,
       math.isfinite(_TEMPERATURE.value) and _TEMPERATURE.value >= 0,

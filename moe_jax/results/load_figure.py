@@ -6,6 +6,7 @@ from typing import Any
 import matplotlib.figure
 import numpy as np
 
+from moe_jax.errors import UserError
 from moe_jax.train.metrics import read_metrics
 
 
@@ -22,6 +23,10 @@ def draw(workdir: str, evaluation: dict[str, Any]) -> pathlib.Path:
   records = [
     r for r in read_metrics(pathlib.Path(workdir) / 'metrics.jsonl') if r['split'] == 'train'
   ]
+  if not records:
+    raise UserError(
+      'workdir', workdir, 'metrics.jsonl has no training step to draw; use --nofigure'
+    )
   steps = [record['step'] for record in records]
   load_SLE = np.array([record['router/load'] for record in records])
   domains = list(evaluation['domains'])

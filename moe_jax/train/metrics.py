@@ -112,8 +112,10 @@ class MetricsWriter:
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-  """Returns the whole lines of a metrics.jsonl; a last line that was cut short is left out."""
-  records = []
+  """Returns the whole lines of a metrics.jsonl: none of a missing file, and no cut last line."""
+  records: list[dict[str, Any]] = []
+  if not pathlib.Path(path).exists():
+    return records
   for line in pathlib.Path(path).read_text(encoding='utf-8').split('\n'):
     try:
       records.append(json.loads(line))
