@@ -68,7 +68,9 @@ def _combine(expert_outputs, combine_weights, plan):
 
 def _weighted_sum(expert_outputs, combine_weights, plan):
   rows = _take_slots(expert_outputs, plan).astype(jnp.float32)
-  return jnp.einsum('gskd,gsk->gsd', rows, combine_weights).astype(expert_outputs.dtype)
+  return jnp.einsum('gskd,gsk->gsd', rows, combine_weights, precision='highest').astype(
+    expert_outputs.dtype
+  )
 
 
 def _combine_fwd(expert_outputs, combine_weights, plan):
@@ -83,7 +85,7 @@ def _combine_bwd(residuals, grad):
   expert_outputs, combine_weights, plan = residuals
   num_groups = combine_weights.shape[0]
   rows = _take_slots(expert_outputs, plan).astype(jnp.float32)
-  grad_weights = jnp.einsum('gskd,gsd->gsk', rows, grad.astype(jnp.float32))
+  grad_weights = jnp.einsum('gskd,gsd->gsk', rows, grad.astype(jnp.float32), precision='highest')
   num_assignments = combine_weights[0].size
   source = jnp.moveaxis(plan.source_index, 1, 0)
   group = jnp.arange(num_groups)[None, :, None]
