@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 from typing import Any
 
 import numpy as np
@@ -112,15 +113,17 @@ class MetricsWriter:
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-  """Returns the whole lines of a metrics.jsonl: none of a missing file, and no cut last line."""
+  """Returns the good lines of a metrics.jsonl: none of a missing file, no cut or damaged one."""
   records: list[dict[str, Any]] = []
   if not pathlib.Path(path).exists():
     return records
   for line in pathlib.Path(path).read_text(encoding='utf-8').split('\n'):
     try:
-      records.append(json.loads(line))
+      record = json.loads(line)
     except json.JSONDecodeError:
-      break
+      continue
+    if isinstance(record, dict) and 'step' in record and 'split' in record:
+      records.append(record)
   return records
 
 
@@ -133,7 +136,13 @@ def _keep_until(path: pathlib.Path, step: int, drop_last_valid: bool) -> None:
     repeated = drop_last_valid and record['split'] == 'valid' and record['step'] == step
     return repeated or record['step'] > step
 
-  kept = [record for record in read_metrics(path) if not again(record)]
+  whole = read_metrics(path)
+  lines = path.read_text(encoding='utf-8').splitlines()
+  # A kill cuts the last line at most; anything else is damage, and the file is kept as it was.
+  if len(whole) < len(lines) - 1:
+    shutil.copyfile(path, path.with_suffix('.damaged'))
+    print(f'warning: {path} has damaged lines; a copy stays in {path.stem}.damaged', flush=True)
+  kept = [record for record in whole if not again(record)]
   replacement = path.with_suffix('.tmp')
   replacement.write_text(''.join(json.dumps(r) + '\n' for r in kept), encoding='utf-8')
   os.replace(replacement, path)
