@@ -1,4 +1,4 @@
-"""The main job in about two minutes on 2 cores: 8 experts over 8 simulated devices, real text.
+"""The main job in about five minutes, set-up included: 8 experts over 8 simulated devices.
 
 ./launch/quickstart
 """

@@ -5,6 +5,7 @@ and 143 interrupted by SIGINT and SIGTERM, with the state saved; 1 a defect of o
 """
 
 import gc
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -25,6 +26,11 @@ from moe_jax.errors import (
 
 def run(main: Callable[[], int | None]) -> None:
   """Parses the flags, runs `main` and leaves with the exit code that its end asks for."""
+  # ml_collections reads sys.argv, and there wants the file before the overrides of its fields.
+  is_file = [word.startswith(('--config=', '-config=')) for word in sys.argv]
+  files = [word for word, yes in zip(sys.argv, is_file, strict=True) if yes]
+  others = [word for word, yes in zip(sys.argv, is_file, strict=True) if not yes]
+  sys.argv = [others[0], *files, *others[1:]]
   try:
     app.run(lambda argv: _guard(main), flags_parser=_parse)
   except _UsageError as error:
@@ -123,6 +129,8 @@ def define_config_flag() -> Callable[[], ml_collections.ConfigDict]:
     if not isinstance(holder.value, ml_collections.ConfigDict):
       # ml_collections puts off the error of a file that is not there until the config is used.
       path = config_flags.get_config_filename(flags.FLAGS['config'])
+      if not os.path.exists(path):
+        raise UserError('--config', path, 'does not exist')
       raise UserError('--config', path, 'must be a file whose get_config() returns a ConfigDict')
     config_lib.validate(holder.value)
     return holder.value

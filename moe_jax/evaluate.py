@@ -1,7 +1,6 @@
 """Bits per byte of a run by domain: python -m moe_jax.evaluate --workdir=runs/quickstart."""
 
 import pathlib
-import sys
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from moe_jax.train.restore import restore_run
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run.')
 _SPLIT = flags.DEFINE_string('split', 'test', 'train, valid or test.')
+_DATA_DIR = flags.DEFINE_string('data_dir', None, "Where the data is kept; the run's by default.")
 _STEP = flags.DEFINE_integer('step', None, 'Checkpoint; the newest by default.')
 _MESH = flags.DEFINE_string('mesh', None, "data=D,expert=E; the run's own by default.")
 _FIGURE = flags.DEFINE_bool('figure', True, 'Also draw expert load into WORKDIR/expert_load.png.')
@@ -28,6 +28,8 @@ def main() -> None:
   """Evaluates, prints the tables and writes WORKDIR/evaluation_SPLIT.json."""
   workdir = cli.required(_WORKDIR)
   run = restore_run(workdir, _STEP.value, _MESH.value)
+  if _DATA_DIR.value:
+    run.config.data.data_dir = _DATA_DIR.value
   dataset = dataset_of(run.config)
   if dataset.fingerprint != run.facts['data']['fingerprint']:
     raise UserError(
@@ -38,9 +40,7 @@ def main() -> None:
   length, microbatch = run.config.data.sequence_length, _batch_size(run)
   model = build_model(run.config, run.mesh, run.tokenizer.vocab_size, 'eval')
   batches = evaluate_room.num_batches(dataset, _SPLIT.value, length, microbatch)
-  progress = tqdm.tqdm(
-    total=batches, unit='batch', leave=False, mininterval=0.2 if sys.stderr.isatty() else 10.0
-  )
+  progress = tqdm.tqdm(total=batches, unit='batch', leave=False, mininterval=0.2, disable=None)
   with jax.set_mesh(run.mesh), progress as bar:
     result = evaluate_room.evaluate(
       evaluate_room.make_eval_step(model),

@@ -42,3 +42,11 @@ def pytest_sessionstart():
   # A test that skips for want of devices is a test that never runs.
   if jax.device_count() < NUM_DEVICES:
     pytest.exit(f'{jax.device_count()} devices: the tests need {NUM_DEVICES}', returncode=1)
+
+
+@pytest.fixture(scope='session')
+def text(tmp_path_factory):
+  """Config overrides of a prepared text."""
+  from tests import tiny  # After the hook above.
+
+  return tiny.prepared_text(tmp_path_factory.getbasetemp())

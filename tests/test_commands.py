@@ -19,12 +19,6 @@ from tests import tiny
 pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 
 
-@pytest.fixture(scope='session')
-def text(tmp_path_factory):
-  """Config overrides of a prepared text."""
-  return tiny.prepared_text(tmp_path_factory.getbasetemp())
-
-
 @pytest.fixture(scope='module')
 def path(text, tmp_path_factory):
   """A config file."""
@@ -63,7 +57,7 @@ def run(path, text, tmp_path_factory):
     ('data.name=tier3', ("data.name='tier3'", 'tier1')),
     ('data.name=text:/nowhere', ("data.name='text:/nowhere'", 'does not exist')),
     ('data.name=tfds:no_such_data_set', ("data.name='tfds:no_such_data_set'",)),
-    ('data.data_dir=/proc/moe_jax', ('/proc/moe_jax',)),
+    ('data.data_dir=/proc/moe_jax', ('data.data_dir=', '/proc/moe_jax')),
   ],
 )
 def test_train_refuses(path, tmp_path, override, words):
@@ -108,14 +102,21 @@ def test_train_refuses_text(path, tmp_path, content, words):
     assert tiny.snapshot(folder) == before
 
 
+def test_overrides_may_stand_before_the_config(path, tmp_path):
+  workdir = f'--workdir={tmp_path / "run"}'
+  result = tiny.command('train', workdir, '--config.moe.num_experts=6', f'--config={path}')
+  result.assert_error('mesh.expert=4', '6 experts')
+
+
 def test_train_refuses_flags(path, tmp_path):
+  missing = tmp_path / 'missing.py'
+  result = tiny.command('train', f'--config={missing}', f'--workdir={tmp_path / "run"}')
+  result.assert_error('--config=', 'missing.py', 'does not exist')
   workdir = f'--workdir={tmp_path / "run"}'
   tiny.command('train', workdir).assert_error('--config=None')
   tiny.command('train', f'--config={path}').assert_error('--workdir=None')
   tiny.command('train', f'--config={path}', workdir, '--speed=9').assert_error('speed')
   tiny.command('train', f'--config={path}', workdir, 'more').assert_error("argument='more'")
-  missing = f'--config={tmp_path / "missing.py"}'
-  tiny.command('train', missing, workdir).assert_error('missing.py')
   wrong = tmp_path / 'wrong.py'
   wrong.write_text('def get_config(:\n')
   tiny.command('train', f'--config={wrong}', workdir).assert_error('wrong.py:1')
@@ -230,6 +231,7 @@ def test_evaluate_takes_a_mesh_that_the_batch_of_training_does_not_fill(path, tm
     ([], ('--prompt=None',)),
     (['--prompt=x\udcff'], ('--prompt=', 'not UTF-8')),
     (['--prompt=x', '--num_tokens=0'], ('--num_tokens=0',)),
+    (['--prompt=x', '--num_tokens=65537'], ('--num_tokens=65537', '65536')),
     (['--prompt=x', '--temperature=-1'], ('--temperature=-1.0',)),
     (['--prompt=x', '--temperature=nan'], ('--temperature=nan',)),
     (['--prompt=x', '--top_k=-1'], ('--top_k=-1',)),
@@ -261,16 +263,63 @@ def test_a_tokenizer_of_another_size_is_refused(run, tmp_path, verb):
   assert tiny.snapshot(workdir) == before
 
 
-@pytest.mark.parametrize('verb', ['train', 'evaluate', 'generate'])
-def test_damaged_files_of_a_run_are_exit_code_3(path, run, tmp_path, verb):
+@pytest.mark.parametrize('content', ['{"config": ', '{}', '[]', None])
+def test_a_damaged_manifest_is_exit_code_3_until_training_rebuilds_it(path, run, tmp_path, content):
   workdir = tmp_path / 'copy'
   shutil.copytree(run, workdir)
-  (workdir / 'manifest.json').write_text('{"config": ')
+  facts = manifest.read(workdir)
+  if content is None:
+    del facts['vocab_size']
+    content = json.dumps(facts)
+  (workdir / 'manifest.json').write_text(content)
   before = tiny.snapshot(workdir)
-  more = {'train': [f'--config={path}'], 'evaluate': [], 'generate': ['--prompt=x']}[verb]
-  result = tiny.command(verb, f'--workdir={workdir}', *more)
+  for verb, more in (('evaluate', []), ('generate', ['--prompt=x'])):
+    result = tiny.command(verb, f'--workdir={workdir}', *more)
+    result.assert_error('manifest.json', 'damaged', 'rebuilds', code=3)
+  other = tiny.command('train', f'--config={path}', f'--workdir={workdir}', '--config.moe.every=2')
+  other.assert_error('moe.every=2')
+  assert tiny.snapshot(workdir) == before
+  result = tiny.command('train', f'--config={path}', f'--workdir={workdir}')
+  assert result.code == 0, result.err
+  assert 'going on with the config in checkpoint 3' in result.out
+  assert (workdir / 'damaged_manifest.json').read_text() == content
+  assert manifest.read(workdir)['status'] == 'finished'
+  after = tiny.snapshot(workdir)
+  assert {k: v for k, v in after.items() if k.startswith('checkpoints')} == {
+    k: v for k, v in before.items() if k.startswith('checkpoints')
+  }
+  assert tiny.command('generate', f'--workdir={workdir}', '--prompt=x').code == 0
+
+
+def test_a_damaged_manifest_without_a_checkpoint_is_exit_code_3(path, run, tmp_path):
+  workdir = tmp_path / 'copy'
+  shutil.copytree(run, workdir)
+  shutil.rmtree(workdir / 'checkpoints')
+  (workdir / 'manifest.json').write_text('')
+  before = tiny.snapshot(workdir)
+  result = tiny.command('train', f'--config={path}', f'--workdir={workdir}')
   result.assert_error('manifest.json', 'damaged', code=3)
   assert tiny.snapshot(workdir) == before
+
+
+def test_a_text_without_a_document_to_validate_on_is_refused_before_training(path, tmp_path):
+  (tmp_path / 'one.txt').write_text('Once upon a time. ' * 50)
+  own = [f'--config.data.name=text:{tmp_path / "one.txt"}', '--config.train.eval_every=2']
+  own.append(f'--config.data.data_dir={tmp_path / "data"}')
+  workdir = tmp_path / 'run'
+  result = tiny.command('train', f'--config={path}', f'--workdir={workdir}', *own)
+  result.assert_error('train.eval_every=2', 'one.txt', 'data.valid_fraction')
+  assert not workdir.exists()
+
+
+def test_a_small_text_read_many_times_is_said(path, tmp_path):
+  (tmp_path / 'one.txt').write_text('Once upon a time. ' * 2)
+  own = [f'--config.data.name=text:{tmp_path / "one.txt"}', '--config.train.num_steps=12']
+  own.append(f'--config.data.data_dir={tmp_path / "data"}')
+  result = tiny.command('train', f'--config={path}', f'--workdir={tmp_path / "run"}', *own)
+  assert result.code == 0, result.err
+  assert 'passes over them' in result.out
+  assert 'by heart' in result.out
 
 
 @pytest.mark.parametrize('verb', ['evaluate', 'generate'])
@@ -283,6 +332,17 @@ def test_a_damaged_tokenizer_is_exit_code_3(run, tmp_path, verb):
   tiny.command(verb, f'--workdir={workdir}', *more).assert_error('tokenizer', code=3)
   file.unlink()
   tiny.command(verb, f'--workdir={workdir}', *more).assert_error('tokenizer', code=3)
+
+
+def test_evaluate_takes_data_kept_elsewhere_and_a_run_without_metrics(run, text, tmp_path):
+  workdir, data_dir = tmp_path / 'copy', tmp_path / 'moved'
+  shutil.copytree(run, workdir)
+  shutil.copytree(text['data.data_dir'], data_dir)
+  (workdir / 'metrics.jsonl').unlink()
+  result = tiny.command('evaluate', f'--workdir={workdir}', f'--data_dir={data_dir}', '--nofigure')
+  assert result.code == 0, result.err
+  assert 'data: ' not in result.err
+  tiny.command('evaluate', f'--workdir={workdir}').assert_error('metrics.jsonl', '--nofigure')
 
 
 def test_a_run_without_a_checkpoint_is_refused(run, tmp_path):

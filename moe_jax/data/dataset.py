@@ -75,7 +75,7 @@ class Dataset:
       raise errors.UserError(
         'split',
         split,
-        f'a split with documents; {whose} has none there (whole documents are held out, '
+        f'must be a split with documents; {whose} has none there (whole documents are held out, '
         'so a domain of one document has nothing to hold out)',
       )
     description = f'{self.fingerprint[:16]}, {split}, {domain or "all domains"}'
@@ -85,7 +85,7 @@ class Dataset:
 
   def _split(self, split: str) -> token_store.SplitTokens:
     if split not in self._splits:
-      raise errors.UserError('split', split, f'one of {", ".join(documents_lib.SPLITS)}')
+      raise errors.UserError('split', split, f'must be one of {", ".join(documents_lib.SPLITS)}')
     return self._splits[split]
 
   def _select(self, split: str, domain: str | None) -> Int64[np.ndarray, 'N']:
@@ -93,5 +93,5 @@ class Dataset:
     if domain is None:
       return np.arange(len(domain_ids))
     if domain not in self.domains:
-      raise errors.UserError('domain', domain, f'one of {", ".join(self.domains)}')
+      raise errors.UserError('domain', domain, f'must be one of {", ".join(self.domains)}')
     return np.flatnonzero(domain_ids == self.domains.index(domain))

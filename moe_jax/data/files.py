@@ -20,9 +20,13 @@ def make_directory(path: str) -> None:
   try:
     os.makedirs(path, exist_ok=True)
   except OSError as error:
-    raise errors.UserError('data_dir', path, f'a writable directory ({error.strerror})') from error
+    raise errors.UserError(
+      'data.data_dir', path, f'must be a writable directory ({error.strerror})'
+    ) from error
   if not os.access(path, os.W_OK | os.X_OK):
-    raise errors.UserError('data_dir', path, 'a writable directory (permission denied)')
+    raise errors.UserError(
+      'data.data_dir', path, 'must be a writable directory (permission denied)'
+    )
 
 
 @contextlib.contextmanager

@@ -51,7 +51,7 @@ def train_iterator(
 
   share = _share(batch_size, process_index, process_count)
   if not 0 <= seed < 2**32:
-    raise errors.UserError('train.seed', seed, 'a number in [0, 2**32)')
+    raise errors.UserError('train.seed', seed, 'must be a number in [0, 2**32)')
   rows = grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
   # Shares are batches of their own, dealt in turn: batch t * P + p is process p's part of step t.
   # drop_remainder: Grain else divides the endless length as a float, which overflows.
@@ -101,7 +101,7 @@ def _eval_batches(
 def _share(batch_size: int, process_index: int, process_count: int) -> int:
   if batch_size < 1 or batch_size % process_count:
     raise errors.UserError(
-      'data.batch_size', batch_size, f'a positive multiple of the {process_count} processes'
+      'data.batch_size', batch_size, f'must be a positive multiple of the {process_count} processes'
     )
   if not 0 <= process_index < process_count:
     raise ValueError(f'process {process_index} of {process_count}')

@@ -84,7 +84,7 @@ def open_dataset(
   tokenizer_lib.check_request(tokenizer, vocab_size)
   for field, value in (('valid', valid_fraction), ('test', test_fraction)):
     if not 0 <= value < 0.5:
-      raise errors.UserError(f'data.{field}_fraction', value, 'a number in [0, 0.5)')
+      raise errors.UserError(f'data.{field}_fraction', value, 'must be a number in [0, 0.5)')
   data_dir = os.path.abspath(os.path.expanduser(data_dir))
   source = _find_source(name, data_dir, (valid_fraction, test_fraction))
   kind = tokenizer if tokenizer == 'bytes' else f'{tokenizer}-{vocab_size}'
@@ -143,7 +143,9 @@ def _find_source(name: str, data_dir: str, fractions: tuple[float, float]) -> So
       skip_short=False,
     )
   raise errors.UserError(
-    'data.name', name, f'one of {", ".join(TIERS)}, tfds:NAME[/CONFIG][:VERSION], text:PATH'
+    'data.name',
+    name,
+    f'must be one of {", ".join(TIERS)}, tfds:NAME[/CONFIG][:VERSION], text:PATH',
   )
 
 

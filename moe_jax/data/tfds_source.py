@@ -125,9 +125,7 @@ def open_named(name: str, data_dir: str) -> Any:
       return present
     builder = tfds.builder(spec, data_dir=data_dir, file_format=FILE_FORMAT, try_gcs=False)
   except tfds.core.DatasetNotFoundError as error:
-    raise errors.UserError('data.name', name, 'a name that TFDS knows; it has no such one') from (
-      error
-    )
+    raise errors.UserError('data.name', name, 'must be a name that TFDS knows') from (error)
   except _PREPARE_ERRORS as error:
     reason = _one_line(error)
     raise errors.UserError('data.name', name, f'TFDS cannot open it: {reason}') from error
@@ -158,7 +156,8 @@ def text_feature(builder: Any, name: str) -> str:
     raise errors.UserError(
       'data.name',
       name,
-      f'a data set with a feature "text" or one text feature; it has {sorted(found or features)}',
+      'must be a data set with a feature "text" or one text feature; it has '
+      f'{sorted(found or features)}',
     )
   return found[0]
 
@@ -171,7 +170,7 @@ def split_names(builder: Any, name: str) -> dict[str, str]:
   """
   there = list(builder.info.splits)
   if documents_lib.TRAIN not in there:
-    raise errors.UserError('data.name', name, f'a data set with a split "train"; it has {there}')
+    raise errors.UserError('data.name', name, f'must have a split "train"; it has {there}')
   names = {documents_lib.TRAIN: documents_lib.TRAIN}
   for valid in VALID_NAMES:
     if valid in there:

@@ -155,16 +155,18 @@ def check_request(kind: str, vocab_size: int) -> None:
     errors.UserError: if `kind` is unknown, or `vocab_size` is not possible for it.
   """
   if kind not in KINDS:
-    raise errors.UserError('data.tokenizer', kind, f'one of {", ".join(KINDS)}')
+    raise errors.UserError('data.tokenizer', kind, f'must be one of {", ".join(KINDS)}')
   if kind == 'bytes' and vocab_size not in (0, BYTES_VOCAB_SIZE):
     raise errors.UserError(
       'data.vocab_size',
       vocab_size,
-      f'{BYTES_VOCAB_SIZE} (or 0, the default) with data.tokenizer=bytes',
+      f'must be {BYTES_VOCAB_SIZE} (or 0, the default) with data.tokenizer=bytes',
     )
   if kind == 'bpe' and vocab_size < MIN_BPE_VOCAB_SIZE:
     raise errors.UserError(
-      'data.vocab_size', vocab_size, f'at least {MIN_BPE_VOCAB_SIZE} with data.tokenizer=bpe'
+      'data.vocab_size',
+      vocab_size,
+      f'must be at least {MIN_BPE_VOCAB_SIZE} with data.tokenizer=bpe',
     )
 
 

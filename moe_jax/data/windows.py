@@ -72,7 +72,7 @@ class PackedWindows:
       errors.UserError: if the sequence length is below 1.
     """
     if sequence_length < 1:
-      raise errors.UserError('data.sequence_length', sequence_length, 'at least 1')
+      raise errors.UserError('data.sequence_length', sequence_length, 'must be at least 1')
     self.sequence_length = sequence_length
     self._tokens = tokens
     self._description = description

@@ -32,4 +32,5 @@ def _places(plan: Plan) -> Float[Array, 'G S K E C']:
   _, num_experts, capacity = plan.source_index.shape
   expert = jax.nn.one_hot(plan.expert_index, num_experts)
   slot = jax.nn.one_hot(plan.slot_index, capacity)
-  return jnp.einsum('gske,gskc,gsk->gskec', expert, slot, plan.keep.astype(jnp.float32))
+  keep = plan.keep.astype(jnp.float32)
+  return jnp.einsum('gske,gskc,gsk->gskec', expert, slot, keep, precision='highest')

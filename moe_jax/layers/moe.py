@@ -131,9 +131,11 @@ def _local_layer(
   valid_GS = to_groups(valid[..., None], options.group_size)[..., 0]
   local_groups, tokens_in_group, _ = tokens_GSD.shape
 
+  noise_keys, order_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+
   router_input = tokens_GSD.astype(jnp.float32)
   if options.jitter and not deterministic:
-    router_input = routing.jitter(router_input, keys, options.jitter)
+    router_input = routing.jitter(router_input, noise_keys, options.jitter)
   # float32 at full precision: a rounded logit sends a token to another expert.
   router_logits = jnp.einsum('gsd,de->gse', router_input, params.router, precision='highest')
   choice = routing.choose_top_k(
@@ -145,7 +147,7 @@ def _local_layer(
   plan = routing.make_plan(
     choice,
     valid_GS,
-    keys,
+    order_keys,
     capacity=group_capacity(options, tokens_in_group),
     priority=options.priority,
     renormalize=options.renormalize,

@@ -1,8 +1,12 @@
-"""Joining the processes of a run: by the cluster's own environment, or by four variables."""
+"""Joining the processes of a run, and starting together or not at all."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from moe_jax.errors import UserError
 
@@ -32,6 +36,29 @@ def join_processes() -> None:
   if not 0 <= index < count:
     raise UserError(_VARIABLES[2], index, f'must be in 0..{count - 1}')
   jax.distributed.initialize(coordinator, count, index)
+
+
+@contextlib.contextmanager
+def all_or_none() -> Iterator[None]:
+  """Goes on after the body only if it raised in no process.
+
+  Where one process stops, the others would wait for it in their first sum, for ever. Not for a body
+  that itself waits for other processes.
+
+  Raises:
+    UserError: in the processes whose own body went well, when another's did not.
+  """
+  if jax.process_count() == 1:
+    yield
+    return
+  try:
+    yield
+  except Exception:
+    multihost_utils.process_allgather(np.int32(1))
+    raise
+  failed = np.flatnonzero(multihost_utils.process_allgather(np.int32(0)))
+  if failed.size:
+    raise UserError('process', int(failed[0]), 'could not start; its own error line says why')
 
 
 def _number(name: str) -> int:

@@ -9,6 +9,9 @@ import numpy as np
 from moe_jax.errors import UserError
 from moe_jax.train.metrics import read_metrics
 
+# More would not fit beside the figure; the bands then stand in order from below.
+_MOST_IN_LEGEND = 16
+
 
 def draw(workdir: str, evaluation: dict[str, Any]) -> pathlib.Path:
   """Draws WORKDIR/expert_load.png and returns its path.
@@ -36,13 +39,22 @@ def draw(workdir: str, evaluation: dict[str, Any]) -> pathlib.Path:
   axes = figure.subplots(num_layers, 2, squeeze=False)
   for layer in range(num_layers):
     over_training, by_domain = axes[layer]
-    over_training.stackplot(steps, load_SLE[:, layer].T)
+    bands = over_training.stackplot(steps, load_SLE[:, layer].T)
     over_training.set(
       ylim=(0, 1), xlim=(steps[0], max(steps[-1], steps[0] + 1)), ylabel=f'layer {layer}\nload'
     )
     image = by_domain.imshow(load_NLE[:, layer], aspect='auto', cmap='viridis', vmin=0)
     by_domain.set(yticks=range(len(domains)), yticklabels=domains, xticks=range(num_experts))
     figure.colorbar(image, ax=by_domain, label='share of assignments')
+  if num_experts <= _MOST_IN_LEGEND:
+    # Top down as the bands lie.
+    figure.legend(
+      list(reversed(bands)),
+      [str(expert) for expert in reversed(range(num_experts))],
+      title='expert',
+      loc='outside left upper',
+      fontsize='small',
+    )
   axes[0, 0].set_title('training batches')
   axes[0, 1].set_title(f'{evaluation["split"]} split, by domain')
   axes[-1, 0].set_xlabel('step')

@@ -173,6 +173,22 @@ class Checkpoints:
         self._manager.close()
 
 
+def saved_config(workdir: str) -> tuple[int, dict[str, Any]] | None:
+  """Returns (step, config) of the newest checkpoint whose config can be read, None without one."""
+  checkpoints = Checkpoints(workdir, read_only=True)
+  with contextlib.closing(checkpoints):
+    for step in checkpoints.steps():
+      assert checkpoints._manager is not None
+      try:
+        read = checkpoints._manager.restore(
+          step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
+        )
+      except Exception:  # Whatever Orbax raises for files that are missing, cut or changed.
+        continue
+      return step, read['config']
+  return None
+
+
 @jax.jit
 def _bit_sums(state: Any) -> list[jax.Array]:
   def bit_sum(x):

@@ -4,77 +4,30 @@ import contextlib
 import json
 import math
 import pathlib
-import signal
-import sys
 import time
-from types import FrameType
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import ml_collections
-import numpy as np
-import tqdm
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from moe_jax import optim
 from moe_jax.data import Dataset, open_dataset, train_iterator
-from moe_jax.errors import UserError, is_refusal
+from moe_jax.errors import DamagedError, UserError, is_refusal
 from moe_jax.models.build import build_model
 from moe_jax.models.decoder import Decoder
+from moe_jax.parallel.distributed import all_or_none
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.train import evaluate, manifest, metrics, objective
-from moe_jax.train.checkpoint import Checkpoints
+from moe_jax.train.checkpoint import Checkpoints, saved_config
+from moe_jax.train.progress import ProgressBar
+from moe_jax.train.signals import Signals
 from moe_jax.train.state import abstract_state, init_state
 from moe_jax.train.step import make_train_step, put_batch
 
 TOKENIZER = 'tokenizer'
-
-
-class _Signals:
-  """Remembers SIGTERM and SIGINT, so that the step in progress ends and is saved."""
-
-  def __init__(self):
-    self.received: int | None = None
-    self._old: dict[int, Any] = {}
-
-  def __enter__(self):
-    for number in (signal.SIGTERM, signal.SIGINT):
-      self._old[number] = signal.signal(number, self._remember)
-    return self
-
-  def __exit__(self, *exception):
-    for number in self._old:
-      self._put_back(number)
-
-  def _put_back(self, number: int) -> None:
-    # None stands for a handler that was not set from Python, as JAX's own for preemption.
-    old = self._old[number]
-    signal.signal(number, signal.SIG_DFL if old is None else old)
-
-  def _remember(self, number: int, frame: FrameType | None) -> None:
-    if self.received is not None:
-      # The second one means now.
-      self._put_back(number)
-      signal.raise_signal(number)
-    self.received = number
-
-  def should_stop(self, step: int, ask_every: int) -> bool:
-    """Whether to stop after this step; the same answer in every process.
-
-    Several processes ask each other only every `ask_every` steps: asking waits for the devices.
-    """
-    if jax.process_count() > 1:
-      if step % ask_every:
-        return False
-      asked = np.asarray(self.received or 0, np.int32)
-      agreed = int(multihost_utils.process_allgather(asked).max())
-      if not agreed:
-        # A signal that came meanwhile waits for the next time.
-        return False
-      # Whoever did not receive it ends with the same exit code.
-      self.received = agreed
-    return self.received is not None
+_MANY_PASSES = 50
 
 
 class Outcome(NamedTuple):
@@ -89,6 +42,23 @@ class Outcome(NamedTuple):
   step: int
   finished: bool
   interrupted_by: int | None
+
+
+class DivergedError(UserError):
+  """The loss or the gradient is not finite any more.
+
+  Attributes:
+    step: whose metrics said so.
+  """
+
+  def __init__(self, step: int, objective: float, grad_norm: float):
+    self.step = step
+    super().__init__(
+      'loss',
+      objective,
+      f'diverged at step {step} with gradient norm {grad_norm}: lower optim.learning_rate or raise '
+      'optim.warmup_steps, in another --workdir; earlier checkpoints are kept',
+    )
 
 
 class _Run(NamedTuple):
@@ -109,7 +79,7 @@ def mesh_of(config: ml_collections.ConfigDict) -> Mesh:
     UserError: if there are not enough devices.
   """
   try:
-    return make_mesh(config.mesh.data, config.mesh.expert)
+    mesh = make_mesh(config.mesh.data, config.mesh.expert)
   except ValueError as error:
     raise UserError(
       'mesh.data',
@@ -117,6 +87,14 @@ def mesh_of(config: ml_collections.ConfigDict) -> Mesh:
       f'{error}; for simulated CPU devices set '
       'XLA_FLAGS=--xla_force_host_platform_device_count=N, or choose a smaller mesh',
     ) from error
+  if jax.process_count() > 1 and mesh.size != jax.device_count():
+    raise UserError(
+      'mesh.data',
+      config.mesh.data,
+      f'mesh.data * mesh.expert must be {jax.device_count()}: {jax.process_count()} processes use '
+      'all of their devices',
+    )
+  return mesh
 
 
 def dataset_of(config: ml_collections.ConfigDict) -> Dataset:
@@ -158,23 +136,70 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Outcome:
     if first:
       print(line, flush=True)
 
-  old = manifest.read(workdir) if manifest.exists(workdir) else None
-  dataset = dataset_of(config)
-  if old:
-    manifest.check_same_run(workdir, old, config, dataset.fingerprint)
-    if old['status'] == 'finished':
-      say(f'{workdir}: finished at step {old["step"]}')
-      return Outcome(old['step'], True, None)
-  microbatch = config.data.batch_size // config.train.accumulation_steps
-  model = build_model(config, mesh, dataset.tokenizer.vocab_size, 'train', microbatch)
-  run = _Run(config, workdir, mesh, dataset, model, say)
   try:
-    with manifest.claimed(workdir) if first else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+      with all_or_none():
+        if first:
+          stack.enter_context(manifest.claimed(workdir))
+        old = _read_old(workdir, say)
+        if old:
+          manifest.check_same_config(workdir, old, config)
+        dataset = dataset_of(config)
+        if old:
+          manifest.check_same_data(workdir, old, config, dataset.fingerprint)
+        _check_splits(config, dataset)
+      microbatch = config.data.batch_size // config.train.accumulation_steps
+      model = build_model(config, mesh, dataset.tokenizer.vocab_size, 'train', microbatch)
+      run = _Run(config, workdir, mesh, dataset, model, say)
+      if old and old['status'] == 'finished' and _is_intact(run):
+        say(f'{workdir}: finished at step {old["step"]}')
+        return Outcome(old['step'], True, None)
       return _train(run, old)
   except OSError as error:
     if not is_refusal(error):
       raise
     raise UserError('workdir', workdir, f'cannot be written: {error.strerror}') from error
+
+
+def _read_old(workdir: str, say: Callable[[str], None]) -> dict[str, Any] | None:
+  """Returns the manifest of the run in a directory; None if there is no run.
+
+  A damaged one is replaced by what the newest checkpoint knows of its config.
+  """
+  if not manifest.exists(workdir):
+    return None
+  try:
+    return manifest.read(workdir)
+  except DamagedError as error:
+    found = saved_config(workdir)
+    if found is None:
+      raise
+    step, config = found
+    say(f'warning: {error}; going on with the config in checkpoint {step}')
+    return manifest.stand_in(step, config)
+
+
+def _check_splits(config: ml_collections.ConfigDict, dataset: Dataset) -> None:
+  """Checks before the first step what would fail later."""
+  if config.train.eval_every and not dataset.num_documents('valid'):
+    raise UserError(
+      'train.eval_every',
+      config.train.eval_every,
+      f'must be 0: {config.data.name} has no document for validation; or hold some out with '
+      'data.valid_fraction',
+    )
+
+
+def _is_intact(run: _Run) -> bool:
+  """Whether the last checkpoint of a finished run is good, or all were taken away on purpose."""
+  with jax.set_mesh(run.mesh):
+    optimizer = optim.make_optimizer(run.config.optim, run.config.train.num_steps)
+    checkpoints = Checkpoints(run.workdir, read_only=True)
+    with contextlib.closing(checkpoints):
+      if not checkpoints.steps():
+        return True
+      restored = checkpoints.restore(abstract_state(run.model, optimizer))
+  return restored is not None and restored[0] == run.config.train.num_steps
 
 
 def _train(run: _Run, old: dict[str, Any] | None) -> Outcome:
@@ -200,6 +225,8 @@ def _train(run: _Run, old: dict[str, Any] | None) -> Outcome:
       folder = pathlib.Path(run.workdir) / TOKENIZER
       folder.mkdir(exist_ok=True)
       run.dataset.tokenizer.save(str(folder))
+      if old and old['status'] == manifest.DAMAGED:
+        run.say(f'damaged manifest moved to {manifest.set_aside(run.workdir)}')
       manifest.write(run.workdir, facts)
     batches = train_iterator(
       run.dataset.windows('train', config.data.sequence_length),
@@ -221,7 +248,12 @@ def _train(run: _Run, old: dict[str, Any] | None) -> Outcome:
     again = _evaluates_at(config, step)
     writer = metrics.MetricsWriter(run.workdir, step, enabled=first, drop_last_valid=again)
     with contextlib.closing(checkpoints), contextlib.closing(writer):
-      outcome = _steps(run, train_step, state, batches, checkpoints, writer, step)
+      try:
+        outcome = _steps(run, train_step, state, batches, checkpoints, writer, step)
+      except DivergedError as error:
+        if first:
+          manifest.write(run.workdir, facts | {'step': error.step, 'status': 'diverged'})
+        raise
       checkpoints.wait()
   facts |= {
     'step': outcome.step,
@@ -234,17 +266,26 @@ def _train(run: _Run, old: dict[str, Any] | None) -> Outcome:
 
 
 def _provenance(old: dict[str, Any]) -> dict[str, Any]:
-  return {key: old[key] for key in ('step', 'git_commit', 'git_dirty', 'mesh', 'devices')}
+  return {key: old.get(key) for key in ('step', 'git_commit', 'git_dirty', 'mesh', 'devices')}
 
 
 def _announce(run: _Run, facts: dict[str, Any]) -> None:
   """Says what will be trained, and warns of what a reader of the results must know."""
   counts, routing = facts['parameters'], facts['routing']
+  data = run.config.data
+  rows = len(run.dataset.windows('train', data.sequence_length))
+  passes = run.config.train.num_steps * data.batch_size / rows
   run.say(
     f'{counts["total"]:,} parameters, {counts["active"]:,} active; '
     f'mesh data={run.mesh.shape["data"]}, expert={run.mesh.shape["expert"]} on '
-    f'{facts["devices"]["kind"]}; {run.dataset.num_tokens("train"):,} training tokens'
+    f'{facts["devices"]["kind"]}; {run.dataset.num_tokens("train"):,} training tokens, '
+    f'{passes:.3g} passes over them'
   )
+  if passes > _MANY_PASSES:
+    run.say(
+      f'warning: {passes:.0f} passes over {run.config.data.name}: a model learns so small a text '
+      'by heart; take more text or a smaller train.num_steps'
+    )
   if routing:
     run.say(
       f'{routing["tokens_per_expert"]:.0f} tokens per expert and group, capacity '
@@ -281,12 +322,12 @@ def _steps(run, train_step, state, batches, checkpoints, writer, step: int) -> O
   config = run.config
   weights = objective.loss_weights(config)
   evaluator = _Evaluator(run)
-  bar = _Bar(run, step)
   pending = None
   if _evaluates_at(config, step):
     # The interruption came between this step's checkpoint and its evaluation, or may have.
     writer.write(step, 'valid', evaluator(state.params))
-  with _Signals() as signals:
+  bar = ProgressBar(config.train.num_steps, step)
+  with Signals() as signals, contextlib.closing(bar):
     while step < config.train.num_steps:
       waited = time.perf_counter()
       batch = put_batch(next(batches), run.model)
@@ -305,12 +346,12 @@ def _steps(run, train_step, state, batches, checkpoints, writer, step: int) -> O
       if _evaluates_at(config, step) and not stop:
         writer.write(step, 'valid', evaluator(state.params))
       if stop:
-        run.say(f'\ninterrupted: saving step {step}')
         break
-  bar.close()
   if train_step._cache_size() > 1:
     run.say(f'warning: the step was compiled {train_step._cache_size()} times')
   finished = step == config.train.num_steps
+  if not finished:
+    run.say(f'interrupted: saving step {step}')
   return Outcome(step, finished, None if finished else signals.received)
 
 
@@ -323,53 +364,14 @@ def _report(run, writer, bar, step: int, step_metrics, waited: float) -> None:
   """Writes and shows one step's metrics.
 
   Raises:
-    UserError: if the loss is not finite. No checkpoint is made of such a state.
+    DivergedError: if the loss is not finite. No checkpoint is made of such a state.
   """
   record = metrics.step_metrics(step_metrics, run.config.moe.num_selected_experts)
   if not (math.isfinite(record['objective']) and math.isfinite(record['grad_norm'])):
-    raise UserError(
-      'loss',
-      record['objective'],
-      f'diverged at step {step} with gradient norm {record["grad_norm"]}: lower '
-      'optim.learning_rate or raise optim.warmup_steps; earlier checkpoints are kept',
-    )
+    raise DivergedError(step, record['objective'], record['grad_norm'])
   rate = bar.update(step, record)
   if step % run.config.train.log_every == 0 or step == run.config.train.num_steps:
     writer.write(step, 'train', record | {'tokens_per_second': rate, 'data_wait': waited})
-
-
-class _Bar:
-  """The progress bar: loss, tokens per second, drop share, time left."""
-
-  def __init__(self, run: _Run, step: int):
-    terminal = sys.stderr.isatty()
-    self._bar = tqdm.tqdm(
-      total=run.config.train.num_steps,
-      initial=step,
-      unit='step',
-      disable=jax.process_index() != 0,
-      mininterval=0.2 if terminal else 10.0,
-      dynamic_ncols=True,
-    )
-    self._last: tuple[int, float] = (step, time.perf_counter())
-    self._rate = 0.0
-
-  def update(self, step: int, record: dict[str, Any]) -> float:
-    """Shows a step and returns tokens per second, smoothed."""
-    before, then = self._last
-    now = time.perf_counter()
-    rate = record['tokens'] * (step - before) / max(now - then, 1e-9)
-    self._rate = rate if not self._rate else 0.9 * self._rate + 0.1 * rate
-    self._last = (step, now)
-    shown = {'loss': f'{record["loss"]:.3f}', 'tok/s': f'{self._rate:,.0f}'}
-    if 'router/drop_share' in record:
-      shown['drop'] = f'{record["router/drop_share"]:.1%}'
-    self._bar.set_postfix(shown, refresh=False)
-    self._bar.update(step - self._bar.n)
-    return self._rate
-
-  def close(self) -> None:
-    self._bar.close()
 
 
 class _Evaluator:

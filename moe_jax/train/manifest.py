@@ -21,6 +21,8 @@ from moe_jax.errors import DamagedError, UserError
 from moe_jax.train import accounting
 
 MANIFEST = 'manifest.json'
+# The status that stands for a manifest that could not be read.
+DAMAGED = 'damaged'
 # What may change when a run goes on: nothing of it changes a result.
 FREE_FIELDS = (
   'mesh.data',
@@ -32,6 +34,7 @@ FREE_FIELDS = (
   'train.eval_every',
   'train.eval_batches',
 )
+_NEEDED = ('config', 'status', 'step', 'vocab_size', 'data', 'mesh', 'devices')
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'tensorflow-datasets')
 
 
@@ -131,12 +134,32 @@ def read(workdir: str | os.PathLike) -> dict[str, Any]:
   path = pathlib.Path(workdir) / MANIFEST
   try:
     manifest = json.loads(path.read_text(encoding='utf-8'))
-    manifest['config'], manifest['status']
+    missing = [name for name in _NEEDED if name not in manifest]
+    if missing or 'fingerprint' not in manifest['data']:
+      raise KeyError(f'it lacks {(missing or ["data.fingerprint"])[0]}')
   except (FileNotFoundError, NotADirectoryError) as error:
     raise UserError('workdir', str(workdir), 'holds no run: no manifest.json there') from error
   except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-    raise DamagedError(f'{path} is damaged: {error}') from error
+    reason = error.args[0] if isinstance(error, KeyError) else error
+    raise DamagedError(
+      f"{path} is damaged: {reason}; the run's train command rebuilds it from a checkpoint"
+    ) from error
   return manifest
+
+
+def stand_in(step: int, config: dict[str, Any]) -> dict[str, Any]:
+  """Returns what takes the place of a damaged manifest: what a checkpoint knows."""
+  return {'status': DAMAGED, 'step': step, 'config': config, 'data': {'fingerprint': None}}
+
+
+def set_aside(workdir: str | os.PathLike) -> pathlib.Path:
+  """Moves a damaged manifest out of the way and returns where it is."""
+  target = pathlib.Path(workdir) / 'damaged_manifest.json'
+  number = 1
+  while target.exists():
+    target = target.with_name(f'damaged_manifest_{number}.json')
+    number += 1
+  return (pathlib.Path(workdir) / MANIFEST).rename(target)
 
 
 def write(workdir: str | os.PathLike, manifest: dict[str, Any]) -> None:
@@ -165,10 +188,10 @@ def config_of(manifest: dict[str, Any]) -> ml_collections.ConfigDict:
   return config
 
 
-def check_same_run(
-  workdir: str, manifest: dict[str, Any], config: ml_collections.ConfigDict, data_fingerprint: str
+def check_same_config(
+  workdir: str, manifest: dict[str, Any], config: ml_collections.ConfigDict
 ) -> None:
-  """Checks that a run goes on with what it was started with.
+  """Checks that a run goes on with the config it was started with.
 
   Raises:
     UserError: names the first field that differs; `FREE_FIELDS` may.
@@ -180,7 +203,19 @@ def check_same_run(
         raise UserError(
           f'{room}.{name}', value, f'the run in {workdir} has {old!r}; use another --workdir'
         )
-  if manifest['data']['fingerprint'] != data_fingerprint:
+
+
+def check_same_data(
+  workdir: str, manifest: dict[str, Any], config: ml_collections.ConfigDict, fingerprint: str
+) -> None:
+  """Checks that a run goes on with the data it was started with.
+
+  A stand-in knows no fingerprint; then restoring the position in the data finds a difference.
+
+  Raises:
+    UserError: if text, splits or tokenizer are others.
+  """
+  if manifest['data']['fingerprint'] not in (None, fingerprint):
     raise UserError(
       'data.name',
       config.data.name,
@@ -192,11 +227,14 @@ def check_same_run(
 def claimed(workdir: str) -> Iterator[None]:
   """Makes the directory and holds it, so that two runs never write into one.
 
+  A directory that this made, and into which nothing was written, is removed again.
+
   Raises:
     UserError: if it can't be written, holds something that is not a run, or is held.
   """
   path = pathlib.Path(workdir)
   try:
+    new = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
     foreign = [p.name for p in path.iterdir() if p.name != '.lock']
     if foreign and not (path / MANIFEST).exists():
@@ -209,4 +247,10 @@ def claimed(workdir: str) -> Iterator[None]:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
       raise UserError('workdir', workdir, 'another process is writing this run') from error
-    yield
+    try:
+      yield
+    finally:
+      if not (path / MANIFEST).exists():
+        (path / '.lock').unlink(missing_ok=True)
+        if new and not any(path.iterdir()):
+          path.rmdir()

@@ -171,3 +171,18 @@ def test_padding_reaches_no_expert(name):
   run = functools.partial(dispatch.DISPATCHERS[name].dispatch, plan=plan)
   assert lost.any()
   np.testing.assert_array_equal(run(tokens), run(other))
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_products_ask_for_full_precision(name):
+  # TPUs and GPUs round float32 products to fewer bits unless told otherwise; a CPU never shows it.
+  plan = make_plan()
+  tokens, outputs = draw_tokens(plan)
+
+  def both(tokens, outputs):
+    inputs, pull_inputs = jax.vjp(lambda t: dispatch.DISPATCHERS[name].dispatch(t, plan), tokens)
+    y, pull_y = jax.vjp(lambda o: dispatch.DISPATCHERS[name].combine(o, plan), outputs)
+    return pull_inputs(inputs), pull_y(y)
+
+  program = str(jax.make_jaxpr(both)(tokens, outputs))
+  assert program.count('dot_general') == program.count('Precision.HIGHEST, Precision.HIGHEST') > 0

@@ -87,13 +87,14 @@ def apply(inputs, mesh, options, deterministic=False):
 def expected(inputs, options, deterministic=False):
   """The oracle's layer, given the noise and the permutations that the group's keys stand for."""
   batch, length, _ = inputs.x.shape
-  keys = group_keys(options, batch)
+  noise_keys, order_keys = jax.vmap(jax.random.split, out_axes=1)(group_keys(options, batch))
   size = length * options.group_size
   noise = None
   if options.jitter and not deterministic:
-    noise = np.asarray(routing.jitter(jnp.ones((len(keys), size, WIDTH)), keys, options.jitter))
+    ones = jnp.ones((len(noise_keys), size, WIDTH))
+    noise = np.asarray(routing.jitter(ones, noise_keys, options.jitter))
   num_assignments = size * options.num_selected_experts
-  permutations = [np.asarray(jax.random.permutation(key, num_assignments)) for key in keys]
+  permutations = [np.asarray(jax.random.permutation(key, num_assignments)) for key in order_keys]
   return oracle.layer(
     inputs.x, inputs.valid, *inputs.params, options, noise=noise, permutations=permutations
   )

@@ -231,6 +231,23 @@ def test_a_damaged_checkpoint_is_set_aside_and_its_steps_done_again(whole, copy,
   assert_same_run(copy, undisturbed, config)
 
 
+def test_a_finished_run_whose_last_checkpoint_is_damaged_is_repaired(whole, copy, capsys):
+  config, undisturbed = whole
+  manifest.write(copy, {**manifest.read(copy), 'status': 'finished'})
+  for file in (copy / 'checkpoints' / '6').glob('state/**/d/*'):
+    flip(file)
+  assert loop.train(config, str(copy)) == (6, True, None)
+  assert 'damaged checkpoint moved to' in capsys.readouterr().out
+  assert_same_run(copy, undisturbed, config)
+  # Nothing left to do; nor where the checkpoints were removed to save space.
+  before = tiny.snapshot(copy)
+  assert loop.train(config, str(copy)) == (6, True, None)
+  assert tiny.snapshot(copy) == before
+  shutil.rmtree(copy / 'checkpoints')
+  assert loop.train(config, str(copy)) == (6, True, None)
+  assert not (copy / 'checkpoints').exists()
+
+
 def test_an_interrupted_save_leaves_no_half_checkpoint(whole, copy):
   config, undisturbed = whole
   # What a killed save leaves: a folder with a temporary name, and files within it.
@@ -296,6 +313,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_its_checkpoints(text
   assert 'error: loss=' in result.err
   assert 'optim.learning_rate' in result.err
   assert 'Traceback' not in result.err
+  assert manifest.read(tmp_path / 'run')['status'] == 'diverged'
   # The checkpoint of the step before is there; none of the step that diverged.
   assert [p.name for p in (tmp_path / 'run' / 'checkpoints').iterdir()] == ['1']
 
