@@ -81,7 +81,7 @@ def _describe(error: Exception, argv: Sequence[str]) -> str:
 def _guard(main: Callable[[], int | None]) -> int | None:
   # The libraries log their search for devices, every file they write, and every error they raise.
   logging.set_verbosity(logging.FATAL)
-  hook, sys.unraisablehook = sys.unraisablehook, _report_unraisable
+  sys.unraisablehook, sys.excepthook = _report_unraisable, _report
   try:
     return main()
   except UserError as error:
@@ -94,21 +94,27 @@ def _guard(main: Callable[[], int | None]) -> int | None:
     message, code = f'path={error.filename!r}: {error.strerror}', USER_ERROR_EXIT_CODE
   except KeyboardInterrupt:
     sys.exit(130)
-  finally:
-    sys.unraisablehook = hook
   # Here the exception is gone, and with it what it kept alive: half-done coroutines of Orbax would
   # print tracebacks of their own when the interpreter ends.
   sys.unraisablehook = lambda unraisable: None
   gc.collect()
-  sys.unraisablehook = hook
+  sys.unraisablehook = _report_unraisable
   fail(message, code)
   return None
 
 
+# What threads of TensorStore say to the loop that Orbax closed after a first failure.
+_TOO_LATE = 'Event loop is closed'
+
+
 def _report_unraisable(unraisable) -> None:
-  """Reports all but what TensorStore says to the loop that Orbax closed after a first failure."""
-  if str(unraisable.exc_value) != 'Event loop is closed':
+  if str(unraisable.exc_value) != _TOO_LATE:
     sys.__unraisablehook__(unraisable)
+
+
+def _report(kind, value, traceback) -> None:
+  if str(value) != _TOO_LATE:
+    sys.__excepthook__(kind, value, traceback)
 
 
 def fail(message: str, code: int = USER_ERROR_EXIT_CODE) -> NoReturn:

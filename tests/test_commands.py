@@ -427,6 +427,21 @@ def test_as_processes(path, run, verb, flags, words):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('pattern', ['state/**/d/*', 'state/**/manifest.ocdbt'])
+def test_damage_as_a_process(run, tmp_path, pattern):
+  """Threads of TensorStore that end late print no traceback of their own."""
+  workdir = tmp_path / 'copy'
+  shutil.copytree(run, workdir)
+  files = list((workdir / 'checkpoints' / '3').glob(pattern))
+  assert files
+  for file in files:
+    file.write_bytes(file.read_bytes()[:50])
+  result = tiny.finish(tiny.start('generate', f'--workdir={workdir}', '--prompt=x'))
+  result.assert_error('no good checkpoint', 'step 3', code=3)
+  assert 'driver' not in result.err
+
+
+@pytest.mark.slow
 def test_a_full_disk_as_a_process(path, tmp_path):
   """Files of at most 30 kB: enough for everything but a checkpoint."""
   workdir = tmp_path / 'run'

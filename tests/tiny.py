@@ -203,6 +203,7 @@ def command(verb, *arguments):
   """Runs `python -m moe_jax.VERB ARGUMENTS` within this process."""
   name = 'moe_jax.train.__main__' if verb == 'train' else f'moe_jax.{verb}'
   out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+  hooks = sys.unraisablehook, sys.excepthook
   sys.argv = [verb, *map(str, arguments)]
   # The config file that an earlier command loaded under this name.
   sys.modules.pop('config_config', None)
@@ -221,6 +222,7 @@ def command(verb, *arguments):
     code = end.code or 0
   finally:
     sys.argv = argv
+    sys.unraisablehook, sys.excepthook = hooks
   return Result(code, out.getvalue(), err.getvalue())
 
 

@@ -206,4 +206,8 @@ def digest(state: Any) -> dict[str, list[int]]:
 
 
 def _first_line(error: BaseException) -> str:
-  return (str(error).strip().split('\n') or [''])[0][:200] or type(error).__name__
+  """Returns what went wrong, without the drivers TensorStore went through and its specification."""
+  line = (str(error).strip().split('\n') or [''])[0].partition(' [')[0]
+  line = re.sub(r'Error opening "\w+" driver: ', '', line)
+  line = re.sub(r' in OCDBT database at local file "[^"]*"', '', line).strip()
+  return (line if len(line) <= 200 else f'{line[:200]}...') or type(error).__name__
