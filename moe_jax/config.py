@@ -1,195 +1,19 @@
-"""The schema of an experiment: every field with its default, its meaning and what it allows.
+"""Experiments as configs: defaults, checks, and what follows from several fields.
 
 `get_config()` gives a ConfigDict with the defaults, a file in `configs/` changes some of them, and
 `validate(config)` names the field, its value and what is allowed. `python -m moe_jax.config` prints
-the schema. Every choice that peers make silently is a field here.
+every field; `moe_jax.schema` defines them.
 """
 
-import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any
 
 import ml_collections
 
+from moe_jax import routing
 from moe_jax.errors import UserError
-
-# Two choices of the schema that other rooms implement; tests hold the lists equal.
-PRIORITIES = ('token', 'choice', 'priority', 'random')
-CAUSAL_PRIORITIES = ('token',)
-
-
-class Field(NamedTuple):
-  """One field: its default (whose type is the field's type), meaning, and what is allowed."""
-
-  default: Any
-  meaning: str
-  allowed: str
-  check: Callable[[Any], bool]
-
-
-def _one_of(default: str, choices: tuple[str, ...], meaning: str) -> Field:
-  return Field(default, meaning, f'must be one of {", ".join(choices)}', lambda v: v in choices)
-
-
-def _at_least(default: int, low: int, meaning: str) -> Field:
-  return Field(default, meaning, f'must be an integer >= {low}', lambda v: v >= low)
-
-
-def _non_negative(default: float, meaning: str) -> Field:
-  check = lambda v: math.isfinite(v) and v >= 0  # noqa: E731
-  return Field(default, meaning, 'must be a finite number >= 0', check)
-
-
-def _positive(default: float, meaning: str) -> Field:
-  check = lambda v: math.isfinite(v) and v > 0  # noqa: E731
-  return Field(default, meaning, 'must be a finite number > 0', check)
-
-
-def _share(default: float, meaning: str) -> Field:
-  return Field(default, meaning, 'must be at least 0 and below 1', lambda v: 0 <= v < 1)
-
-
-def _held_out(default: float, meaning: str) -> Field:
-  return Field(default, meaning, 'must be at least 0 and below 0.5', lambda v: 0 <= v < 0.5)
-
-
-def _any(default: Any, meaning: str) -> Field:
-  kind = {bool: 'true or false', str: 'text'}[type(default)]
-  return Field(default, meaning, f'must be {kind}', lambda v: True)
-
-
-SCHEMA: dict[str, dict[str, Field]] = {
-  'model': {
-    'family': _one_of('decoder', ('decoder',), 'Architecture; one file of moe_jax/models each.'),
-    'num_layers': _at_least(2, 1, 'L, transformer blocks.'),
-    'embed_dim': _at_least(128, 1, 'D, width of the residual stream.'),
-    'num_heads': _at_least(4, 1, 'Query heads.'),
-    'num_kv_heads': _at_least(4, 1, 'Key-value heads, shared by query heads; divides num_heads.'),
-    'head_dim': _at_least(0, 0, 'Width of a head, even; 0 means embed_dim / num_heads.'),
-    'mlp_dim': _at_least(256, 1, 'Hidden units of a dense feed-forward layer.'),
-    'activation': _one_of('swiglu', ('swiglu', 'gelu'), 'Of dense layers and of experts.'),
-    'rope_theta': _positive(10000.0, 'Base of the rotary position frequencies.'),
-    'norm_epsilon': _positive(1e-5, 'Added to the mean square in RMSNorm.'),
-    'tied_embeddings': _any(True, 'Output matrix = transposed input embedding.'),
-    'remat': _any(False, 'Recompute blocks in the backward pass instead of storing them.'),
-    'compute_dtype': _one_of(
-      'float32',
-      ('float32', 'bfloat16'),
-      'Of matrix products. Router, parameters, statistics and losses are always float32.',
-    ),
-  },
-  'moe': {
-    'num_experts': _at_least(8, 0, 'E; 0 makes a dense model and ignores the rest of moe.'),
-    'num_selected_experts': _at_least(2, 1, 'K, experts each token selects.'),
-    'mlp_dim': _at_least(256, 1, 'F, hidden units of one expert.'),
-    'num_shared_experts': _at_least(0, 0, 'Experts every token passes, beside the routed ones.'),
-    'every': _at_least(1, 1, 'A MoE layer in every n-th block; divides model.num_layers.'),
-    'router': _one_of('top_k', ('top_k',), 'Way of choosing; one file of moe_jax/routing each.'),
-    'softmax_order': _one_of(
-      'before',
-      ('before', 'after'),
-      'Gates from the softmax over all experts (before selection) or over the K selected (after).',
-    ),
-    'renormalize': _one_of(
-      'before_drop',
-      ('none', 'before_drop', 'after_drop'),
-      'Divide the gates of a token by their sum: never, over the K selected, over those that kept '
-      'it. With K = 1 only none, or the gate is always 1 and the router learns nothing.',
-    ),
-    'jitter': _share(0.0, 'epsilon of the noise U(1-e, 1+e) on the router input, training only.'),
-    'router_init_scale': _positive(0.1, 'Variance of the router init is this / embed_dim.'),
-    'capacity_factor': _positive(
-      1.25, 'Slots per assignment in training: C = ceil(S K factor / E); E / K never drops.'
-    ),
-    'eval_capacity_factor': _positive(2.0, 'The same in evaluation. Decoding never drops.'),
-    'priority': _one_of(
-      'token',
-      PRIORITIES,
-      'Who gets a slot: position order; all first choices first; largest router probability; '
-      'random. Only token is causal.',
-    ),
-    'group_size': _at_least(1, 1, 'Sequences in a routing group, within which slots are shared.'),
-    'balance_scope': _one_of(
-      'global',
-      ('global', 'device', 'group'),
-      'Where balance is asked for: the (micro-)batch, each of balance_devices equal parts of it, '
-      'or each routing group.',
-    ),
-    'balance_devices': _at_least(
-      8, 1, 'Parts of the batch when balance_scope=device; a number of the study, not of the mesh.'
-    ),
-    'load_balancing_weight': _non_negative(0.01, 'Of the load-balancing loss (1 at balance).'),
-    'router_z_weight': _non_negative(0.001, 'Of the router z-loss.'),
-    'importance_weight': _non_negative(0.0, 'Of the importance loss, CV^2 (0 at balance).'),
-    'layer_reduction': _one_of(
-      'mean', ('mean', 'sum'), 'How the auxiliary losses of the layers are put together.'
-    ),
-    'dispatch': _one_of(
-      'gather', ('gather', 'einsum'), 'How tokens move to slots; einsum is the slow oracle.'
-    ),
-  },
-  'mesh': {
-    'data': _at_least(1, 1, 'Devices along the data axis: copies of each expert.'),
-    'expert': _at_least(1, 1, 'Devices along the expert axis; divides num_experts.'),
-    'model': Field(
-      1, 'Tensor parallelism.', 'must be 1: tensor parallelism is not supported', lambda v: v == 1
-    ),
-  },
-  'data': {
-    'name': _any('tier1', 'tier1, tier2, tfds:NAME, or text:PATH (a folder of .txt or .jsonl).'),
-    'data_dir': _any('runs/data', 'Where prepared data sets are kept.'),
-    'tokenizer': _one_of('bytes', ('bytes', 'bpe'), 'Bytes, or byte-level BPE trained on train.'),
-    'vocab_size': _at_least(0, 0, 'Of the BPE, at least 512; 0 for bytes.'),
-    'sequence_length': _at_least(256, 2, 'T, tokens in a sequence.'),
-    'batch_size': _at_least(32, 1, 'B, sequences in an optimizer step, over all devices.'),
-    'valid_fraction': _held_out(
-      0.05, 'Share held out for validation where the source has no split.'
-    ),
-    'test_fraction': _held_out(0.05, 'Share held out for test where the source has no split.'),
-  },
-  'optim': {
-    'name': _one_of('adamw', ('adamw', 'adafactor', 'muon', 'sgd'), 'Optimizer.'),
-    'learning_rate': _positive(1e-3, 'Peak of the schedule.'),
-    'schedule': _one_of(
-      'cosine',
-      ('cosine', 'linear', 'wsd', 'constant'),
-      'After the warm-up; wsd stays at the peak and decays over the last decay_fraction.',
-    ),
-    'warmup_steps': _at_least(100, 0, 'Linear warm-up from 0.'),
-    'decay_fraction': _share(0.2, 'Of num_steps; the decay of wsd.'),
-    'final_fraction': _share(0.1, 'Learning rate at the end, as a share of the peak.'),
-    'weight_decay': _non_negative(0.1, 'Decoupled, on matrices only (not norms, not embedding).'),
-    'b1': _share(0.9, 'First-moment decay of adamw and of the AdamW part of muon.'),
-    'b2': _share(0.95, 'Second-moment decay of the same.'),
-    'epsilon': _positive(1e-8, 'Of adamw and muon.'),
-    'momentum': _share(0.95, 'Of sgd (0 is plain) and of muon.'),
-    'adam_learning_rate': _non_negative(
-      0.0, 'Of what muon leaves to AdamW (embedding, norms); 0 means learning_rate.'
-    ),
-    'clip_norm': _non_negative(1.0, 'Global gradient norm above which gradients shrink; 0 never.'),
-  },
-  'train': {
-    'num_steps': _at_least(1000, 1, 'Optimizer steps.'),
-    'seed': Field(
-      0,
-      'Of initialisation, data order, jitter and random drops.',
-      'must be an integer in 0..2**31-1',
-      lambda v: 0 <= v < 2**31,
-    ),
-    'accumulation_steps': _at_least(1, 1, 'Micro-batches in an optimizer step; divides the batch.'),
-    'accumulation_scope': _one_of(
-      'microbatch',
-      ('microbatch', 'batch'),
-      'Auxiliary losses of each micro-batch, averaged; or of the whole batch, exactly as without '
-      'accumulation, at the price of one more forward pass.',
-    ),
-    'log_every': _at_least(10, 1, 'Steps between lines of metrics.jsonl.'),
-    'eval_every': _at_least(0, 0, 'Steps between evaluations on the validation split; 0 never.'),
-    'eval_batches': _at_least(0, 0, 'Batches of such an evaluation; 0 is the whole split.'),
-    'checkpoint_every': _at_least(200, 1, 'Steps between checkpoints; one is made at the end.'),
-    'keep_checkpoints': _at_least(2, 1, 'Newest checkpoints that stay.'),
-  },
-}
+from moe_jax.routing.plan import CAUSAL_PRIORITIES
+from moe_jax.schema import SCHEMA, Field
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -266,14 +90,16 @@ def _check_moe(config: ml_collections.ConfigDict) -> None:
     raise UserError(
       'moe.num_selected_experts', moe.num_selected_experts, f'must be <= {moe.num_experts} experts'
     )
-  if moe.num_selected_experts == 1 and (moe.renormalize != 'none' or moe.softmax_order == 'after'):
-    field = 'moe.renormalize' if moe.renormalize != 'none' else 'moe.softmax_order'
-    value = config.moe[field.split('.')[1]]
+  router = routing.ROUTERS[moe.router]
+  if router.rejected:
+    raise UserError('moe.router', moe.router, f'not in a causal language model: {router.rejected}')
+  wrong = router.allowed(router_options(config))
+  if wrong:
+    field, allowed = wrong
+    raise UserError(f'moe.{field}', moe[field], f'{allowed} (moe.router={moe.router})')
+  if moe.router_loss_weight and router.loss is None:
     raise UserError(
-      field,
-      value,
-      'with num_selected_experts=1 the gate would always be 1 and the router would learn nothing '
-      'from the task; use renormalize=none and softmax_order=before',
+      'moe.router_loss_weight', moe.router_loss_weight, f'must be 0: {moe.router} has no own loss'
     )
   if config.model.num_layers % moe.every:
     raise UserError('moe.every', moe.every, f'must divide {config.model.num_layers} layers')
@@ -331,9 +157,26 @@ def balance_scopes(config: ml_collections.ConfigDict, microbatch: int) -> int:
   return 1
 
 
+def router_options(config: ml_collections.ConfigDict) -> routing.RouterOptions:
+  """Returns the numbers of the router as in training; the layer fills in the capacity."""
+  names = [field.name for field in dataclasses.fields(routing.RouterOptions)]
+  return routing.RouterOptions(**{name: config.moe[name] for name in names if name in config.moe})
+
+
+def why_not_causal(config: ml_collections.ConfigDict) -> str | None:
+  """Returns the field by which a token's result can depend on later tokens, None if none does."""
+  if not config.moe.num_experts:
+    return None
+  if not routing.ROUTERS[config.moe.router].causal:
+    return f'moe.router={config.moe.router}'
+  if config.moe.priority not in CAUSAL_PRIORITIES:
+    return f'moe.priority={config.moe.priority}'
+  return None
+
+
 def is_causal(config: ml_collections.ConfigDict) -> bool:
-  """Whether no token's result can depend on later tokens of its own sequence."""
-  return config.moe.num_experts == 0 or config.moe.priority in CAUSAL_PRIORITIES
+  """Whether no token's result can depend on later tokens of its own sequence, in training."""
+  return why_not_causal(config) is None
 
 
 def main() -> None:

@@ -46,6 +46,7 @@ def main() -> None:
       evaluate_room.make_eval_step(model),
       model,
       run.params,
+      run.router_state,
       dataset,
       split=_SPLIT.value,
       sequence_length=length,

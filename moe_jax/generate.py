@@ -50,6 +50,7 @@ def main() -> None:
   continuations = generate(
     model,
     run.params,
+    run.router_state,
     prompts,
     num_tokens=_NUM_TOKENS.value,
     eos_id=run.tokenizer.eos_id,

@@ -158,14 +158,14 @@ def layer(x, valid, router, w_in, w_out, options, noise=None, permutations=None)
     chosen = np.array([top_k(row, num_selected) for row in z])
     gate = np.array(
       [
-        gates(row, e, options.softmax_order, options.renormalize)
+        gates(row, e, options.choice.softmax_order, options.choice.renormalize)
         for row, e in zip(z, chosen, strict=True)
       ]
     )
     permutation = None if permutations is None else permutations[g]
     order = queue(options.priority, p, num_selected, permutation)
-    made = plan(chosen, gate, ok, order, num_experts, slots, options.renormalize)
-    add_to_sums(sums, g * scopes // len(groups), z, chosen, made.keep, ok)
+    made = plan(chosen, gate, ok, order, num_experts, slots, options.choice.renormalize)
+    add_to_sums(sums, g * scopes // len(groups), z, chosen, made.keep, ok, slots)
     for s, (b, t) in enumerate(tokens):
       expert_index[b, t], keep[b, t] = chosen[s], made.keep[s]
       for k, e in enumerate(chosen[s]):
@@ -184,11 +184,14 @@ def empty_sums(num_scopes, num_experts):
     'logsumexp_squared': np.zeros(()),
     'entropy': np.zeros(()),
     'top_prob': np.zeros(()),
+    'logsumexp_max': np.array(-np.inf),
+    'slots': np.zeros(()),
   }
 
 
-def add_to_sums(sums, scope, z, chosen, keep, valid):
-  """Adds one group's valid tokens, one by one."""
+def add_to_sums(sums, scope, z, chosen, keep, valid, slots):
+  """Adds one group's valid tokens, one by one; each expert had `slots` of them."""
+  sums['slots'] += slots * z.shape[-1]
   p, lse = softmax(z), logsumexp(z)
   for s in np.flatnonzero(valid):
     sums['tokens'][scope] += 1
@@ -198,6 +201,7 @@ def add_to_sums(sums, scope, z, chosen, keep, valid):
       sums['kept_per_expert'][e] += keep[s, k]
     sums['tokens_all_dropped'] += not keep[s].any()
     sums['logsumexp_squared'] += lse[s] ** 2
+    sums['logsumexp_max'] = np.maximum(sums['logsumexp_max'], lse[s])
     sums['entropy'] += -sum(q * math.log(q) for q in p[s] if q > 0)
     sums['top_prob'] += p[s].max()
 
@@ -216,6 +220,10 @@ def load_balancing_loss(sums, num_selected):
 
 def router_z_loss(sums):
   return sums['logsumexp_squared'] / max(1, sums['tokens'].sum())
+
+
+def entropy_loss(sums):
+  return sums['entropy'] / max(1, sums['tokens'].sum())
 
 
 def importance_loss(sums):

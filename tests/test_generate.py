@@ -38,7 +38,7 @@ def _model(mesh=(1, 1), every=1):
 
 def _generate(prompts, mesh=(1, 1), every=1, num_tokens=6, eos_id=NO_EOS, **how):
   model, params = _model(mesh, every)
-  return generate(model, params, prompts, num_tokens=num_tokens, eos_id=eos_id, **how)
+  return generate(model, params, {}, prompts, num_tokens=num_tokens, eos_id=eos_id, **how)
 
 
 @functools.cache

@@ -12,7 +12,8 @@ import subprocess
 import sys
 import warnings
 
-import grain  # noqa: F401  Defines flags, which must outlive the first command.
+import absl.app  # noqa: F401  Defines flags, which must outlive the first command.
+import grain  # noqa: F401  As well.
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +24,7 @@ from moe_jax import config as schema
 from moe_jax import optim
 from moe_jax.data import open_dataset
 from moe_jax.models.build import build_model
+from moe_jax.models.decoder import init_router_state
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.train import loop
 from moe_jax.train.state import TrainState, init_params, state_shardings
@@ -30,6 +32,8 @@ from moe_jax.train.step import make_gradient, make_train_step, put_batch
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 VOCAB_SIZE = 258
+# What a router needs beside its name, in a tiny config.
+ROUTERS: dict[str, dict] = {}
 _WORDS = ('the', 'sea', 'and', 'sky', 'were', 'one', 'grey', 'wall', 'of', 'rain', 'that', 'night')
 
 
@@ -100,8 +104,10 @@ class Trainer:
     self._make_step = lambda: make_train_step(self.model, self.optimizer, schedule, *how)
     self._gradient = jax.jit(make_gradient(self.model, *how))
     self._shardings = state_shardings(self.model, self.optimizer)
-    params = _initial_params(config.model.embed_dim)
-    state = TrainState(np.int32(0), params, self.optimizer.init(params), np.int32(0))
+    params = _initial_params(config.model.embed_dim, config.moe.router)
+    router_state = init_router_state(self.model.options)
+    opt_state = self.optimizer.init(params)
+    state = TrainState(np.int32(0), params, opt_state, router_state, np.int32(0))
     self._initial = jax.device_get(state)
     self.reset()
 
@@ -124,13 +130,15 @@ class Trainer:
     """Returns (gradient, parts) of the objective at the present parameters."""
     with jax.set_mesh(self.mesh):
       batch = put_batch(rows, self.model)
-      return self._gradient(self.state.params, batch, jax.random.key(0), weights)
+      state = self.state
+      return self._gradient(state.params, state.router_state, batch, jax.random.key(0), weights)
 
 
 @functools.cache
-def _initial_params(embed_dim):
+def _initial_params(embed_dim, router):
   """The parameters of every trainer of that width: they depend on neither mesh nor optimizer."""
   overrides = {'mesh.data': 1, 'mesh.expert': 1, 'model.embed_dim': embed_dim}
+  overrides |= ROUTERS.get(router, {}) | {'moe.router': router}
   model = build_model(config(overrides), make_mesh(1, 1), VOCAB_SIZE, 'eval')
   return jax.device_get(jax.jit(lambda: init_params(model, jnp.int32(0)))())
 

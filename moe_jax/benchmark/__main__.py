@@ -1,6 +1,7 @@
-"""Benchmarks: python -m moe_jax.benchmark {layer,step} [--json].
+"""Benchmarks: python -m moe_jax.benchmark {layer,router,step} [--json].
 
 layer: the MoE layer against a dense layer of the same active FLOPs and its own batched products.
+router: choosing and planning, as a share of the experts' products.
 step:  where the time of a training step goes, and how long it waits for data (--config=...).
 """
 
@@ -10,8 +11,8 @@ import sys
 import jax
 from absl import flags
 
-from moe_jax import cli
-from moe_jax.benchmark import layer, step
+from moe_jax import cli, routing
+from moe_jax.benchmark import layer, router, step
 from moe_jax.benchmark.timing import Ratio
 from moe_jax.errors import UserError
 
@@ -19,7 +20,9 @@ _CONFIG = cli.define_config_flag()
 _JSON = flags.DEFINE_bool('json', False, 'Print one JSON object per row.')
 _ROUNDS = flags.DEFINE_integer('rounds', 9, 'Rounds of interleaved calls.')
 _STEPS = flags.DEFINE_integer('steps', 20, 'step: real steps with the data pipeline.')
-_NUM_EXPERTS = flags.DEFINE_list('num_experts', ['8', '64', '256'], 'layer: values of E.')
+_NUM_EXPERTS = flags.DEFINE_list(
+  'num_experts', None, 'Values of E; layer: 8,64,256, router: 8,64,256,1024.'
+)
 _NUM_TOKENS = flags.DEFINE_integer('num_tokens', 4096, 'layer: tokens, one routing group.')
 _EMBED_DIM = flags.DEFINE_integer('embed_dim', 512, 'layer: D.')
 _MLP_DIM = flags.DEFINE_integer('mlp_dim', 1024, 'layer: F of one expert.')
@@ -29,7 +32,8 @@ _DISPATCH = flags.DEFINE_enum('dispatch', 'gather', ['gather', 'einsum'], 'layer
 _ACTIVATION = flags.DEFINE_enum('activation', 'swiglu', ['swiglu', 'gelu'], 'layer: of all arms.')
 _DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'layer: of the products.')
 _SEED = flags.DEFINE_integer('seed', 0, 'Of weights, inputs and orders.')
-_COMMANDS = ('layer', 'step')
+_ROUTERS = flags.DEFINE_list('routers', sorted(routing.ROUTERS), 'router: which.')
+_COMMANDS = ('layer', 'router', 'step')
 
 
 def main() -> None:
@@ -38,17 +42,48 @@ def main() -> None:
     raise UserError('--rounds', _ROUNDS.value, 'must be at least 9')
   if not _JSON.value:
     print(f'on {jax.devices()[0].device_kind}, {jax.device_count()} device(s)')
-  if _COMMAND == 'layer':
-    _layer()
-  else:
-    _step()
+  {'layer': _layer, 'router': _router, 'step': _step}[_COMMAND]()
+
+
+def _values_of_e(default: list[int]) -> list[int]:
+  if _NUM_EXPERTS.value is None:
+    return default
+  if not all(n.isdigit() and int(n) >= _SELECTED.value for n in _NUM_EXPERTS.value):
+    raise UserError('--num_experts', _NUM_EXPERTS.value, 'must be numbers >= num_selected_experts')
+  return [int(n) for n in _NUM_EXPERTS.value]
+
+
+def _router() -> None:
+  unknown = [name for name in _ROUTERS.value if name not in routing.ROUTERS]
+  if unknown:
+    raise UserError('--routers', unknown[0], f'must be of {", ".join(routing.ROUTERS)}')
+  rows = router.rows(
+    num_experts=_values_of_e([8, 64, 256, 1024]),
+    num_tokens=_NUM_TOKENS.value,
+    embed_dim=_EMBED_DIM.value,
+    mlp_dim=_MLP_DIM.value,
+    num_selected_experts=_SELECTED.value,
+    capacity_factor=_CAPACITY_FACTOR.value,
+    routers=_ROUTERS.value,
+    rounds=_ROUNDS.value,
+    seed=_SEED.value,
+  )
+  for row in rows:
+    if _JSON.value:
+      print(json.dumps(row), flush=True)
+      continue
+    share = row['share']
+    print(
+      f'E={row["num_experts"]:<5} {row["router"]:<15}{share["median"]:>8.1%} '
+      f'[{share["low"]:.1%}, {share["high"]:.1%}] of the products'
+      f'{"  VOID: restless machine" if row["void"] else ""}',
+      flush=True,
+    )
 
 
 def _layer() -> None:
-  if not all(n.isdigit() and int(n) >= _SELECTED.value for n in _NUM_EXPERTS.value):
-    raise UserError('--num_experts', _NUM_EXPERTS.value, 'must be numbers >= num_selected_experts')
   rows = layer.rows(
-    num_experts=[int(n) for n in _NUM_EXPERTS.value],
+    num_experts=_values_of_e([8, 64, 256]),
     num_tokens=_NUM_TOKENS.value,
     embed_dim=_EMBED_DIM.value,
     mlp_dim=_MLP_DIM.value,

@@ -8,9 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from moe_jax import routing
 from moe_jax.benchmark.timing import compile_arm, is_void, measure, ratio
 from moe_jax.layers.basic import activate, hidden_dim
-from moe_jax.layers.moe import MoeOptions, MoeParams, group_capacity, moe_layer, run_experts
+from moe_jax.layers.moe import (
+  MoeOptions,
+  MoeParams,
+  TokenInfo,
+  group_capacity,
+  moe_layer,
+  run_experts,
+)
 from moe_jax.parallel.mesh import make_mesh
 
 ROUTER_INIT_SCALE = 0.1
@@ -45,16 +53,13 @@ def rows(
   x = jax.random.normal(key, (1, num_tokens, embed_dim), jnp.dtype(dtype))
   for experts in num_experts:
     options = MoeOptions(
-      num_experts=experts,
-      num_selected_experts=num_selected_experts,
+      router='top_k',
+      choice=routing.RouterOptions(num_experts=experts, num_selected_experts=num_selected_experts),
       mlp_dim=mlp_dim,
       activation=activation,
       capacity_factor=capacity_factor,
-      softmax_order='before',
-      renormalize='before_drop',
       jitter=0.0,
       priority='token',
-      group_size=1,
       balance_scopes=1,
       dispatch=dispatch,
       router_init_scale=ROUTER_INIT_SCALE,
@@ -70,13 +75,14 @@ def _row(
   keys = jax.random.split(jax.random.key(seed + 1), 5)
   params = _params(keys[0], options, embed_dim)
   dense = _dense_params(keys[1], options, embed_dim)
-  valid = jnp.ones(x.shape[:2], bool)
+  places = jnp.zeros(x.shape[:2], jnp.int32)
+  info = TokenInfo(jnp.ones(x.shape[:2], bool), places, places)
   group_keys = jax.random.split(keys[2], 1)
   slots = (options.num_experts, 1, group_capacity(options, num_tokens), embed_dim)
   buffers = jax.random.normal(keys[3], slots, x.dtype)
 
   def moe(params, x):
-    return moe_layer(x, valid, params, group_keys, mesh, options, True)
+    return moe_layer(x, info, params, {}, group_keys, mesh, options, True)
 
   def dense_layer(weights, x):
     return activate(x @ weights[0].astype(x.dtype), options.activation) @ weights[1].astype(x.dtype)
@@ -122,8 +128,10 @@ def _params(key: jax.Array, options: MoeOptions, embed_dim: int) -> MoeParams:
   keys = jax.random.split(key, 3)
   experts, columns = options.num_experts, hidden_dim(options.mlp_dim, options.activation)
   return MoeParams(
-    router=jax.random.normal(keys[0], (embed_dim, experts))
-    * (ROUTER_INIT_SCALE / embed_dim) ** 0.5,
+    router={
+      'router': jax.random.normal(keys[0], (embed_dim, experts))
+      * (ROUTER_INIT_SCALE / embed_dim) ** 0.5
+    },
     w_in=jax.random.normal(keys[1], (experts, embed_dim, columns)) * embed_dim**-0.5,
     w_out=jax.random.normal(keys[2], (experts, options.mlp_dim, embed_dim)) * options.mlp_dim**-0.5,
   )

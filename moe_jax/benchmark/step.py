@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -44,10 +45,18 @@ def shares(config: ml_collections.ConfigDict, rounds: int, steps: int) -> dict[s
     state = init_state(model, optimizer, config.train.seed)
     batch = put_batch(next(batches), model)
     key = jax.random.key(0)
+    # A copy: the step donates its state.
+    router_state = jax.tree.map(jnp.copy, state.router_state)
     loss = make_loss(model, config.moe.layer_reduction)
-    parts = {'forward': jax.jit(lambda params: loss(params, batch, key, weights, 1.0, None)[0])}
+    parts = {
+      'forward': jax.jit(
+        lambda params: loss(params, router_state, batch, key, weights, 1.0, None)[0]
+      )
+    }
     gradient = make_gradient(model, *accumulate)
-    parts['gradient'] = jax.jit(lambda params: gradient(params, batch, key, weights)[0])
+    parts['gradient'] = jax.jit(
+      lambda params: gradient(params, router_state, batch, key, weights)[0]
+    )
     step = make_train_step(
       model, optimizer, schedule, *accumulate[:2], layer_reduction=accumulate[2]
     )

@@ -52,6 +52,10 @@ class Dataset:
     lengths = np.diff(self._split(split).offsets)[self._select(split, domain)]
     return int((lengths - 1).sum())
 
+  def token_counts(self, split: str) -> Int64[np.ndarray, 'V']:
+    """Returns how often each token of the vocabulary stands in the texts."""
+    return np.bincount(self._split(split).tokens, minlength=self.tokenizer.vocab_size)
+
   def document_text(self, split: str, domain: str | None = None) -> Iterator[bytes]:
     """Returns the texts as UTF-8, document by document, in the order of the store."""
     tokens, documents = self._split(split), self._select(split, domain)

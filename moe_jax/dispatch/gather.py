@@ -3,6 +3,9 @@
 A gather's transpose is a scatter-add. Here the plan knows both directions (`source_index`: slot to
 assignment; `expert_index`, `slot_index`: assignment to slot), so each backward pass is written as a
 gather too.
+
+Where a token may ask for any number of experts (K = E) there are far more assignments than slots:
+then tokens sum over the slots instead, with a scatter-add, so that the cost is that of the fewer.
 """
 
 import jax
@@ -45,6 +48,44 @@ def _take_slots(buffer: Float[Array, 'E G C D'], plan: Plan) -> Float[Array, 'G 
   return jnp.where(plan.keep[..., None], buffer.reshape(-1, width)[row], 0)
 
 
+def _has_fewer_slots(plan: Plan) -> bool:
+  """Whether E * C slots are fewer than S * K assignments; known when compiling."""
+  return plan.source_index[0].size < plan.expert_index[0].size
+
+
+def _slot_weights(combine_weights: Float[Array, 'G S K'], plan: Plan) -> Float[Array, 'E G C']:
+  """The weight of the assignment in each slot; of empty ones too, whose rows must be zero."""
+  num_groups, num_assignments = combine_weights.shape[0], combine_weights[0].size
+  source = jnp.moveaxis(plan.source_index, 1, 0)
+  group = jnp.arange(num_groups)[None, :, None]
+  place = group * num_assignments + jnp.minimum(source, num_assignments - 1)
+  return combine_weights.reshape(-1)[place]
+
+
+def _add_to_tokens(rows: Float[Array, 'E G C D'], plan: Plan) -> Float[Array, 'G S D']:
+  """Each token sums the rows of its slots; those of empty slots fall away."""
+  num_groups, group_size, num_selected = plan.expert_index.shape
+  source = jnp.moveaxis(plan.source_index, 1, 0)
+  group = jnp.arange(num_groups)[None, :, None]
+  filled = source < group_size * num_selected
+  token = jnp.where(filled, group * group_size + source // num_selected, num_groups * group_size)
+  total = jnp.zeros((num_groups * group_size, rows.shape[-1]), rows.dtype)
+  total = total.at[token.ravel()].add(rows.reshape(-1, rows.shape[-1]), mode='drop')
+  return total.reshape(num_groups, group_size, -1)
+
+
+def _give_to_assignments(values: Float[Array, 'E G C'], plan: Plan) -> Float[Array, 'G S K']:
+  """Each assignment gets the value of its slot, 0 without one."""
+  num_groups, num_assignments = plan.expert_index.shape[0], plan.expert_index[0].size
+  source = jnp.moveaxis(plan.source_index, 1, 0)
+  group = jnp.arange(num_groups)[None, :, None]
+  filled = source < num_assignments
+  place = jnp.where(filled, group * num_assignments + source, num_groups * num_assignments)
+  given = jnp.zeros((num_groups * num_assignments,), values.dtype)
+  given = given.at[place.ravel()].set(values.ravel(), mode='drop')
+  return given.reshape(plan.expert_index.shape)
+
+
 @jax.custom_vjp
 def _dispatch(tokens, plan):
   return _take_tokens(tokens, plan)
@@ -55,6 +96,8 @@ def _dispatch_fwd(tokens, plan):
 
 
 def _dispatch_bwd(plan, grad):
+  if _has_fewer_slots(plan):
+    return _add_to_tokens(grad.astype(jnp.float32), plan).astype(grad.dtype), None
   return jnp.sum(_take_slots(grad, plan).astype(jnp.float32), axis=2).astype(grad.dtype), None
 
 
@@ -67,6 +110,9 @@ def _combine(expert_outputs, combine_weights, plan):
 
 
 def _weighted_sum(expert_outputs, combine_weights, plan):
+  if _has_fewer_slots(plan):
+    rows = expert_outputs.astype(jnp.float32) * _slot_weights(combine_weights, plan)[..., None]
+    return _add_to_tokens(rows, plan).astype(expert_outputs.dtype)
   rows = _take_slots(expert_outputs, plan).astype(jnp.float32)
   return jnp.einsum('gskd,gsk->gsd', rows, combine_weights, precision='highest').astype(
     expert_outputs.dtype
@@ -83,17 +129,14 @@ def _combine_fwd(expert_outputs, combine_weights, plan):
 
 def _combine_bwd(residuals, grad):
   expert_outputs, combine_weights, plan = residuals
-  num_groups = combine_weights.shape[0]
-  rows = _take_slots(expert_outputs, plan).astype(jnp.float32)
-  grad_weights = jnp.einsum('gskd,gsd->gsk', rows, grad.astype(jnp.float32), precision='highest')
-  num_assignments = combine_weights[0].size
-  source = jnp.moveaxis(plan.source_index, 1, 0)
-  group = jnp.arange(num_groups)[None, :, None]
-  # An empty slot reads token S - 1 in _take_tokens and is zeroed there, so its weight is free.
-  weight = combine_weights.reshape(-1)[
-    group * num_assignments + jnp.minimum(source, num_assignments - 1)
-  ]
-  grad_outputs = _take_tokens(grad, plan).astype(jnp.float32) * weight[..., None]
+  grad_rows = _take_tokens(grad, plan).astype(jnp.float32)
+  grad_outputs = grad_rows * _slot_weights(combine_weights, plan)[..., None]
+  if _has_fewer_slots(plan):
+    of_slots = jnp.sum(expert_outputs.astype(jnp.float32) * grad_rows, axis=-1)
+    grad_weights = _give_to_assignments(of_slots, plan)
+  else:
+    rows = _take_slots(expert_outputs, plan).astype(jnp.float32)
+    grad_weights = jnp.einsum('gskd,gsd->gsk', rows, grad.astype(jnp.float32), precision='highest')
   return grad_outputs.astype(expert_outputs.dtype), grad_weights, None
 
 

@@ -14,49 +14,81 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Key, Shaped
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from moe_jax import dispatch as dispatch_room
 from moe_jax import routing
 from moe_jax.layers import basic
 from moe_jax.parallel.mesh import BATCH_AXES, DATA_AXIS, EXPERT_AXIS
+from moe_jax.routing.router import Mixture, Weight
+
+# Linen's collection of what routers carry from step to step without a gradient.
+ROUTER_STATE = 'router_state'
 
 
 @dataclasses.dataclass(frozen=True)
 class MoeOptions:
   """Every choice of a MoE layer, as plain numbers and names; see `moe_jax.config` for each.
 
-  `capacity_factor` None never drops a token. `group_size` is in sequences. `balance_scopes` is the
-  number of scopes of the load-balancing loss in the batch, a divisor of its number of groups.
+  `capacity_factor` None never drops a token. `balance_scopes` is the number of scopes of the
+  load-balancing loss in the batch, a divisor of its number of groups. `choice` holds the numbers of
+  the router; its `capacity` and `training` are filled in here.
   """
 
-  num_experts: int
-  num_selected_experts: int
+  router: str
+  choice: routing.RouterOptions
   mlp_dim: int
   activation: str
   capacity_factor: float | None
-  softmax_order: str
-  renormalize: str
   jitter: float
   priority: str
-  group_size: int
   balance_scopes: int
   dispatch: str
   router_init_scale: float
 
+  @property
+  def num_experts(self) -> int:
+    """E."""
+    return self.choice.num_experts
+
+  @property
+  def num_selected_experts(self) -> int:
+    """K of the config; a router's own number of assignments may differ."""
+    return self.choice.num_selected_experts
+
+  @property
+  def group_size(self) -> int:
+    """Sequences in a routing group."""
+    return self.choice.group_size
+
+
+class TokenInfo(NamedTuple):
+  """What a router may know of tokens beside their vectors.
+
+  Attributes:
+    valid: False for padding: no slot, no statistics, output 0.
+    ids: the model's input tokens.
+    positions: within the document.
+  """
+
+  valid: Bool[Array, '*shape']
+  ids: Int[Array, '*shape']
+  positions: Int[Array, '*shape']
+
 
 class MoeParams(NamedTuple):
-  """Weights of one layer; `None` never occurs."""
+  """Weights of one layer. What `router` holds is said by `Router.params`."""
 
-  router: Float[Array, 'D E']
+  router: dict[str, Array]
   w_in: Float[Array, 'E D F1']
   w_out: Float[Array, 'E F D']
 
 
 def moe_layer(
   x: Float[Array, 'B T D'],
-  valid: Bool[Array, 'B T'],
+  info: TokenInfo,
   params: MoeParams,
+  state: dict[str, Array],
   keys: Key[Array, 'G'],
   mesh: Mesh,
   options: MoeOptions,
@@ -66,12 +98,13 @@ def moe_layer(
 
   Args:
     x: normalised input, sharded over ('data', 'expert') along the batch.
-    valid: False for padding: no slot, no statistics, output 0.
+    info: what else there is to know of each token.
     params: expert weights are sharded over 'expert', the router's copied.
+    state: of the router, copied.
     keys: one per routing group of the whole batch.
     mesh: axes ('data', 'expert').
     options: static choices.
-    deterministic: no jitter.
+    deterministic: evaluation: no jitter, and nothing drawn by the router.
 
   Returns:
     The experts' weighted outputs, and sums over all tokens of all devices.
@@ -81,8 +114,8 @@ def moe_layer(
   """
   num_groups = _num_groups(x.shape[0], mesh, options)
 
-  def local(x, valid, params, keys):
-    return _local_layer(x, valid, params, keys, options, num_groups, deterministic)
+  def local(x, info, params, state, keys):
+    return _local_layer(x, info, params, state, keys, options, num_groups, deterministic)
 
   by_token = PartitionSpec(BATCH_AXES)
   by_expert = PartitionSpec(EXPERT_AXIS)
@@ -90,10 +123,10 @@ def moe_layer(
   return jax.shard_map(
     local,
     mesh=mesh,
-    in_specs=(by_token, by_token, MoeParams(*of_params), by_token),
+    in_specs=(by_token, by_token, MoeParams(*of_params), PartitionSpec(), by_token),
     out_specs=(by_token, PartitionSpec()),
     check_vma=True,
-  )(x, valid, params, keys)
+  )(x, info, params, state, keys)
 
 
 def _num_groups(batch_size: int, mesh: Mesh, options: MoeOptions) -> int:
@@ -119,8 +152,9 @@ def _num_groups(batch_size: int, mesh: Mesh, options: MoeOptions) -> int:
 
 def _local_layer(
   x: Float[Array, 'b T D'],
-  valid: Bool[Array, 'b T'],
+  info: TokenInfo,
   params: MoeParams,
+  state: dict[str, Array],
   keys: Key[Array, 'g'],
   options: MoeOptions,
   num_groups: int,
@@ -128,50 +162,84 @@ def _local_layer(
 ) -> tuple[Float[Array, 'b T D'], routing.RouterSums]:
   """The layer on one device: its tokens, its experts."""
   tokens_GSD = to_groups(x, options.group_size)
-  valid_GS = to_groups(valid[..., None], options.group_size)[..., 0]
+  info_GS = TokenInfo(*(to_groups(a[..., None], options.group_size)[..., 0] for a in info))
+  valid_GS = info_GS.valid
   local_groups, tokens_in_group, _ = tokens_GSD.shape
 
-  noise_keys, order_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+  noise_keys, choice_keys, order_keys = split_keys(keys)
+  router = routing.ROUTERS[options.router]
+  capacity = group_capacity(options, tokens_in_group)
+  choice_options = dataclasses.replace(
+    options.choice, capacity=capacity, training=not deterministic
+  )
 
   router_input = tokens_GSD.astype(jnp.float32)
   if options.jitter and not deterministic:
     router_input = routing.jitter(router_input, noise_keys, options.jitter)
-  # float32 at full precision: a rounded logit sends a token to another expert.
-  router_logits = jnp.einsum('gsd,de->gse', router_input, params.router, precision='highest')
-  choice = routing.choose_top_k(
-    router_logits,
-    num_selected_experts=options.num_selected_experts,
-    softmax_order=options.softmax_order,
-    renormalize=options.renormalize,
-  )
+  inputs = routing.RouterInputs(router_input, *info_GS, choice_keys)
+  choice = router.choose(params.router, state, inputs, choice_options)
   plan = routing.make_plan(
     choice,
     valid_GS,
     order_keys,
-    capacity=group_capacity(options, tokens_in_group),
+    capacity=capacity,
     priority=options.priority,
-    renormalize=options.renormalize,
+    renormalize=options.choice.renormalize,
   )
 
-  dispatcher = dispatch_room.DISPATCHERS[options.dispatch]
-  expert_inputs = dispatcher.dispatch(tokens_GSD, plan)
+  if router.mix is None:
+    dispatcher = dispatch_room.DISPATCHERS[options.dispatch]
+    expert_inputs = dispatcher.dispatch(tokens_GSD, plan)
+  else:
+    mixture = router.mix(params.router, state, inputs, choice_options)
+    expert_inputs = mix_tokens(mixture, tokens_GSD)
   exchanged = dispatch_room.to_experts(expert_inputs, EXPERT_AXIS)
   expert_outputs = run_experts(exchanged, params, options.activation)
   returned = dispatch_room.from_experts(expert_outputs, EXPERT_AXIS)
-  y = from_groups(dispatcher.combine(returned, plan), options.group_size)
+  if router.mix is None:
+    y_GSD = dispatcher.combine(returned, plan)
+  else:
+    y_GSD = mix_slots(mixture, returned)
+  y = from_groups(y_GSD, options.group_size)
 
   device = jax.lax.axis_index(BATCH_AXES)
   group = device * local_groups + jnp.arange(local_groups)
   scope = group // (num_groups // options.balance_scopes)
-  sums = routing.router_sums(
-    router_logits, choice.router_probs, plan, valid_GS, scope, options.balance_scopes
-  )
-  return y, jax.lax.psum(sums, BATCH_AXES)
+  sums = routing.router_sums(choice, plan, valid_GS, scope, options.balance_scopes)
+  return y, _sum_over_devices(sums)
+
+
+def mix_tokens(mixture: Mixture, tokens: Float[Array, 'G S D']) -> Float[Array, 'E G P D']:
+  """Fills each slot with its mixture of tokens, summed in float32."""
+  wide = tokens.astype(jnp.float32)
+  slots = jnp.einsum('gsep,gsd->egpd', mixture.dispatch, wide, precision='highest')
+  return slots.astype(tokens.dtype)
+
+
+def mix_slots(mixture: Mixture, expert_outputs: Float[Array, 'E G P D']) -> Float[Array, 'G S D']:
+  """Gives each token its mixture of the slots, summed in float32."""
+  wide = expert_outputs.astype(jnp.float32)
+  y = jnp.einsum('gsep,egpd->gsd', mixture.combine, wide, precision='highest')
+  return y.astype(expert_outputs.dtype)
+
+
+def split_keys(keys: Key[Array, 'g']) -> tuple[Key[Array, 'g'], Key[Array, 'g'], Key[Array, 'g']]:
+  """Returns each group's keys of jitter, of the router, and of the order of random drops."""
+  split = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys)
+  return split[0], split[1], split[2]
+
+
+def _sum_over_devices(sums: routing.RouterSums) -> routing.RouterSums:
+  """Sums over all devices by one psum, the largest number too: each device has a place for its."""
+  place = jnp.arange(jax.lax.axis_size(BATCH_AXES)) == jax.lax.axis_index(BATCH_AXES)
+  largest = jnp.where(place, sums.logsumexp_max, 0.0)
+  total, largest = jax.lax.psum((sums, largest), BATCH_AXES)
+  return total._replace(logsumexp_max=jnp.max(largest))
 
 
 def group_capacity(options: MoeOptions, tokens_in_group: int) -> int:
   """Returns C: at most the S slots one expert can fill, and S when nothing may be dropped."""
-  if options.capacity_factor is None:
+  if options.capacity_factor is None or routing.ROUTERS[options.router].keeps_all:
     return tokens_in_group
   capacity = routing.expert_capacity(
     tokens_in_group, options.num_experts, options.num_selected_experts, options.capacity_factor
@@ -215,27 +283,31 @@ class Moe(nn.Module):
   Attributes:
     options: every choice of the layer.
     mesh: axes ('data', 'expert').
+    vocab_size: V, for routers that keep a table of token ids.
   """
 
   options: MoeOptions
   mesh: Mesh
+  vocab_size: int
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, 'B T D'], valid: Bool[Array, 'B T'], deterministic: bool
+    self,
+    x: Float[Array, 'B T D'],
+    info: TokenInfo,
+    deterministic: bool,
   ) -> tuple[Float[Array, 'B T D'], routing.RouterSums]:
     """Returns the output and the router's sums; see `moe_layer`."""
     options = self.options
+    router = routing.ROUTERS[options.router]
     embed_dim = x.shape[-1]
     columns = basic.hidden_dim(options.mlp_dim, options.activation)
     experts = options.num_experts
-    router_init = nn.initializers.variance_scaling(
-      options.router_init_scale, 'fan_in', 'truncated_normal'
-    )
     params = MoeParams(
-      router=self.param(
-        'router', basic.logical(router_init, 'embed', 'router'), (embed_dim, experts), jnp.float32
-      ),
+      router={
+        name: self.param(name, self._router_init(weight), weight.shape, jnp.float32)
+        for name, weight in router.params(options.choice, embed_dim).items()
+      },
       w_in=self.param(
         'w_in',
         basic.logical(basic.experts_init, 'expert', 'embed', 'mlp'),
@@ -251,4 +323,22 @@ class Moe(nn.Module):
     # text always gives the same number.
     key = jax.random.key(0) if deterministic else self.make_rng('routing')
     keys = jax.random.split(key, x.shape[0] // options.group_size)
-    return moe_layer(x, valid, params, keys, self.mesh, options, deterministic)
+
+    def new_state() -> dict[str, Array]:
+      return router.state(options.choice, embed_dim, self.vocab_size)
+
+    state = {
+      name: self.variable(ROUTER_STATE, name, lambda name=name: new_state()[name]).value
+      for name in jax.eval_shape(new_state)
+    }
+    return moe_layer(x, info, params, state, keys, self.mesh, options, deterministic)
+
+  def _router_init(self, weight: Weight) -> Any:
+    init = {
+      'scaled': nn.initializers.variance_scaling(
+        self.options.router_init_scale, 'fan_in', 'truncated_normal'
+      ),
+      'zeros': nn.initializers.zeros,
+      'ones': nn.initializers.ones,
+    }[weight.init]
+    return basic.logical(init, *(None for _ in weight.shape))

@@ -1,9 +1,13 @@
 """From a config to a model: the only place where config fields become layer options."""
 
+import dataclasses
+
 import ml_collections
 from jax.sharding import Mesh
 
 from moe_jax import config as config_lib
+from moe_jax import routing
+from moe_jax.errors import UserError
 from moe_jax.layers.moe import MoeOptions
 from moe_jax.models.decoder import Decoder, DecoderOptions
 
@@ -25,6 +29,14 @@ def build_model(
   """
   if mode not in MODES:
     raise ValueError(f'mode={mode!r}: must be one of {MODES}')
+  if mode == 'decode' and config.moe.num_experts:
+    router = routing.ROUTERS[config.moe.router]
+    if not router.decodes(config_lib.router_options(config)):
+      raise UserError(
+        'moe.evaluation',
+        config.moe.evaluation,
+        f'the run cannot be decoded: {router.name} then looks at later tokens to choose for one',
+      )
   model, moe = config.model, config.moe
   options = DecoderOptions(
     vocab_size=vocab_size,
@@ -54,17 +66,17 @@ def _moe_options(config: ml_collections.ConfigDict, mode: str, batch_size: int) 
     'eval': moe.eval_capacity_factor,
     'decode': None,
   }[mode]
+  choice = config_lib.router_options(config)
   return MoeOptions(
-    num_experts=moe.num_experts,
-    num_selected_experts=moe.num_selected_experts,
+    router=moe.router,
+    choice=dataclasses.replace(
+      choice, training=mode == 'train', group_size=1 if mode == 'decode' else moe.group_size
+    ),
     mlp_dim=moe.mlp_dim,
     activation=config.model.activation,
     capacity_factor=capacity_factor,
-    softmax_order=moe.softmax_order,
-    renormalize=moe.renormalize,
     jitter=moe.jitter,
     priority=moe.priority,
-    group_size=1 if mode == 'decode' else moe.group_size,
     balance_scopes=config_lib.balance_scopes(config, batch_size) if mode == 'train' else 1,
     dispatch=moe.dispatch,
     router_init_scale=moe.router_init_scale,

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from moe_jax import routing
 from moe_jax.layers.attention import Attention, KeyValueCache, packed_causal_mask
 from moe_jax.layers.basic import Mlp, RMSNorm, logical, matrix_init
-from moe_jax.layers.moe import Moe, MoeOptions
+from moe_jax.layers.moe import ROUTER_STATE, Moe, MoeOptions, TokenInfo
 from moe_jax.parallel.mesh import BATCH_AXES
 
 
@@ -67,7 +67,7 @@ class _Block(nn.Module):
   sparse: bool
 
   @nn.compact
-  def __call__(self, x, positions, mask, valid, cache, deterministic):
+  def __call__(self, x, mask, info, cache, deterministic):
     options = self.options
     attention = Attention(
       options.num_heads,
@@ -77,14 +77,15 @@ class _Block(nn.Module):
       name='attention',
     )
     attended, cache = attention(
-      RMSNorm(options.norm_epsilon, name='attention_norm')(x), positions, mask, cache
+      RMSNorm(options.norm_epsilon, name='attention_norm')(x), info.positions, mask, cache
     )
     x = _shard_batch(x + attended, self.mesh)
     normed = RMSNorm(options.norm_epsilon, name='mlp_norm')(x)
     if not self.sparse:
       return x + Mlp(options.mlp_dim, options.activation, name='mlp')(normed), None, cache
     assert options.moe is not None
-    y, sums = Moe(options.moe, self.mesh, name='moe')(normed, valid, deterministic)
+    moe = Moe(options.moe, self.mesh, options.vocab_size, name='moe')
+    y, sums = moe(normed, info, deterministic)
     if options.num_shared_experts:
       shared_dim = options.num_shared_experts * options.moe.mlp_dim
       y = y + Mlp(shared_dim, options.activation, name='shared')(normed)
@@ -99,14 +100,14 @@ class _Unit(nn.Module):
   deterministic: bool
 
   @nn.compact
-  def __call__(self, x, cache, positions, mask, valid):
+  def __call__(self, x, cache, mask, info):
     sums = None
     new_cache = []
     for i in range(self.options.every):
       sparse = self.options.moe is not None and i == self.options.every - 1
       block = _Block(self.options, self.mesh, sparse, name=f'block_{i}')
       block_cache = None if cache is None else cache[i]
-      x, sums, block_cache = block(x, positions, mask, valid, block_cache, self.deterministic)
+      x, sums, block_cache = block(x, mask, info, block_cache, self.deterministic)
       new_cache.append(block_cache)
     return _shard_batch(x, self.mesh), (sums, None if cache is None else tuple(new_cache))
 
@@ -156,15 +157,15 @@ class Decoder(nn.Module):
       unit = nn.remat(_Unit, prevent_cse=False)
     scanned = nn.scan(
       unit,
-      variable_axes={'params': 0},
+      variable_axes={'params': 0, ROUTER_STATE: 0},
       split_rngs={'params': True, 'routing': True},
-      in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+      in_axes=(0, nn.broadcast, nn.broadcast),
       out_axes=0,
       length=options.num_layers // options.every,
       metadata_params={nn.PARTITION_NAME: 'layers'},
     )
     x, (sums, cache) = scanned(options, self.mesh, deterministic, name='layers')(
-      x, cache, positions, mask, segment_ids > 0
+      x, cache, mask, TokenInfo(segment_ids > 0, inputs, positions)
     )
     x = RMSNorm(options.norm_epsilon, name='final_norm')(x)
     if options.tied_embeddings:
@@ -186,6 +187,7 @@ def forward(
   *,
   cache: Any = None,
   key: Key[Array, ''] | None = None,
+  router_state: Any = None,
 ) -> DecoderOutput:
   """Applies the model; with a key as in training (jitter, random drops), without deterministically.
 
@@ -197,10 +199,12 @@ def forward(
     positions: within the document.
     cache: from `init_cache`.
     key: of what is drawn.
+    router_state: arrays of all MoE layers, from `init_router_state` or later; None or {} where the
+      router has none.
   """
   rngs = None if key is None else {'routing': key}
   out = model.apply(
-    {'params': params},
+    {'params': params} | _linen_state(model.options, router_state),
     inputs,
     segment_ids,
     positions,
@@ -210,6 +214,23 @@ def forward(
   )
   assert isinstance(out, DecoderOutput)
   return out
+
+
+def init_router_state(options: DecoderOptions) -> dict[str, Array]:
+  """Returns what the routers carry before the first step, each array with the layers in front."""
+  if options.moe is None:
+    return {}
+  new = routing.ROUTERS[options.moe.router].state(
+    options.moe.choice, options.embed_dim, options.vocab_size
+  )
+  layers = options.num_layers // options.every
+  return {name: jnp.repeat(value[None], layers, axis=0) for name, value in new.items()}
+
+
+def _linen_state(options: DecoderOptions, router_state: Any) -> dict[str, Any]:
+  if not router_state:
+    return {}
+  return {ROUTER_STATE: {'layers': {f'block_{options.every - 1}': {'moe': router_state}}}}
 
 
 def init_cache(options: DecoderOptions, batch_size: int, max_length: int) -> tuple:

@@ -71,6 +71,7 @@ def sample_token(
 def generate(
   model: Decoder,
   params: Any,
+  router_state: Any,
   prompts: list[list[int]],
   *,
   num_tokens: int,
@@ -85,6 +86,7 @@ def generate(
   Args:
     model: in mode `decode`.
     params: on the mesh of the model.
+    router_state: of the same checkpoint; {} where the routers have none.
     prompts: token ids, each at least one.
     num_tokens: new tokens of each prompt, at most.
     eos_id: ends a continuation; not returned.
@@ -113,6 +115,7 @@ def generate(
       model,
       num_tokens,
       params,
+      router_state,
       jax.device_put(tokens, by_row),
       jax.device_put(lengths, by_row),
       jax.random.key(seed),
@@ -125,7 +128,7 @@ def generate(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _generate(model, num_tokens, params, tokens, lengths, key, numbers):
+def _generate(model, num_tokens, params, router_state, tokens, lengths, key, numbers):
   temperature, top_k, top_p, eos_id = numbers
   batch_size, longest = tokens.shape
   row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch_size))
@@ -138,7 +141,8 @@ def _generate(model, num_tokens, params, tokens, lengths, key, numbers):
   cell = jnp.broadcast_to(jnp.arange(longest, dtype=jnp.int32), tokens.shape)
   in_prompt: Bool[Array, 'B T'] = cell < lengths[:, None]
   cache = init_cache(model.options, batch_size, longest + num_tokens)
-  out = forward(model, params, tokens, in_prompt.astype(jnp.int32), cell, cache=cache)
+  apply = functools.partial(forward, model, params, router_state=router_state)
+  out = apply(tokens, in_prompt.astype(jnp.int32), cell, cache=cache)
   last_logits = jnp.take_along_axis(out.logits, lengths[:, None, None] - 1, axis=1)[:, 0]
   first = draw(last_logits, 0)
 
@@ -147,7 +151,7 @@ def _generate(model, num_tokens, params, tokens, lengths, key, numbers):
     done = done | (token == eos_id)
     ones = jnp.ones((batch_size, 1), jnp.int32)
     position = (lengths + index - 1)[:, None]
-    out = forward(model, params, token[:, None], ones, position, cache=cache)
+    out = apply(token[:, None], ones, position, cache=cache)
     drawn = jnp.where(done, eos_id, draw(out.logits[:, 0], index))
     return (drawn, done, out.cache), drawn
 

@@ -1,24 +1,44 @@
-"""Who goes where: from router logits to a plan. Plain JAX, one device, no collectives.
+"""Who goes where: from tokens to a plan. Plain JAX, one device, no collectives.
 
-`top_k.choose_top_k` picks experts, `plan.make_plan` applies the capacity, `stats.router_sums`
+A router of `routers/` picks experts, `plan.make_plan` applies the capacity, `stats.router_sums`
 counts what happened and `losses` turns the counts into the auxiliary losses. A new way of choosing
-is one new file that returns a `Choice`.
+is one new file in `routers/`; `router.Router` says what it holds.
 """
 
 from moe_jax.routing.capacity import expert_capacity
-from moe_jax.routing.losses import importance_loss, load_balancing_loss, router_z_loss
+from moe_jax.routing.losses import (
+  entropy_loss,
+  importance_loss,
+  load_balancing_loss,
+  router_z_loss,
+)
+from moe_jax.routing.noise import jitter
 from moe_jax.routing.plan import PRIORITIES, Plan, make_plan
-from moe_jax.routing.stats import RouterSums, router_sums
-from moe_jax.routing.top_k import RENORMALIZATIONS, SOFTMAX_ORDERS, Choice, choose_top_k, jitter
+from moe_jax.routing.registry import ROUTERS
+from moe_jax.routing.router import Choice, Router, RouterInputs, RouterOptions
+from moe_jax.routing.routers.top_k import (
+  RENORMALIZATIONS,
+  SCORES,
+  SOFTMAX_ORDERS,
+  choose_top_k,
+)
+from moe_jax.routing.stats import RouterSums, add_sums, router_sums
 
 __all__ = [
   'PRIORITIES',
   'RENORMALIZATIONS',
+  'ROUTERS',
+  'SCORES',
   'SOFTMAX_ORDERS',
   'Choice',
   'Plan',
+  'Router',
+  'RouterInputs',
+  'RouterOptions',
   'RouterSums',
+  'add_sums',
   'choose_top_k',
+  'entropy_loss',
   'expert_capacity',
   'importance_loss',
   'jitter',

@@ -56,6 +56,15 @@ def importance_loss(sums: RouterSums) -> Float[Array, '*layers']:
   return _mean_over_scopes(per_scope, sums.tokens)
 
 
+def entropy_loss(sums: RouterSums) -> Float[Array, '*layers']:
+  """Returns the mean over tokens of the entropy of the router probabilities, in nats.
+
+  Log E for a router that does not know, 0 for one that is sure. A positive weight makes routers
+  surer, a negative one keeps them undecided.
+  """
+  return sums.entropy / _at_least_one(jnp.sum(sums.tokens, axis=-1))
+
+
 def _mean_over_scopes(
   per_scope: Float[Array, '*layers N'], tokens: Float[Array, '*layers N']
 ) -> Float[Array, '*layers']:

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from moe_jax.routing.top_k import RENORMALIZATIONS, Choice
+from moe_jax.routing.router import Choice
+from moe_jax.routing.routers.top_k import RENORMALIZATIONS
 
 # Who gets a slot when an expert has fewer slots than assignments. Only `token` is causal in a
 # decoder language model: with the others, a later token can take the slot of an earlier one.
@@ -24,7 +25,8 @@ class Plan(NamedTuple):
   Attributes:
     expert_index: the selected expert of each assignment.
     slot_index: rank of the assignment among all of its expert's, in order of priority. It is kept
-      if the rank is below the capacity. 0 for tokens that are not valid.
+      if the rank is below the capacity. 0 for assignments that ask for no slot.
+    asked: whether the assignment asked for a slot: chosen by the router, and not of padding.
     keep: whether the assignment got a slot.
     combine_weights: the gate of a kept assignment, 0 for a dropped one.
     source_index: the assignment in each slot; S * K where the slot is empty.
@@ -32,6 +34,7 @@ class Plan(NamedTuple):
 
   expert_index: Int[Array, 'G S K']
   slot_index: Int[Array, 'G S K']
+  asked: Bool[Array, 'G S K']
   keep: Bool[Array, 'G S K']
   combine_weights: Float[Array, 'G S K']
   source_index: Int[Array, 'G E C']
@@ -82,20 +85,21 @@ def make_plan(
       'below 2**31'
     )
 
-  def plan_group(expert_index, router_probs, valid, key):
+  def plan_group(expert_index, router_probs, asked, key):
     rank = _priority_rank(priority, router_probs, num_selected, key)
-    return _assign_slots(expert_index, rank, valid, num_experts, capacity)
+    return _assign_slots(expert_index, rank, asked, num_experts, capacity)
 
+  asked = choice.chosen & valid[..., None]
   slot_index, source_index = jax.vmap(plan_group)(
-    choice.expert_index, choice.router_probs, valid, keys
+    choice.expert_index, choice.router_probs, asked, keys
   )
-  keep = (slot_index < capacity) & valid[..., None]
+  keep = (slot_index < capacity) & asked
   combine_weights = jnp.where(keep, choice.gates, 0)
   if renormalize == 'after_drop':
     total = jnp.sum(combine_weights, axis=-1, keepdims=True)
     # A token that lost all K experts has total 0: divide by 1, or the gradient is NaN.
     combine_weights = combine_weights / jnp.where(total > 0, total, 1)
-  return Plan(choice.expert_index, slot_index, keep, combine_weights, source_index)
+  return Plan(choice.expert_index, slot_index, asked, keep, combine_weights, source_index)
 
 
 def _priority_rank(
@@ -120,17 +124,18 @@ def _priority_rank(
 def _assign_slots(
   expert_index: Int[Array, 'S K'],
   rank: Int[Array, 'S K'],
-  valid: Bool[Array, 'S'],
+  asked: Bool[Array, 'S K'],
   num_experts: int,
   capacity: int,
 ) -> tuple[Int[Array, 'S K'], Int[Array, 'E C']]:
   """Ranks the assignments within each expert by one sort: O(S K log(S K)), no one-hot."""
   num_assignments = expert_index.size
-  queue = jnp.where(valid[:, None], expert_index, num_experts)
+  queue = jnp.where(asked, expert_index, num_experts)
   sort_key = (queue * num_assignments + rank).ravel()
   assignment = jnp.arange(num_assignments, dtype=jnp.int32)
   sorted_key, sorted_assignment = jax.lax.sort((sort_key, assignment), num_keys=1)
-  # starts[e]: where expert e begins in the sorted order; starts[E]: where the padding begins.
+  # starts[e]: where expert e begins in the sorted order; starts[E]: where those that ask for no
+  # slot begin.
   boundaries = jnp.arange(num_experts + 1, dtype=jnp.int32) * num_assignments
   starts = jnp.searchsorted(sorted_key, boundaries).astype(jnp.int32)
   sorted_queue = sorted_key // num_assignments

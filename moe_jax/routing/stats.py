@@ -4,6 +4,7 @@ Losses and metrics are formed from these sums, never from means of means: a sum 
 the same number on any mesh. Nothing here is multiplied by a loss weight.
 """
 
+import operator
 from typing import NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.routing.plan import Plan
+from moe_jax.routing.router import Choice
 
 
 class RouterSums(NamedTuple):
@@ -25,8 +27,11 @@ class RouterSums(NamedTuple):
     kept_per_expert: assignments that got a slot, over all scopes.
     tokens_all_dropped: tokens none of whose K assignments got a slot.
     logsumexp_squared: sum of the squared log-partition of the logits. Carries gradient.
-    entropy: sum of the entropy of the router probabilities, in nats.
+    entropy: sum of the entropy of the router probabilities, in nats. Carries gradient.
     top_prob: sum of the largest router probability of each token.
+    logsumexp_max: the largest log-partition of a token's logits; -inf without a valid token.
+    slots: that there were, E * C for each group.
+    own: what the router counted for itself, over all scopes. May carry gradient.
   """
 
   tokens: Float[Array, 'N']
@@ -37,11 +42,13 @@ class RouterSums(NamedTuple):
   logsumexp_squared: Float[Array, '']
   entropy: Float[Array, '']
   top_prob: Float[Array, '']
+  logsumexp_max: Float[Array, '']
+  slots: Float[Array, '']
+  own: dict[str, Float[Array, '...']]
 
 
 def router_sums(
-  router_logits: Float[Array, 'G S E'],
-  router_probs: Float[Array, 'G S E'],
+  choice: Choice,
   plan: Plan,
   valid: Bool[Array, 'G S'],
   scope_index: Int[Array, 'G'],
@@ -50,19 +57,19 @@ def router_sums(
   """Counts what a router did in the groups given, over valid tokens only.
 
   Args:
-    router_logits: float32.
-    router_probs: softmax of the logits over all experts.
-    plan: what became of the assignments.
+    choice: of the router.
+    plan: what became of its assignments.
     valid: False for padding.
     scope_index: the balance scope of each group, 0..N-1.
     num_scopes: N.
   """
+  router_logits, router_probs = choice.router_logits, choice.router_probs
   num_experts = router_logits.shape[-1]
   mask = valid.astype(jnp.float32)
   # Counts go through an int32 segment sum: a float32 sum of ones stops at 2**24.
   group, _, _ = plan.expert_index.shape
   bin_index = jnp.arange(group)[:, None, None] * num_experts + plan.expert_index
-  selected = _count(bin_index, valid[..., None] | jnp.zeros_like(plan.keep), group * num_experts)
+  selected = _count(bin_index, plan.asked, group * num_experts)
   kept = _count(bin_index, plan.keep, group * num_experts)
   selected_per_group = selected.reshape(group, num_experts).astype(jnp.float32)
   kept_per_group = kept.reshape(group, num_experts).astype(jnp.float32)
@@ -72,8 +79,8 @@ def router_sums(
     return jnp.einsum('ng,g...->n...', in_scope, per_group, precision='highest')
 
   logsumexp = jax.nn.logsumexp(router_logits, axis=-1)
-  # H(p) = lse(z) - sum p z: no log of a probability that underflowed.
-  entropy = logsumexp - jnp.sum(router_probs * router_logits, axis=-1)
+  # The tiny number keeps the gradient finite where a probability underflowed.
+  entropy = -jnp.sum(router_probs * jnp.log(router_probs + 1e-30), axis=-1)
   lost = valid & ~jnp.any(plan.keep, axis=-1)
   return RouterSums(
     tokens=to_scopes(jnp.sum(mask, axis=-1)),
@@ -82,9 +89,19 @@ def router_sums(
     kept_per_expert=jnp.sum(kept_per_group, axis=0),
     tokens_all_dropped=jnp.sum(lost.astype(jnp.float32)),
     logsumexp_squared=jnp.sum(jnp.square(logsumexp) * mask),
-    entropy=jax.lax.stop_gradient(jnp.sum(entropy * mask)),
+    entropy=jnp.sum(entropy * mask),
     top_prob=jax.lax.stop_gradient(jnp.sum(jnp.max(router_probs, axis=-1) * mask)),
+    logsumexp_max=jax.lax.stop_gradient(jnp.max(jnp.where(valid, logsumexp, -jnp.inf))),
+    slots=jnp.float32(plan.source_index.size),
+    own={name: jnp.sum(value, axis=0) for name, value in choice.sums.items()},
   )
+
+
+def add_sums(one: RouterSums, other: RouterSums) -> RouterSums:
+  """Adds up two parts of a batch; NumPy arrays too."""
+  total = jax.tree.map(operator.add, one, other)
+  is_larger = one.logsumexp_max > other.logsumexp_max
+  return total._replace(logsumexp_max=jnp.where(is_larger, one.logsumexp_max, other.logsumexp_max))
 
 
 def _count(

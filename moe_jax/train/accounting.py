@@ -5,6 +5,7 @@ import math
 import ml_collections
 
 from moe_jax import config as config_lib
+from moe_jax import routing
 from moe_jax.layers.basic import hidden_dim
 
 
@@ -20,12 +21,18 @@ def parameter_counts(config: ml_collections.ConfigDict, vocab_size: int) -> dict
   fixed = embedding + width + model.num_layers * (attention + norms)
   fixed += dense_layers * _mlp(width, model.mlp_dim, model.activation)
   expert = _mlp(width, moe.mlp_dim, model.activation)
-  router = width * moe.num_experts
+  router, active_experts = _router(config)
   total = fixed + sparse_layers * (router + (moe.num_experts + moe.num_shared_experts) * expert)
-  active = fixed + sparse_layers * (
-    router + (moe.num_selected_experts + moe.num_shared_experts) * expert
-  )
+  active = fixed + sparse_layers * (router + (active_experts + moe.num_shared_experts) * expert)
   return {'total': total, 'active': active}
+
+
+def _router(config: ml_collections.ConfigDict) -> tuple[int, int]:
+  """Returns the parameters of one router, and the experts a token passes."""
+  router, options = routing.ROUTERS[config.moe.router], config_lib.router_options(config)
+  weights = router.params(options, config.model.embed_dim).values()
+  experts = options.num_experts if router.keeps_all else options.num_selected_experts
+  return sum(math.prod(weight.shape) for weight in weights), experts
 
 
 def training_flops_per_token(config: ml_collections.ConfigDict, vocab_size: int) -> int:

@@ -1,5 +1,6 @@
 """Evaluation on a whole split, domain by domain."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -7,21 +8,29 @@ from typing import Any
 import jax
 import numpy as np
 
+from moe_jax import routing
 from moe_jax.data import Dataset, eval_batches
 from moe_jax.models.decoder import Decoder, forward
-from moe_jax.parallel.mesh import batch_sharding, replicated
+from moe_jax.parallel.mesh import EXPERT_AXIS, batch_sharding, replicated
 from moe_jax.train import metrics, objective
 from moe_jax.train.state import params_shardings
 from moe_jax.train.step import BATCH_FIELDS, over_scopes, put_batch
 
-EvalStep = Callable[[Any, dict[str, jax.Array]], tuple[jax.Array, jax.Array, Any]]
+EvalStep = Callable[[Any, Any, dict[str, jax.Array]], tuple[jax.Array, jax.Array, Any]]
 
 
 def make_eval_step(model: Decoder) -> EvalStep:
-  """Returns the compiled (params, batch) -> (nats, tokens, router sums), each summed."""
+  """Returns the compiled (params, router_state, batch) -> (nats, tokens, router sums), summed."""
 
-  def step(params, batch):
-    out = forward(model, params, batch['inputs'], batch['segment_ids'], batch['positions'])
+  def step(params, router_state, batch):
+    out = forward(
+      model,
+      params,
+      batch['inputs'],
+      batch['segment_ids'],
+      batch['positions'],
+      router_state=router_state,
+    )
     nats = objective.cross_entropy_sum(out.logits, batch['targets'], batch['segment_ids'])
     sums = None if out.router_sums is None else over_scopes(out.router_sums)
     return nats, (batch['segment_ids'] > 0).sum(), sums
@@ -29,7 +38,7 @@ def make_eval_step(model: Decoder) -> EvalStep:
   by_sequence = {name: batch_sharding(model.mesh) for name in BATCH_FIELDS}
   return jax.jit(
     step,
-    in_shardings=(params_shardings(model), by_sequence),
+    in_shardings=(params_shardings(model), replicated(model.mesh), by_sequence),
     out_shardings=replicated(model.mesh),
   )
 
@@ -38,6 +47,7 @@ def evaluate(
   eval_step: EvalStep,
   model: Decoder,
   params: Any,
+  router_state: Any,
   dataset: Dataset,
   *,
   split: str,
@@ -52,6 +62,7 @@ def evaluate(
     eval_step: from `make_eval_step(model)`.
     model: in mode `eval`.
     params: on the mesh of the model.
+    router_state: of the same checkpoint; {} where the routers have none.
     dataset: whose tokenizer the model was trained with.
     split: train, valid or test.
     sequence_length: T; a longer document is cut into windows of T tokens that don't see each other.
@@ -82,15 +93,22 @@ def evaluate(
       if max_batches and i == max_batches:
         break
       out = jax.tree.map(
-        lambda x: np.asarray(x, np.float64), eval_step(params, put_batch(batch, model))
+        lambda x: np.asarray(x, np.float64),
+        eval_step(params, router_state, put_batch(batch, model)),
       )
-      total = out if total is None else jax.tree.map(np.add, total, out)
+      total = out if total is None else _add(total, out)
       on_batch()
     num_bytes = 0 if max_batches else dataset.num_bytes(split, domain)
     result['domains'][domain] = _summary(total, num_bytes, model)
     totals.append((total, num_bytes))
-  pooled = jax.tree.map(lambda *x: np.sum(np.stack(x), axis=0), *(total for total, _ in totals))
+  pooled = functools.reduce(_add, (total for total, _ in totals))
   return result | _summary(pooled, sum(count for _, count in totals), model)
+
+
+def _add(one: Any, other: Any) -> Any:
+  """Adds (nats, tokens, router sums) of two parts."""
+  sums = None if one[2] is None else jax.tree.map(np.asarray, routing.add_sums(one[2], other[2]))
+  return one[0] + other[0], one[1] + other[1], sums
 
 
 def num_batches(dataset: Dataset, split: str, sequence_length: int, batch_size: int) -> int:
@@ -109,5 +127,5 @@ def _summary(total: Any, num_bytes: int, model: Decoder) -> dict[str, Any]:
     summary['bytes'] = num_bytes
     summary['bits_per_byte'] = float(nats / math.log(2) / num_bytes)
   if sums is not None and model.options.moe is not None:
-    summary |= metrics.router_metrics(sums, model.options.moe.num_selected_experts)
+    summary |= metrics.router_metrics(sums, model.mesh.shape[EXPERT_AXIS])
   return summary

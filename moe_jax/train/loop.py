@@ -12,6 +12,7 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
+from moe_jax import config as config_lib
 from moe_jax import optim
 from moe_jax.data import Dataset, open_dataset, train_iterator
 from moe_jax.errors import DamagedError, UserError, is_refusal
@@ -23,7 +24,7 @@ from moe_jax.train import evaluate, manifest, metrics, objective
 from moe_jax.train.checkpoint import Checkpoints, saved_config
 from moe_jax.train.progress import ProgressBar
 from moe_jax.train.signals import Signals
-from moe_jax.train.state import abstract_state, init_state
+from moe_jax.train.state import TrainState, abstract_state, init_state, with_token_counts
 from moe_jax.train.step import make_train_step, put_batch
 
 TOKENIZER = 'tokenizer'
@@ -296,8 +297,8 @@ def _announce(run: _Run, facts: dict[str, Any]) -> None:
       run.say('warning: below 16 tokens per expert and group even balanced routing drops many')
   if not facts['causal']:
     run.say(
-      f'warning: moe.priority={run.config.moe.priority} is not causal: in training, later tokens '
-      'decide who is dropped; in decoding they cannot'
+      f'warning: {config_lib.why_not_causal(run.config)} is not causal: in training, later tokens '
+      'decide where earlier ones go or who is dropped; in decoding they cannot'
     )
   if facts['git_dirty']:
     run.say('note: uncommitted changes; the manifest says so')
@@ -311,7 +312,8 @@ def _start(run: _Run, optimizer, checkpoints: Checkpoints):
   for path in checkpoints.set_damaged_aside():
     run.say(f'warning: damaged checkpoint moved to {path}')
   if restored is None:
-    return init_state(run.model, optimizer, run.config.train.seed), 0, None
+    state = init_state(run.model, optimizer, run.config.train.seed)
+    return with_token_counts(state, run.model, lambda: run.dataset.token_counts('train')), 0, None
   step, state, position = restored
   run.say(f'resuming at step {step}')
   return state, step, position
@@ -325,7 +327,7 @@ def _steps(run, train_step, state, batches, checkpoints, writer, step: int) -> O
   pending = None
   if _evaluates_at(config, step):
     # The interruption came between this step's checkpoint and its evaluation, or may have.
-    writer.write(step, 'valid', evaluator(state.params))
+    writer.write(step, 'valid', evaluator(state))
   bar = ProgressBar(config.train.num_steps, step)
   with Signals() as signals, contextlib.closing(bar):
     while step < config.train.num_steps:
@@ -344,7 +346,7 @@ def _steps(run, train_step, state, batches, checkpoints, writer, step: int) -> O
         pending = None
         checkpoints.save(step, state, batches.get_state(), config.to_dict())
       if _evaluates_at(config, step) and not stop:
-        writer.write(step, 'valid', evaluator(state.params))
+        writer.write(step, 'valid', evaluator(state))
       if stop:
         break
   if train_step._cache_size() > 1:
@@ -366,7 +368,7 @@ def _report(run, writer, bar, step: int, step_metrics, waited: float) -> None:
   Raises:
     DivergedError: if the loss is not finite. No checkpoint is made of such a state.
   """
-  record = metrics.step_metrics(step_metrics, run.config.moe.num_selected_experts)
+  record = metrics.step_metrics(step_metrics, run.mesh.shape['expert'])
   if not (math.isfinite(record['objective']) and math.isfinite(record['grad_norm'])):
     raise DivergedError(step, record['objective'], record['grad_norm'])
   rate = bar.update(step, record)
@@ -382,7 +384,7 @@ class _Evaluator:
     self._step: Any = None
     self._model: Any = None
 
-  def __call__(self, params) -> dict[str, Any]:
+  def __call__(self, state: TrainState) -> dict[str, Any]:
     run, config = self._run, self._run.config
     if self._step is None:
       vocab_size = run.dataset.tokenizer.vocab_size
@@ -391,7 +393,8 @@ class _Evaluator:
     result = evaluate.evaluate(
       self._step,
       self._model,
-      params,
+      state.params,
+      state.router_state,
       run.dataset,
       split='valid',
       sequence_length=config.data.sequence_length,

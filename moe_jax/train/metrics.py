@@ -13,12 +13,12 @@ from moe_jax import routing
 from moe_jax.train.step import StepMetrics
 
 
-def router_metrics(sums: routing.RouterSums, num_selected_experts: int) -> dict[str, Any]:
+def router_metrics(sums: routing.RouterSums, num_ranks: int = 1) -> dict[str, Any]:
   """Returns the router's metrics from sums over any number of batches.
 
   Args:
     sums: NumPy arrays, each with a leading dimension of MoE layers, summed over balance scopes.
-    num_selected_experts: K.
+    num_ranks: devices that the experts are split over.
 
   Returns:
     Lists over layers, except `router/drop_share`, the mean over layers:
@@ -26,7 +26,13 @@ def router_metrics(sums: routing.RouterSums, num_selected_experts: int) -> dict[
       router/load_kept: share of assignments each expert kept, of all assignments [L][E].
       router/drop_share_per_layer: share of assignments that got no slot.
       router/token_drop_share: share of tokens that lost all their K experts.
-      router/max_violation: largest load over mean load, minus 1 (0 at balance).
+      router/max_violation: largest load over mean load, minus 1 (0 at balance): MaxVio of the batch
+        in training, of all batches together in evaluation.
+      router/load_cv: deviation of the load over its mean (0 at balance).
+      router/rank_imbalance: the same as max_violation, of devices of the expert axis; the one
+        metric that is about the mesh.
+      router/padding_waste: share of slots that stayed empty.
+      router/largest_logsumexp: of any token.
       router/load_entropy: entropy of the load over log E (1 at balance).
       router/dead_experts: experts without any assignment.
       router/entropy: mean entropy of a token's router probabilities, in nats.
@@ -36,11 +42,13 @@ def router_metrics(sums: routing.RouterSums, num_selected_experts: int) -> dict[
   selected = np.asarray(sums.tokens_per_expert, np.float64)
   kept = np.asarray(sums.kept_per_expert, np.float64)
   num_experts = selected.shape[-1]
-  load = selected / (num_selected_experts * tokens)
-  load_kept = kept / (num_selected_experts * tokens)
-  drop = 1 - np.sum(kept, -1) / np.maximum(np.sum(selected, -1), 1)
+  # Over what was asked for, not K tokens: some routers let a token ask for more or fewer.
+  asked = np.maximum(np.sum(selected, -1, keepdims=True), 1)
+  load, load_kept = selected / asked, kept / asked
+  drop = 1 - np.sum(kept, -1) / asked[:, 0]
   entropy = -np.sum(load * np.log(np.maximum(load, 1e-300)), -1)
   per_token = tokens[:, 0]
+  by_rank = np.sum(load.reshape(len(load), num_ranks, -1), -1)
   return {
     'router/drop_share': float(np.mean(drop)),
     'router/load': load.tolist(),
@@ -48,6 +56,10 @@ def router_metrics(sums: routing.RouterSums, num_selected_experts: int) -> dict[
     'router/drop_share_per_layer': drop.tolist(),
     'router/token_drop_share': (np.asarray(sums.tokens_all_dropped) / per_token).tolist(),
     'router/max_violation': (np.max(load, -1) * num_experts - 1).tolist(),
+    'router/load_cv': np.sqrt(np.mean(np.square(load * num_experts - 1), -1)).tolist(),
+    'router/rank_imbalance': (np.max(by_rank, -1) * num_ranks - 1).tolist(),
+    'router/padding_waste': (1 - np.sum(kept, -1) / np.asarray(sums.slots)).tolist(),
+    'router/largest_logsumexp': np.asarray(sums.logsumexp_max, np.float64).tolist(),
     'router/load_entropy': (entropy / max(math.log(num_experts), 1e-300)).tolist(),
     'router/dead_experts': np.sum(selected == 0, -1).tolist(),
     'router/entropy': (np.asarray(sums.entropy) / per_token).tolist(),
@@ -55,7 +67,7 @@ def router_metrics(sums: routing.RouterSums, num_selected_experts: int) -> dict[
   }
 
 
-def step_metrics(metrics: StepMetrics, num_selected_experts: int) -> dict[str, Any]:
+def step_metrics(metrics: StepMetrics, num_ranks: int = 1) -> dict[str, Any]:
   """Returns the metrics of one training step as numbers and lists; waits for the step to finish."""
   record = {
     'loss': float(metrics.cross_entropy),
@@ -68,7 +80,8 @@ def step_metrics(metrics: StepMetrics, num_selected_experts: int) -> dict[str, A
     record['router/load_balancing_loss'] = np.asarray(metrics.auxiliary.load_balancing).tolist()
     record['router/z_loss'] = np.asarray(metrics.auxiliary.router_z).tolist()
     record['router/importance_loss'] = np.asarray(metrics.auxiliary.importance).tolist()
-    record |= router_metrics(metrics.router_sums, num_selected_experts)
+    record['router/own_loss'] = np.asarray(metrics.auxiliary.router).tolist()
+    record |= router_metrics(metrics.router_sums, num_ranks)
   return record
 
 

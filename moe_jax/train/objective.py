@@ -7,12 +7,14 @@ add up, over devices and micro-batches, and every metric is reported without its
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
 from jaxtyping import Array, Float, Int
 
 from moe_jax import routing
+from moe_jax.layers.moe import MoeOptions
 
 
 class LossWeights(NamedTuple):
@@ -21,21 +23,38 @@ class LossWeights(NamedTuple):
   load_balancing: Float[Array, '']
   router_z: Float[Array, '']
   importance: Float[Array, '']
+  entropy: Float[Array, '']
+  router: Float[Array, '']
 
 
 class AuxiliaryLosses(NamedTuple):
-  """Unweighted auxiliary losses, one number for each MoE layer."""
+  """Unweighted auxiliary losses, one number for each MoE layer.
+
+  `router` is the loss that the router itself defines, 0 for most.
+  """
 
   load_balancing: Float[Array, 'L']
   router_z: Float[Array, 'L']
   importance: Float[Array, 'L']
+  entropy: Float[Array, 'L']
+  router: Float[Array, 'L']
 
 
 def loss_weights(config: ml_collections.ConfigDict) -> LossWeights:
   """Returns the weights of a config as arrays."""
   moe = config.moe
-  weights = (moe.load_balancing_weight, moe.router_z_weight, moe.importance_weight)
-  return LossWeights(*(jnp.asarray(weight, jnp.float32) for weight in weights))
+  return LossWeights(
+    *(
+      jnp.asarray(weight, jnp.float32)
+      for weight in (
+        moe.load_balancing_weight,
+        moe.router_z_weight,
+        moe.importance_weight,
+        moe.entropy_weight,
+        moe.router_loss_weight,
+      )
+    )
+  )
 
 
 def cross_entropy_sum(
@@ -46,16 +65,24 @@ def cross_entropy_sum(
   return jnp.sum(jnp.where(segment_ids > 0, per_token, 0.0))
 
 
-def auxiliary_losses(sums: routing.RouterSums, num_selected_experts: int) -> AuxiliaryLosses:
-  """Returns the losses of each layer from its sums.
+def auxiliary_losses(
+  sums: routing.RouterSums, moe: MoeOptions, router_state: dict[str, Array]
+) -> AuxiliaryLosses:
+  """Returns the losses of each layer from its sums and the state of its router.
 
   They are formed per layer and never from sums pooled over layers: two layers that collapse onto
   different experts would balance each other.
   """
+  own_loss = routing.ROUTERS[moe.router].loss
+  own = jnp.zeros(sums.logsumexp_squared.shape)
+  if own_loss is not None:
+    own = jax.vmap(lambda sums, state: own_loss(sums, state, moe.choice))(sums, router_state)
   return AuxiliaryLosses(
-    routing.load_balancing_loss(sums, num_selected_experts),
-    routing.router_z_loss(sums),
-    routing.importance_loss(sums),
+    load_balancing=routing.load_balancing_loss(sums, moe.num_selected_experts),
+    router_z=routing.router_z_loss(sums),
+    importance=routing.importance_loss(sums),
+    entropy=routing.entropy_loss(sums),
+    router=own,
   )
 
 

@@ -26,6 +26,7 @@ class RestoredRun(NamedTuple):
     facts: its manifest.
     step: of the checkpoint.
     params: on `mesh`.
+    router_state: the same; {} where the routers have none.
     mesh: axes ('data', 'expert').
     tokenizer: that it was trained with.
   """
@@ -34,6 +35,7 @@ class RestoredRun(NamedTuple):
   facts: dict[str, Any]
   step: int
   params: Any
+  router_state: Any
   mesh: Mesh
   tokenizer: Tokenizer
 
@@ -82,7 +84,7 @@ def restore_run(workdir: str, step: int | None = None, mesh: str | None = None) 
       state = checkpoints.restore_step(step, abstract)
   finally:
     checkpoints.close()
-  return RestoredRun(config, facts, step, state.params, device_mesh, tokenizer)
+  return RestoredRun(config, facts, step, state.params, state.router_state, device_mesh, tokenizer)
 
 
 def _choose_mesh(config: ml_collections.ConfigDict, mesh: str | None) -> Mesh:

@@ -2,17 +2,20 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Int64
 
-from moe_jax.models.decoder import Decoder
-from moe_jax.parallel.mesh import LOGICAL_RULES
+from moe_jax import routing
+from moe_jax.models.decoder import Decoder, init_router_state
+from moe_jax.parallel.mesh import LOGICAL_RULES, replicated
 
 
 class TrainState(NamedTuple):
@@ -22,12 +25,14 @@ class TrainState(NamedTuple):
     step: optimizer steps done.
     params: float32.
     opt_state: of the Optax chain.
+    router_state: what routers carry from step to step without a gradient; {} for most.
     seed: what every random number of the run is drawn from.
   """
 
   step: Int[Array, '']
   params: Any
   opt_state: Any
+  router_state: Any
   seed: Int[Array, '']
 
 
@@ -82,7 +87,16 @@ def state_shardings(model: Decoder, optimizer: optax.GradientTransformation) -> 
     transform_non_params=lambda _: everywhere,
     is_leaf=lambda x: isinstance(x, optax.MaskedNode),
   )
-  shardings: tuple[Any, ...] = (everywhere, of_params, of_opt_state, everywhere)
+  of_router_state = jax.tree.map(
+    lambda _: everywhere, jax.eval_shape(lambda: init_router_state(model.options))
+  )
+  shardings: tuple[Any, ...] = (
+    everywhere,
+    of_params,
+    of_opt_state,
+    of_router_state,
+    everywhere,
+  )
   return TrainState(*shardings)
 
 
@@ -97,7 +111,34 @@ def _new_state(
   model: Decoder, optimizer: optax.GradientTransformation, seed: Int[Array, '']
 ) -> TrainState:
   params = init_params(model, seed)
-  return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), seed)
+  state = init_router_state(model.options)
+  return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), state, seed)
+
+
+def with_token_counts(
+  state: TrainState, model: Decoder, token_counts: Callable[[], Int64[np.ndarray, 'V']]
+) -> TrainState:
+  """Returns a new state whose routers know how often each token stands in the training text.
+
+  Args:
+    state: before the first step.
+    model: of the state.
+    token_counts: called if the router needs them.
+  """
+  moe = model.options.moe
+  from_counts = routing.ROUTERS[moe.router].from_counts if moe else None
+  if moe is None or from_counts is None:
+    return state
+  first = {
+    name: jnp.asarray(value[0]) for name, value in jax.device_get(state.router_state).items()
+  }
+  new = from_counts(first, token_counts(), moe.choice)
+  layers = jax.tree.leaves(state.router_state)[0].shape[0]
+  router_state = {
+    name: jax.device_put(np.repeat(np.asarray(value)[None], layers, axis=0), replicated(model.mesh))
+    for name, value in new.items()
+  }
+  return state._replace(router_state=router_state)
 
 
 def abstract_state(model: Decoder, optimizer: optax.GradientTransformation) -> TrainState:

@@ -60,7 +60,8 @@ def make_loss(
 ) -> Callable[..., tuple[Float[Array, ''], _Parts]]:
   """Returns the share of a micro-batch in the objective of its batch, with what it consists of.
 
-  The function takes (params, micro, key, weights, batch_tokens, batch_sums). `batch_tokens` is the
+  The function takes (params, router_state, micro, key, weights, batch_tokens, batch_sums).
+  `batch_tokens` is the
   number of valid tokens of the whole batch. `batch_sums` are the router's sums over the whole batch
   if the auxiliary losses are those of the batch, and None if each micro-batch has its own. With
   `batch_sums`, the losses are formed from (rest of the batch, held fixed) + (this micro-batch), so
@@ -68,8 +69,8 @@ def make_loss(
   losses depend on the sums.
   """
 
-  def loss(params, micro, key, weights, batch_tokens, batch_sums):
-    out = _forward(model, params, micro, key)
+  def loss(params, router_state, micro, key, weights, batch_tokens, batch_sums):
+    out = _forward(model, params, router_state, micro, key)
     nats = objective.cross_entropy_sum(out.logits, micro['targets'], micro['segment_ids'])
     cross_entropy = nats / batch_tokens
     if out.router_sums is None or model.options.moe is None:
@@ -80,7 +81,7 @@ def make_loss(
     else:
       fixed = jax.lax.stop_gradient(jax.tree.map(jnp.subtract, batch_sums, sums))
       sums = jax.tree.map(jnp.add, fixed, sums)
-    auxiliary = objective.auxiliary_losses(sums, model.options.moe.num_selected_experts)
+    auxiliary = objective.auxiliary_losses(sums, model.options.moe, router_state)
     added = objective.weighted_sum(auxiliary, weights, layer_reduction)
     auxiliary = jax.tree.map(lambda x: x * share, auxiliary)
     total = cross_entropy + added * share
@@ -92,28 +93,35 @@ def make_loss(
 def make_gradient(
   model: Decoder, accumulation_steps: int, pool_sums: bool, layer_reduction: str
 ) -> Callable[..., tuple[Any, _Parts]]:
-  """Returns (params, batch, key, weights) -> (gradient of the batch's objective, its parts).
+  """Returns (params, router_state, batch, key, weights) -> (gradient of the objective, its parts).
 
   With `pool_sums` the auxiliary losses are formed once, from the router's sums over all
   micro-batches (a forward pass of its own); without, in each micro-batch, and averaged by tokens.
   """
   value_and_grad = jax.value_and_grad(make_loss(model, layer_reduction), has_aux=True)
 
-  def gradient(params, batch, key, weights):
+  def gradient(params, router_state, batch, key, weights):
     batch_tokens = jnp.maximum(jnp.sum(batch['segment_ids'] > 0), 1).astype(jnp.float32)
     if accumulation_steps == 1:
       key = jax.random.fold_in(key, 0)
-      (_, parts), grads = value_and_grad(params, batch, key, weights, batch_tokens, None)
+      (_, parts), grads = value_and_grad(
+        params, router_state, batch, key, weights, batch_tokens, None
+      )
       return grads, parts
     micros = _split(batch, accumulation_steps, model)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(accumulation_steps))
     batch_sums = None
     if pool_sums and model.options.moe is not None:
-      count = lambda micro, key: _forward(model, params, micro, key).router_sums  # noqa: E731
+
+      def count(micro, key):
+        return _forward(model, params, router_state, micro, key).router_sums
+
       batch_sums = jax.lax.stop_gradient(_sum_over(count, micros, keys))
 
     def one(micro, key):
-      (_, parts), grads = value_and_grad(params, micro, key, weights, batch_tokens, batch_sums)
+      (_, parts), grads = value_and_grad(
+        params, router_state, micro, key, weights, batch_tokens, batch_sums
+      )
       return grads, parts
 
     grads, parts = _sum_over(one, micros, keys)
@@ -127,8 +135,18 @@ def make_gradient(
   return gradient
 
 
-def _forward(model: Decoder, params: Any, micro: Batch, key: Key[Array, '']) -> DecoderOutput:
-  return forward(model, params, micro['inputs'], micro['segment_ids'], micro['positions'], key=key)
+def _forward(
+  model: Decoder, params: Any, router_state: Any, micro: Batch, key: Key[Array, '']
+) -> DecoderOutput:
+  return forward(
+    model,
+    params,
+    micro['inputs'],
+    micro['segment_ids'],
+    micro['positions'],
+    key=key,
+    router_state=router_state,
+  )
 
 
 def _split(batch: Batch, accumulation_steps: int, model: Decoder) -> MicroBatches:
@@ -145,12 +163,27 @@ def _split(batch: Batch, accumulation_steps: int, model: Decoder) -> MicroBatche
 def _sum_over(function: Callable, micros: MicroBatches, keys) -> Any:
   """Sums function(micro, key) over micro-batches, one at a time."""
   shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], micros), keys[0])
-  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+  zeros = jax.tree.map(_zeros, shapes, is_leaf=_is_sums)
 
   def body(total, micro_and_key):
-    return jax.tree.map(jnp.add, total, function(*micro_and_key)), None
+    return jax.tree.map(_add, total, function(*micro_and_key), is_leaf=_is_sums), None
 
   return jax.lax.scan(body, zeros, (micros, keys))[0]
+
+
+def _is_sums(node: Any) -> bool:
+  return isinstance(node, routing.RouterSums)
+
+
+def _zeros(shapes: Any) -> Any:
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+  if not _is_sums(shapes):
+    return zeros
+  return zeros._replace(logsumexp_max=jnp.full_like(zeros.logsumexp_max, -jnp.inf))
+
+
+def _add(one: Any, other: Any) -> Any:
+  return routing.add_sums(one, other) if _is_sums(one) else jnp.add(one, other)
 
 
 def make_train_step(
@@ -177,20 +210,21 @@ def make_train_step(
 
   def step(state, batch, weights):
     key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-    grads, parts = gradient(state.params, batch, key, weights)
+    grads, parts = gradient(state.params, state.router_state, batch, key, weights)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    sums = parts.router_sums
+    sums = None if parts.router_sums is None else over_scopes(parts.router_sums)
+    router_state = _update_routers(model, state.router_state, sums)
     metrics = StepMetrics(
       tokens=jnp.sum(batch['segment_ids'] > 0).astype(jnp.float32),
       cross_entropy=parts.cross_entropy,
       objective=parts.objective,
       auxiliary=parts.auxiliary,
-      router_sums=None if sums is None else over_scopes(sums),
+      router_sums=sums,
       grad_norm=optax.tree.norm(grads),
       learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
     )
-    return TrainState(state.step + 1, params, opt_state, state.seed), metrics
+    return TrainState(state.step + 1, params, opt_state, router_state, state.seed), metrics
 
   shardings = state_shardings(model, optimizer)
   by_sequence = {name: batch_sharding(model.mesh) for name in BATCH_FIELDS}
@@ -200,6 +234,21 @@ def make_train_step(
     in_shardings=(shardings, by_sequence, everywhere),
     out_shardings=(shardings, everywhere),
     donate_argnums=0,
+  )
+
+
+def _update_routers(
+  model: Decoder, router_state: dict[str, Array], sums: routing.RouterSums | None
+) -> dict[str, Array]:
+  """Returns the routers' state after a step, from the sums over the whole batch."""
+  moe = model.options.moe
+  if sums is None or moe is None:
+    return router_state
+  update = routing.ROUTERS[moe.router].update
+  if update is None:
+    return router_state
+  return jax.vmap(lambda state, sums: update(state, sums, moe.choice))(
+    router_state, jax.lax.stop_gradient(sums)
   )
 
 

@@ -123,8 +123,10 @@ def test_gradients_match_the_chain_rule(name, capacity):
   check_gradients(name, capacity)
 
 
+# 8 slots for 12 assignments, and 24: the two ways of the backward passes.
+@pytest.mark.parametrize('capacity', [2, 6])
 @pytest.mark.parametrize('half', ['_dispatch', '_combine'])
-def test_control_a_doubled_gradient_is_noticed(half, monkeypatch):
+def test_control_a_doubled_gradient_is_noticed(half, capacity, monkeypatch):
   function = getattr(gather, half)
   rule = function.bwd
 
@@ -133,7 +135,7 @@ def test_control_a_doubled_gradient_is_noticed(half, monkeypatch):
 
   monkeypatch.setattr(function, 'bwd', doubled)
   with pytest.raises(AssertionError, match='Not equal to tolerance'):
-    check_gradients('gather', 2)
+    check_gradients('gather', capacity)
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -152,7 +154,7 @@ def test_narrow_numbers_are_summed_in_float32(name):
 
 
 def test_gather_moves_rows_without_scatter():
-  plan = make_plan(2)
+  plan = make_plan(3)
   tokens, _ = draw_tokens(plan)
 
   def loss(tokens):
@@ -176,7 +178,7 @@ def test_padding_reaches_no_expert(name):
 @pytest.mark.parametrize('name', NAMES)
 def test_products_ask_for_full_precision(name):
   # TPUs and GPUs round float32 products to fewer bits unless told otherwise; a CPU never shows it.
-  plan = make_plan()
+  plan = make_plan(capacity=3)
   tokens, outputs = draw_tokens(plan)
 
   def both(tokens, outputs):

@@ -12,17 +12,15 @@ from moe_jax.layers import moe
 from tests import oracle
 
 WIDTH = 8
+VOCAB_SIZE = 11
 OPTIONS = moe.MoeOptions(
-  num_experts=8,
-  num_selected_experts=2,
+  router='top_k',
+  choice=routing.RouterOptions(num_experts=8, num_selected_experts=2),
   mlp_dim=8,
   activation='swiglu',
   capacity_factor=1.0,
-  softmax_order='before',
-  renormalize='before_drop',
   jitter=0.0,
   priority='token',
-  group_size=1,
   balance_scopes=1,
   dispatch='gather',
   router_init_scale=0.1,
@@ -35,8 +33,16 @@ class Inputs(NamedTuple):
   params: moe.MoeParams
 
 
+def change(options, **changes):
+  """Returns MoE options with changes, of the layer's own numbers or of its router's."""
+  names = {field.name for field in dataclasses.fields(routing.RouterOptions)}
+  numbers = {name: changes.pop(name) for name in list(changes) if name in names}
+  choice = dataclasses.replace(changes.pop('choice', options.choice), **numbers)
+  return dataclasses.replace(options, choice=choice, **changes)
+
+
 def make_options(**changes):
-  return dataclasses.replace(OPTIONS, **changes)
+  return change(OPTIONS, **changes)
 
 
 def draw(options, batch=16, length=8, seed=0):
@@ -54,7 +60,19 @@ def draw(options, batch=16, length=8, seed=0):
     rng.normal(size=(options.num_experts, options.mlp_dim, WIDTH)) / 3,
   )
   as_float = [jnp.asarray(a, jnp.float32) for a in (x, *params)]
-  return Inputs(as_float[0], jnp.asarray(valid), moe.MoeParams(*as_float[1:]))
+  return Inputs(as_float[0], jnp.asarray(valid), make_params(*as_float[1:]))
+
+
+def make_params(router, w_in, w_out):
+  return moe.MoeParams({'router': router}, w_in, w_out)
+
+
+def info_of(valid):
+  """What a router may know of the tokens: an id each, and its place."""
+  rows, length = valid.shape
+  places = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), valid.shape)
+  ids = (places * 7 + jnp.arange(rows, dtype=jnp.int32)[:, None] * 3) % VOCAB_SIZE
+  return moe.TokenInfo(jnp.asarray(valid), ids, places)
 
 
 def probes(params, num_experts):
@@ -81,13 +99,14 @@ def auxiliary(sums, options):
 
 def apply(inputs, mesh, options, deterministic=False):
   keys = group_keys(options, inputs.x.shape[0])
-  return moe.moe_layer(inputs.x, inputs.valid, inputs.params, keys, mesh, options, deterministic)
+  info = info_of(inputs.valid)
+  return moe.moe_layer(inputs.x, info, inputs.params, {}, keys, mesh, options, deterministic)
 
 
 def expected(inputs, options, deterministic=False):
   """The oracle's layer, given the noise and the permutations that the group's keys stand for."""
   batch, length, _ = inputs.x.shape
-  noise_keys, order_keys = jax.vmap(jax.random.split, out_axes=1)(group_keys(options, batch))
+  noise_keys, _, order_keys = moe.split_keys(group_keys(options, batch))
   size = length * options.group_size
   noise = None
   if options.jitter and not deterministic:
@@ -96,7 +115,13 @@ def expected(inputs, options, deterministic=False):
   num_assignments = size * options.num_selected_experts
   permutations = [np.asarray(jax.random.permutation(key, num_assignments)) for key in order_keys]
   return oracle.layer(
-    inputs.x, inputs.valid, *inputs.params, options, noise=noise, permutations=permutations
+    inputs.x,
+    inputs.valid,
+    inputs.params.router['router'],
+    *inputs.params[1:],
+    options,
+    noise=noise,
+    permutations=permutations,
   )
 
 

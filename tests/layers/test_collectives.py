@@ -23,7 +23,7 @@ def place(inputs, mesh):
     return jax.device_put(array, jax.sharding.NamedSharding(mesh, spec))
 
   params = inputs.params._replace(
-    router=put(inputs.params.router),
+    router={'router': put(inputs.params.router['router'])},
     w_in=put(inputs.params.w_in, EXPERT_AXIS),
     w_out=put(inputs.params.w_out, EXPERT_AXIS),
   )

@@ -7,21 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax import routing
 from moe_jax.layers.moe import MoeOptions
 from moe_jax.models.decoder import Decoder, DecoderOptions
 from moe_jax.parallel.mesh import make_mesh
+from tests.layers import small_layer
 
 MOE = MoeOptions(
-  num_experts=4,
-  num_selected_experts=2,
+  router='top_k',
+  choice=routing.RouterOptions(num_experts=4, num_selected_experts=2),
   mlp_dim=6,
   activation='swiglu',
   capacity_factor=1.0,
-  softmax_order='before',
-  renormalize='before_drop',
   jitter=0.0,
   priority='token',
-  group_size=1,
   balance_scopes=1,
   dispatch='gather',
   router_init_scale=0.1,
@@ -48,7 +47,7 @@ OPTIONS = DecoderOptions(
 
 def make_model(mesh=(1, 1), moe=(), **changes):
   """Returns the decoder with some options changed; `moe` changes those of its MoE layers."""
-  moe_options = dataclasses.replace(MOE, **dict(moe)) if moe is not None else None
+  moe_options = small_layer.change(MOE, **dict(moe)) if moe is not None else None
   options = dataclasses.replace(OPTIONS, **{'moe': moe_options, **changes})
   return Decoder(options, make_mesh(*mesh))
 

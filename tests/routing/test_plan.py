@@ -33,7 +33,9 @@ def make_choice(probs, k):
   probs = np.asarray(probs, np.float32)
   expert_index = np.array([[oracle.top_k(row, k) for row in group] for group in probs], np.int32)
   gates = np.take_along_axis(probs, expert_index, axis=-1)
-  return routing.Choice(*map(jnp.asarray, (expert_index, gates, probs)))
+  chosen = np.ones(expert_index.shape, bool)
+  arrays = map(jnp.asarray, (expert_index, gates, chosen, probs, probs))
+  return routing.Choice(*arrays, sums={})
 
 
 def keys_for(num_groups):
@@ -228,7 +230,10 @@ def shapes_of_group(group_size, num_experts, num_selected):
   choice = routing.Choice(
     spec((1, group_size, num_selected), jnp.int32),
     spec((1, group_size, num_selected), jnp.float32),
+    spec((1, group_size, num_selected), jnp.bool_),
     spec((1, group_size, num_experts), jnp.float32),
+    spec((1, group_size, num_experts), jnp.float32),
+    {},
   )
   return choice, spec((1, group_size), jnp.bool_), jax.eval_shape(lambda: keys_for(1))
 

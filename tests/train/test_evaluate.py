@@ -39,7 +39,7 @@ def _evaluate(dataset, mesh=(1, 1), split='test', **more):
   model, params = _model(mesh)
   sizes = {'sequence_length': LENGTH, 'batch_size': BATCH}
   with jax.set_mesh(model.mesh):
-    return evaluate.evaluate(_step(mesh), model, params, dataset, split=split, **sizes, **more)
+    return evaluate.evaluate(_step(mesh), model, params, {}, dataset, split=split, **sizes, **more)
 
 
 @pytest.fixture(scope='module')

@@ -1,7 +1,10 @@
-"""What a resume does with the lines of metrics.jsonl."""
+"""What a resume does with the lines of metrics.jsonl, and what the router metrics are."""
 
 import json
 
+import numpy as np
+
+from moe_jax import routing
 from moe_jax.train import metrics
 
 
@@ -22,3 +25,45 @@ def test_a_cut_last_line_is_no_damage(tmp_path, capsys):
   metrics._keep_until(path, 10, False)
   assert [record['step'] for record in metrics.read_metrics(path)] == [10]
   assert not (tmp_path / 'metrics.damaged').exists() and not capsys.readouterr().out
+
+
+def test_router_metrics_by_hand():
+  # One layer, E = 4, 8 tokens with one assignment each: 4, 2, 2 and none; one of them dropped.
+  one = lambda value: np.array([value], np.float32)  # noqa: E731
+  sums = routing.RouterSums(
+    tokens=one(8),
+    tokens_per_expert=one([4, 2, 2, 0]),
+    prob_sum=one([2, 2, 2, 2]),
+    kept_per_expert=one([3, 2, 2, 0]),
+    tokens_all_dropped=one(1),
+    logsumexp_squared=one(8),
+    entropy=one(4),
+    top_prob=one(6),
+    logsumexp_max=one(2.5),
+    slots=one(12),
+    own={},
+  )
+  result = metrics.router_metrics(sums, num_ranks=2)
+  expected = {
+    'router/load': [[0.5, 0.25, 0.25, 0]],
+    'router/load_kept': [[3 / 8, 0.25, 0.25, 0]],
+    'router/drop_share': 1 / 8,
+    'router/drop_share_per_layer': [1 / 8],
+    'router/token_drop_share': [1 / 8],
+    # 4 assignments where the mean is 2.
+    'router/max_violation': [1.0],
+    # Loads over their mean: 2, 1, 1, 0. Variance (1 + 0 + 0 + 1) / 4.
+    'router/load_cv': [0.5**0.5],
+    # Experts 0 and 1 have 6 of 8 where half would be 4.
+    'router/rank_imbalance': [0.5],
+    'router/padding_waste': [5 / 12],
+    'router/largest_logsumexp': [2.5],
+    # (log(2) / 2 + 2 log(4) / 4) / log(4).
+    'router/load_entropy': [0.75],
+    'router/dead_experts': [1],
+    'router/entropy': [0.5],
+    'router/top_prob': [0.75],
+  }
+  assert result.keys() == expected.keys()
+  for name, value in expected.items():
+    np.testing.assert_allclose(result[name], value, rtol=1e-6, err_msg=name)

@@ -10,7 +10,7 @@ import pytest
 from moe_jax.models.decoder import forward
 from moe_jax.train import objective
 from moe_jax.train.state import init_state, state_shardings
-from moe_jax.train.step import put_batch
+from moe_jax.train.step import over_scopes, put_batch
 from tests import tiny
 
 
@@ -19,9 +19,9 @@ def _weights(*values):
   return objective.LossWeights(*(jnp.asarray(value, jnp.float32) for value in values))
 
 
-NO_WEIGHTS = _weights(0, 0, 0)
+NO_WEIGHTS = _weights(0, 0, 0, 0, 0)
 # So large that an error in the auxiliary gradient cannot hide behind the task's.
-LARGE_WEIGHTS = _weights(5, 1, 3)
+LARGE_WEIGHTS = _weights(5, 1, 3, 2, 4)
 # An expert can take every token of its group. Needed where padding, which counts in the capacity,
 # is not the same.
 DROPLESS = {'moe.capacity_factor': 4.0}
@@ -60,6 +60,9 @@ def test_four_micro_batches_are_one_batch(scope):
   tiny.assert_close(result, expected)
   for name in ('cross_entropy', 'objective', 'auxiliary'):
     tiny.assert_close(getattr(parts, name), getattr(expected_parts, name))
+  # Sums add up, and the largest number is the largest of all micro-batches.
+  sums = [over_scopes(part.router_sums)._asdict() for part in (parts, expected_parts)]
+  tiny.assert_close(*sums)
   auxiliary = _auxiliary_gradient(one, rows)
   assert np.max(np.abs(auxiliary)) > 1e-3
   tiny.assert_close(_auxiliary_gradient(four, rows), auxiliary, 1e-4)
@@ -224,7 +227,7 @@ def test_overfits_one_batch():
   overrides = {'optim.name': 'adamw', 'optim.learning_rate': 0.01, 'model.embed_dim': 32}
   trainer = tiny.trainer({**overrides, 'train.num_steps': 250})
   rows = tiny.batch(16, 16)
-  weights = _weights(0.01, 0.001, 0)
+  weights = _weights(0.01, 0.001, 0, 0, 0)
   first = float(trainer(rows, weights).cross_entropy)
   for _ in range(249):
     metrics = trainer(rows, weights)

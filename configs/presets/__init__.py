@@ -1,0 +1,59 @@
+"""The choices of papers, one file each, on a small model or on that of another config.
+
+A preset must name every choice that implementations make silently; `make` refuses one that does
+not. What a paper does not say, or what differs here, its docstring says.
+"""
+
+from typing import Any
+
+from configs import debug, lm_small, quickstart
+from moe_jax.errors import UserError
+
+_BASES = {'': debug, 'debug': debug, 'quickstart': quickstart, 'lm_small': lm_small}
+# Of the field `moe`: all that decides where tokens go and what is added to the loss.
+SILENT = (
+  'router',
+  'num_selected_experts',
+  'score',
+  'softmax_order',
+  'renormalize',
+  'gate_scale',
+  'jitter',
+  'priority',
+  'capacity_factor',
+  'eval_capacity_factor',
+  'balance_scope',
+  'load_balancing_weight',
+  'router_z_weight',
+  'importance_weight',
+  'entropy_weight',
+  'router_loss_weight',
+  'layer_reduction',
+  'router_init_scale',
+)
+
+
+def make(base: str, **choices: Any):
+  """Returns a config with a paper's choices.
+
+  Args:
+    base: the argument of --config: '' or debug for seconds, quickstart, or lm_small.
+    **choices: fields of `moe`; each of `SILENT`, and what else the router needs.
+
+  Raises:
+    UserError: for another base.
+    TypeError: if a choice is left open.
+  """
+  if base not in _BASES:
+    known = ', '.join(name for name in _BASES if name)
+    raise UserError('--config', base, f'the argument must be one of {known}')
+  missing = [name for name in SILENT if name not in choices]
+  if missing:
+    raise TypeError(f'the preset leaves moe.{missing[0]} open')
+  config = _BASES[base].get_config()
+  if base in ('', 'debug'):
+    config.moe.update(num_experts=8, mlp_dim=32)
+    config.optim.update(learning_rate=5e-3, warmup_steps=10)
+    config.train.update(num_steps=300, checkpoint_every=300, eval_every=0)
+  config.moe.update(choices)
+  return config

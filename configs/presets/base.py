@@ -1,0 +1,33 @@
+"""BASE layers: a balanced assignment of tokens to experts.
+
+Lewis et al. 2021, arXiv:2103.16716. Not causal in training.
+
+python -m moe_jax.train --config=configs/presets/base.py --workdir=runs/base
+"""
+
+from configs import presets
+
+
+def get_config(arg: str = ''):
+  """Returns the choices on the model of a base config; see `configs.presets.make`."""
+  return presets.make(
+    arg,
+    router='base',
+    num_selected_experts=1,
+    score='sigmoid',
+    softmax_order='before',
+    renormalize='none',
+    gate_scale=1.0,
+    jitter=0.0,
+    priority='token',
+    capacity_factor=1.0,
+    eval_capacity_factor=4.0,
+    balance_scope='global',
+    load_balancing_weight=0.0,
+    router_z_weight=0.0,
+    importance_weight=0.0,
+    entropy_weight=0.0,
+    router_loss_weight=0.0,
+    layer_reduction='sum',
+    router_init_scale=0.1,
+  )

@@ -1,0 +1,33 @@
+"""Dense mixture: all experts, softmax weights.
+
+Jacobs et al. 1991, doi:10.1162/neco.1991.3.1.79.
+
+python -m moe_jax.train --config=configs/presets/dense.py --workdir=runs/dense
+"""
+
+from configs import presets
+
+
+def get_config(arg: str = ''):
+  """Returns the choices on the model of a base config; see `configs.presets.make`."""
+  return presets.make(
+    arg,
+    router='dense',
+    num_selected_experts=8,
+    score='softmax',
+    softmax_order='before',
+    renormalize='none',
+    gate_scale=1.0,
+    jitter=0.0,
+    priority='token',
+    capacity_factor=1.0,
+    eval_capacity_factor=1.0,
+    balance_scope='global',
+    load_balancing_weight=0.0,
+    router_z_weight=0.0,
+    importance_weight=0.0,
+    entropy_weight=0.0,
+    router_loss_weight=0.0,
+    layer_reduction='sum',
+    router_init_scale=0.1,
+  )

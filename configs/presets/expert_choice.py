@@ -1,0 +1,35 @@
+"""Expert choice: each expert takes its best tokens.
+
+Zhou et al. 2022, arXiv:2202.09368, capacity factor 2. Not causal in training; evaluated with a
+threshold, as a language model must.
+
+python -m moe_jax.train --config=configs/presets/expert_choice.py --workdir=runs/expert_choice
+"""
+
+from configs import presets
+
+
+def get_config(arg: str = ''):
+  """Returns the choices on the model of a base config; see `configs.presets.make`."""
+  return presets.make(
+    arg,
+    router='expert_choice',
+    num_selected_experts=2,
+    evaluation='threshold',
+    score='softmax',
+    softmax_order='before',
+    renormalize='none',
+    gate_scale=1.0,
+    jitter=0.0,
+    priority='token',
+    capacity_factor=1.0,
+    eval_capacity_factor=4.0,
+    balance_scope='global',
+    load_balancing_weight=0.0,
+    router_z_weight=0.0,
+    importance_weight=0.0,
+    entropy_weight=0.0,
+    router_loss_weight=0.0,
+    layer_reduction='sum',
+    router_init_scale=0.1,
+  )

@@ -1,0 +1,38 @@
+"""DeepSeek-V3: sigmoid scores, bias, groups, a weak loss in each sequence.
+
+DeepSeek-AI 2024, arXiv:2412.19437. Differs: 2 of 8 experts in 4 groups instead of 8 of 256 in 8.
+
+python -m moe_jax.train --config=configs/presets/group_limited.py --workdir=runs/group_limited
+"""
+
+from configs import presets
+
+
+def get_config(arg: str = ''):
+  """Returns the choices on the model of a base config; see `configs.presets.make`."""
+  return presets.make(
+    arg,
+    router='group_limited',
+    num_selected_experts=2,
+    num_expert_groups=4,
+    num_selected_groups=2,
+    bias_update='sign',
+    bias_rate=0.001,
+    num_shared_experts=1,
+    score='sigmoid',
+    softmax_order='before',
+    renormalize='before_drop',
+    gate_scale=2.5,
+    jitter=0.0,
+    priority='token',
+    capacity_factor=4.0,
+    eval_capacity_factor=4.0,
+    balance_scope='global',
+    load_balancing_weight=0.0,
+    router_z_weight=0.0,
+    importance_weight=0.0,
+    entropy_weight=0.0,
+    router_loss_weight=0.0001,
+    layer_reduction='sum',
+    router_init_scale=0.1,
+  )

@@ -1,0 +1,34 @@
+"""Hash layers: a fixed table of token ids.
+
+Roller et al. 2021, arXiv:2106.04426, balanced by the frequency of tokens in the training text.
+
+python -m moe_jax.train --config=configs/presets/hash.py --workdir=runs/hash
+"""
+
+from configs import presets
+
+
+def get_config(arg: str = ''):
+  """Returns the choices on the model of a base config; see `configs.presets.make`."""
+  return presets.make(
+    arg,
+    router='hash',
+    num_selected_experts=1,
+    hash_table='balanced',
+    score='softmax',
+    softmax_order='before',
+    renormalize='none',
+    gate_scale=1.0,
+    jitter=0.0,
+    priority='token',
+    capacity_factor=4.0,
+    eval_capacity_factor=8.0,
+    balance_scope='global',
+    load_balancing_weight=0.0,
+    router_z_weight=0.0,
+    importance_weight=0.0,
+    entropy_weight=0.0,
+    router_loss_weight=0.0,
+    layer_reduction='sum',
+    router_init_scale=0.1,
+  )

@@ -1,0 +1,35 @@
+"""Two levels: groups of experts, then experts of the group.
+
+Shazeer et al. 2017, arXiv:1701.06538, app. B, without noise.
+
+python -m moe_jax.train --config=configs/presets/hierarchical.py --workdir=runs/hierarchical
+"""
+
+from configs import presets
+
+
+def get_config(arg: str = ''):
+  """Returns the choices on the model of a base config; see `configs.presets.make`."""
+  return presets.make(
+    arg,
+    router='hierarchical',
+    num_selected_experts=2,
+    num_expert_groups=4,
+    num_selected_groups=2,
+    score='softmax',
+    softmax_order='before',
+    renormalize='none',
+    gate_scale=1.0,
+    jitter=0.0,
+    priority='token',
+    capacity_factor=1.25,
+    eval_capacity_factor=2.0,
+    balance_scope='global',
+    load_balancing_weight=0.01,
+    router_z_weight=0.0,
+    importance_weight=0.0,
+    entropy_weight=0.0,
+    router_loss_weight=0.0,
+    layer_reduction='sum',
+    router_init_scale=0.1,
+  )

@@ -1,0 +1,35 @@
+"""The nearest centroids of the inputs, learned online.
+
+Roy et al. 2021, arXiv:2003.05997; see moe_jax/routing/routers/kmeans.py for what differs.
+
+python -m moe_jax.train --config=configs/presets/kmeans.py --workdir=runs/kmeans
+"""
+
+from configs import presets
+
+
+def get_config(arg: str = ''):
+  """Returns the choices on the model of a base config; see `configs.presets.make`."""
+  return presets.make(
+    arg,
+    router='kmeans',
+    num_selected_experts=2,
+    kmeans_update='ema',
+    kmeans_decay=0.99,
+    score='softmax',
+    softmax_order='before',
+    renormalize='none',
+    gate_scale=1.0,
+    jitter=0.0,
+    priority='token',
+    capacity_factor=2.0,
+    eval_capacity_factor=2.0,
+    balance_scope='global',
+    load_balancing_weight=0.0,
+    router_z_weight=0.0,
+    importance_weight=0.0,
+    entropy_weight=0.0,
+    router_loss_weight=0.0,
+    layer_reduction='sum',
+    router_init_scale=0.1,
+  )

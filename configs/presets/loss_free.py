@@ -1,0 +1,35 @@
+"""Balance without a loss: a bias on the selection follows the load.
+
+Wang et al. 2024, arXiv:2408.15664. Nothing dropped.
+
+python -m moe_jax.train --config=configs/presets/loss_free.py --workdir=runs/loss_free
+"""
+
+from configs import presets
+
+
+def get_config(arg: str = ''):
+  """Returns the choices on the model of a base config; see `configs.presets.make`."""
+  return presets.make(
+    arg,
+    router='loss_free',
+    num_selected_experts=2,
+    bias_update='sign',
+    bias_rate=0.001,
+    score='sigmoid',
+    softmax_order='before',
+    renormalize='none',
+    gate_scale=1.0,
+    jitter=0.0,
+    priority='token',
+    capacity_factor=4.0,
+    eval_capacity_factor=4.0,
+    balance_scope='global',
+    load_balancing_weight=0.0,
+    router_z_weight=0.0,
+    importance_weight=0.0,
+    entropy_weight=0.0,
+    router_loss_weight=0.0,
+    layer_reduction='sum',
+    router_init_scale=0.1,
+  )

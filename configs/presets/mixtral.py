@@ -1,0 +1,34 @@
+"""Mixtral: softmax over the two selected logits, nothing dropped.
+
+Jiang et al. 2024, arXiv:2401.04088. The paper names no auxiliary loss; 0.02 is what is usual with
+its weights, and 1 at balance here where it is 2 there.
+
+python -m moe_jax.train --config=configs/presets/mixtral.py --workdir=runs/mixtral
+"""
+
+from configs import presets
+
+
+def get_config(arg: str = ''):
+  """Returns the choices on the model of a base config; see `configs.presets.make`."""
+  return presets.make(
+    arg,
+    router='top_k',
+    num_selected_experts=2,
+    score='softmax',
+    softmax_order='after',
+    renormalize='none',
+    gate_scale=1.0,
+    jitter=0.0,
+    priority='token',
+    capacity_factor=4.0,
+    eval_capacity_factor=4.0,
+    balance_scope='global',
+    load_balancing_weight=0.02,
+    router_z_weight=0.0,
+    importance_weight=0.0,
+    entropy_weight=0.0,
+    router_loss_weight=0.0,
+    layer_reduction='mean',
+    router_init_scale=0.1,
+  )

@@ -1,0 +1,34 @@
+"""Quantile balancing: the bias is moved to the quantile that balances.
+
+See moe_jax/routing/routers/quantile.py for what differs.
+
+python -m moe_jax.train --config=configs/presets/quantile.py --workdir=runs/quantile
+"""
+
+from configs import presets
+
+
+def get_config(arg: str = ''):
+  """Returns the choices on the model of a base config; see `configs.presets.make`."""
+  return presets.make(
+    arg,
+    router='quantile',
+    num_selected_experts=2,
+    bias_rate=0.1,
+    score='sigmoid',
+    softmax_order='before',
+    renormalize='none',
+    gate_scale=1.0,
+    jitter=0.0,
+    priority='token',
+    capacity_factor=4.0,
+    eval_capacity_factor=4.0,
+    balance_scope='global',
+    load_balancing_weight=0.0,
+    router_z_weight=0.0,
+    importance_weight=0.0,
+    entropy_weight=0.0,
+    router_loss_weight=0.0,
+    layer_reduction='sum',
+    router_init_scale=0.1,
+  )

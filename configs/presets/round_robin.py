@@ -1,0 +1,33 @@
+"""Control: experts in turn, by position.
+
+No paper.
+
+python -m moe_jax.train --config=configs/presets/round_robin.py --workdir=runs/round_robin
+"""
+
+from configs import presets
+
+
+def get_config(arg: str = ''):
+  """Returns the choices on the model of a base config; see `configs.presets.make`."""
+  return presets.make(
+    arg,
+    router='round_robin',
+    num_selected_experts=1,
+    score='softmax',
+    softmax_order='before',
+    renormalize='none',
+    gate_scale=1.0,
+    jitter=0.0,
+    priority='token',
+    capacity_factor=1.25,
+    eval_capacity_factor=2.0,
+    balance_scope='global',
+    load_balancing_weight=0.0,
+    router_z_weight=0.0,
+    importance_weight=0.0,
+    entropy_weight=0.0,
+    router_loss_weight=0.0,
+    layer_reduction='sum',
+    router_init_scale=0.1,
+  )

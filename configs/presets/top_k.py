@@ -1,0 +1,34 @@
+"""OLMoE: softmax over all experts, no renormalisation, nothing dropped.
+
+Muennighoff et al. 2024, arXiv:2409.02060. Differs: 2 of 8 experts instead of 8 of 64; auxiliary
+losses are averaged over layers.
+
+python -m moe_jax.train --config=configs/presets/top_k.py --workdir=runs/top_k
+"""
+
+from configs import presets
+
+
+def get_config(arg: str = ''):
+  """Returns the choices on the model of a base config; see `configs.presets.make`."""
+  return presets.make(
+    arg,
+    router='top_k',
+    num_selected_experts=2,
+    score='softmax',
+    softmax_order='before',
+    renormalize='none',
+    gate_scale=1.0,
+    jitter=0.0,
+    priority='token',
+    capacity_factor=4.0,
+    eval_capacity_factor=4.0,
+    balance_scope='global',
+    load_balancing_weight=0.01,
+    router_z_weight=0.001,
+    importance_weight=0.0,
+    entropy_weight=0.0,
+    router_loss_weight=0.0,
+    layer_reduction='mean',
+    router_init_scale=0.1,
+  )

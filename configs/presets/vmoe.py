@@ -1,0 +1,35 @@
+"""V-MoE: fixed noise on the logits, importance and load losses.
+
+Riquelme et al. 2021, arXiv:2106.05974. Differs: a causal language model instead of images, so the
+preset uses priority=choice and not batch priority.
+
+python -m moe_jax.train --config=configs/presets/vmoe.py --workdir=runs/vmoe
+"""
+
+from configs import presets
+
+
+def get_config(arg: str = ''):
+  """Returns the choices on the model of a base config; see `configs.presets.make`."""
+  return presets.make(
+    arg,
+    router='vmoe',
+    num_selected_experts=2,
+    noise_scale=1.0,
+    score='softmax',
+    softmax_order='before',
+    renormalize='none',
+    gate_scale=1.0,
+    jitter=0.0,
+    priority='choice',
+    capacity_factor=1.05,
+    eval_capacity_factor=1.05,
+    balance_scope='global',
+    load_balancing_weight=0.0,
+    router_z_weight=0.0,
+    importance_weight=0.0,
+    entropy_weight=0.0,
+    router_loss_weight=0.01,
+    layer_reduction='sum',
+    router_init_scale=0.1,
+  )

@@ -1,0 +1,118 @@
+"""What choosing and planning cost, as a share of the experts' matrix products."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax import routing
+from moe_jax.benchmark.timing import compile_arm, is_void, measure, ratio
+from moe_jax.layers.basic import activate, hidden_dim
+
+VOCAB_SIZE = 32_768
+
+
+def options_of(name: str, num_experts: int, num_selected: int, capacity: int):
+  """Returns sensible numbers of a router, or None where it cannot have so many experts selected."""
+  router = routing.ROUTERS[name]
+  special: dict[str, Any] = {
+    'base': {'num_selected_experts': 1},
+    'dense': {'num_selected_experts': num_experts},
+    'gshard': {'renormalize': 'before_drop'},
+    'noisy_top_k': {'softmax_order': 'after'},
+    'group_limited': {'num_expert_groups': 4, 'num_selected_groups': 2, 'score': 'sigmoid'},
+    'hierarchical': {'num_expert_groups': 4, 'num_selected_groups': num_selected},
+    'loss_free': {'score': 'sigmoid'},
+    'null_experts': {'num_null_experts': num_experts // 2},
+  }
+  options = routing.RouterOptions(
+    **{
+      'num_experts': num_experts,
+      'num_selected_experts': num_selected,
+      'capacity': capacity,
+      'renormalize': 'none',
+      **special.get(name, {}),
+    }
+  )
+  if router.allowed(options):
+    raise ValueError(f'{name}: {router.allowed(options)}')
+  return options
+
+
+def rows(
+  *,
+  num_experts: list[int],
+  num_tokens: int,
+  embed_dim: int,
+  mlp_dim: int,
+  num_selected_experts: int,
+  capacity_factor: float,
+  routers: list[str],
+  rounds: int,
+  seed: int,
+) -> Iterator[dict[str, Any]]:
+  """Measures each router, forward, on one device; all tokens are one routing group.
+
+  What is timed is the choice and the plan. The reference is the dense layer of the same active
+  FLOPs (K * F hidden units, SwiGLU, float32, forward), the least that the experts' products cost at
+  any E.
+
+  Yields:
+    E, router, share (time of choice and plan / time of the products), null, void.
+  """
+  key = jax.random.key(seed)
+  tokens = jax.random.normal(key, (1, num_tokens, embed_dim), jnp.float32)
+  columns = hidden_dim(num_selected_experts * mlp_dim, 'swiglu')
+  w_in = jax.random.normal(key, (embed_dim, columns)) * embed_dim**-0.5
+  w_out = jax.random.normal(key, (num_selected_experts * mlp_dim, embed_dim)) * mlp_dim**-0.5
+
+  def products(tokens, w_in, w_out):
+    return activate(tokens @ w_in, 'swiglu') @ w_out
+
+  reference = {
+    name: compile_arm(products, tokens, w_in, w_out).call for name in ('products', 'copy')
+  }
+  for experts in num_experts:
+    capacity = routing.expert_capacity(num_tokens, experts, num_selected_experts, capacity_factor)
+    arms = {
+      name: _arm(name, options_of(name, experts, num_selected_experts, capacity), tokens, seed)
+      for name in routers
+    }
+    seconds = measure(reference | arms, rounds, seed)
+    null = ratio(seconds['products'], seconds['copy'])
+    for name in routers:
+      yield {
+        'num_experts': experts,
+        'router': name,
+        'share': ratio(seconds[name], seconds['products'])._asdict(),
+        'null': null._asdict(),
+        'void': is_void(null),
+      }
+
+
+def _arm(name: str, options: routing.RouterOptions, tokens: jax.Array, seed: int):
+  """Returns a call that chooses and plans once."""
+  router = routing.ROUTERS[name]
+  _, num_tokens, embed_dim = tokens.shape
+  rng = np.random.default_rng(seed)
+  params = {
+    key: jnp.asarray(rng.normal(size=weight.shape) * (0.1 / embed_dim) ** 0.5, jnp.float32)
+    for key, weight in router.params(options, embed_dim).items()
+  }
+  state = router.state(options, embed_dim, VOCAB_SIZE)
+  ids = jnp.asarray(rng.integers(0, VOCAB_SIZE, (1, num_tokens)), jnp.int32)
+  places = jnp.arange(num_tokens, dtype=jnp.int32)[None]
+  valid = jnp.ones((1, num_tokens), bool)
+  capacity = num_tokens if router.keeps_all else options.capacity
+
+  def plan(params, state, tokens, ids, keys):
+    inputs = routing.RouterInputs(tokens, valid, ids, places, keys)
+    if router.mix is not None:
+      return router.mix(params, state, inputs, options)
+    choice = router.choose(params, state, inputs, options)
+    return choice, routing.make_plan(choice, valid, keys, capacity=capacity)
+
+  keys = jax.random.split(jax.random.key(seed), 1)
+  return compile_arm(plan, params, state, tokens, ids, keys).call

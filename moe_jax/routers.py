@@ -1,0 +1,65 @@
+"""The registry of routers: python -m moe_jax.routers [--json]."""
+
+import json
+from typing import Any
+
+from absl import flags
+
+from moe_jax import cli, routing
+from moe_jax.routing import RouterOptions
+
+_JSON = flags.DEFINE_bool('json', False, 'Print one JSON object per router.')
+
+
+def rows() -> list[dict[str, Any]]:
+  """Returns what the registry says of each router, by name."""
+  options = RouterOptions(num_experts=4, num_selected_experts=2)
+  return [
+    {
+      'name': router.name,
+      'summary': router.summary,
+      'paper': router.paper,
+      'causal': router.causal,
+      'in_causal_lm': router.rejected or True,
+      'learns': router.learns,
+      'balance': router.balance,
+      'own_loss': router.loss is not None,
+      'state': sorted(router.state(options, 8, 16)),
+      'cost': router.cost,
+      'preset': None if router.rejected else f'configs/presets/{router.name}.py',
+    }
+    for router in routing.ROUTERS.values()
+  ]
+
+
+def markdown() -> str:
+  """Returns the table of the README."""
+  lines = [
+    '| router | what it does | paper | causal | balance by | state | cost per token |',
+    '|---|---|---|---|---|---|---|',
+  ]
+  for row in rows():
+    cells = [
+      f'`{row["name"]}`',
+      row['summary'],
+      row['paper'],
+      'yes' if row['causal'] else 'no',
+      row['balance'] + (' (own)' if row['own_loss'] else ''),
+      ', '.join(row['state']) or '-',
+      row['cost'],
+    ]
+    lines.append(f'| {" | ".join(cells)} |')
+  return '\n'.join(lines) + '\n'
+
+
+def main() -> None:
+  """Prints the table, or one JSON object per line."""
+  if _JSON.value:
+    for row in rows():
+      print(json.dumps(row))
+  else:
+    print(markdown(), end='')
+
+
+if __name__ == '__main__':
+  cli.run(main)

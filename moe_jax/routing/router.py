@@ -1,0 +1,238 @@
+"""What a router is: the one interface between ways of choosing experts and everything else.
+
+A router looks at the tokens of the routing groups that lie on one device and returns a `Choice`:
+which experts each token asks for, with what weight. Capacity, dispatch, statistics and the common
+losses are the same for all. A new router is one file in `routers/` whose `ROUTER` says what it is;
+the registry finds it there.
+
+Nothing here communicates. What a router has to know of other devices, it counts in `Choice.sums`;
+the layer adds them up over all devices, and `Router.loss` and `Router.update` read the totals. So
+losses and states are the same on any mesh.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+Params = dict[str, Array]
+State = dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterOptions:
+  """Every choice of every router, as plain numbers and names; `moe_jax.config` documents them.
+
+  `capacity` is C of a routing group in the mode at hand, `training` False in evaluation and
+  decoding, `group_size` the sequences in a group: token s of a group belongs to sequence
+  s % group_size at place s // group_size.
+  """
+
+  num_experts: int
+  num_selected_experts: int
+  capacity: int = 1
+  training: bool = True
+  group_size: int = 1
+  score: str = 'softmax'
+  softmax_order: str = 'before'
+  renormalize: str = 'before_drop'
+  gate_scale: float = 1.0
+  noise_scale: float = 1.0
+  second_choice: str = 'random'
+  bias_update: str = 'sign'
+  bias_rate: float = 0.001
+  num_expert_groups: int = 1
+  num_selected_groups: int = 1
+  assignment_tolerance: float = 1e-4
+  evaluation: str = 'token_choice'
+  threshold_decay: float = 0.99
+  hash_table: str = 'random'
+  hash_seed: int = 0
+  kmeans_update: str = 'ema'
+  kmeans_decay: float = 0.999
+  kmeans_temperature: float = 1.0
+  kmeans_reseed_after: int = 100
+  num_null_experts: int = 0
+  sparsity_factor: float = 1.2
+  slots_per_expert: int = 1
+  sparsity_start: float = 1e-8
+  noise_floor: float = 0.0
+
+
+class RouterInputs(NamedTuple):
+  """What a router may look at.
+
+  Attributes:
+    tokens: float32, jittered if the config asks for it.
+    valid: False for padding.
+    token_ids: of the vocabulary; the input tokens of the model.
+    positions: place of the token in its document, the same in training and decoding.
+    keys: one per group, for what a router draws in training. In evaluation they are fixed and a
+      router must not draw.
+  """
+
+  tokens: Float[Array, 'G S D']
+  valid: Bool[Array, 'G S']
+  token_ids: Int[Array, 'G S']
+  positions: Int[Array, 'G S']
+  keys: Key[Array, 'G']
+
+
+class Choice(NamedTuple):
+  """What a router decided, before any capacity.
+
+  K is the number of assignments of a token, all E where a token may ask for any number of experts.
+
+  Attributes:
+    expert_index: the expert of each assignment; best first where the router has an order.
+    gates: the weight of each selected expert's output, before any drop. Carries gradient.
+    chosen: whether the assignment asks for a slot at all. What it says of padding is ignored.
+    router_probs: what losses and statistics read, non-negative, summing to at most 1. Carries
+      gradient.
+    router_logits: what z-loss and entropy read. Carries gradient.
+    sums: the router's own sums over the valid tokens of each group; float32. May carry gradient.
+  """
+
+  expert_index: Int[Array, 'G S K']
+  gates: Float[Array, 'G S K']
+  chosen: Bool[Array, 'G S K']
+  router_probs: Float[Array, 'G S E']
+  router_logits: Float[Array, 'G S E']
+  sums: dict[str, Float[Array, 'G ...']]
+
+
+class Mixture(NamedTuple):
+  """Slots that are mixtures of tokens.
+
+  Attributes:
+    dispatch: the weight of each token in each slot.
+    combine: the weight of each slot in each token's output.
+  """
+
+  dispatch: Float[Array, 'G S E P']
+  combine: Float[Array, 'G S E P']
+
+
+class Weight(NamedTuple):
+  """One array of parameters: its shape, and how it starts.
+
+  Attributes:
+    shape: of one layer.
+    init: `scaled` draws from a truncated normal of variance moe.router_init_scale / shape[0];
+      `zeros`; `ones`.
+  """
+
+  shape: tuple[int, ...]
+  init: str = 'scaled'
+
+
+def one_matrix(options: RouterOptions, embed_dim: int) -> dict[str, Weight]:
+  """Returns the parameters of most routers: `router`, from tokens to logits."""
+  return {'router': Weight((embed_dim, options.num_experts))}
+
+
+def no_params(options: RouterOptions, embed_dim: int) -> dict[str, Weight]:
+  """Returns the parameters of a router that learns nothing by gradient."""
+  del options, embed_dim
+  return {}
+
+
+def no_state(options: RouterOptions, embed_dim: int, vocab_size: int) -> State:
+  """Returns the state of a router without one."""
+  del options, embed_dim, vocab_size
+  return {}
+
+
+def logits(params: Params, tokens: Float[Array, 'G S D']) -> Float[Array, 'G S E']:
+  """Returns the router logits, in float32 at full precision: a rounded one picks another expert."""
+  return jnp.einsum('gsd,de->gse', tokens, params['router'], precision='highest')
+
+
+@dataclasses.dataclass(frozen=True)
+class Router:
+  """A way of choosing experts.
+
+  Attributes:
+    name: value of `moe.router`.
+    paper: where it comes from, with arXiv number.
+    summary: one line for the table.
+    choose: (params, state, inputs, options) -> Choice.
+    causal: whether no token's choice depends on later tokens of its group, in training.
+    learns: whether the language-model loss reaches its parameters.
+    balance: what keeps the experts balanced: `loss`, `state`, `assignment`, `fixed` or `none`.
+    cost: per token, beside the experts; for the table.
+    params: (options, embed_dim) -> arrays trained by gradient.
+    state: (options, embed_dim, vocab_size) -> float32 arrays that are not trained by gradient, as
+      they start. Part of the training state, checkpointed, the same on every device.
+    update: (state, sums, options) -> state after a step, from the sums over the whole batch: every
+      field of `RouterSums` without scopes. None where the state never changes.
+    from_counts: (state, tokens of each id in the training text, options) -> state before the first
+      step. None where the state does not depend on the text.
+    loss: (sums, state, options) -> unweighted auxiliary loss of one layer, weighted by
+      moe.router_loss_weight. None without one.
+    num_assignments: options -> K of `Choice`.
+    decodes: options -> whether evaluation chooses for each token alone, so that a text can be
+      decoded token by token.
+    rejected: why no causal language model can have it; empty if one can.
+    mix: (params, state, inputs, options) -> `Mixture`, where slots are mixtures of tokens instead
+      of single tokens; `choose` then serves the statistics alone. None for all but Soft MoE.
+    keeps_all: whether every expert must take every token, whatever the capacity factor.
+    allowed: options -> what is wrong with them as (field, what is allowed), None if nothing.
+  """
+
+  name: str
+  paper: str
+  summary: str
+  choose: Callable[[Params, State, RouterInputs, RouterOptions], Choice]
+  causal: bool
+  learns: bool
+  balance: str
+  cost: str
+  params: Callable[[RouterOptions, int], dict[str, Weight]] = one_matrix
+  state: Callable[[RouterOptions, int, int], State] = no_state
+  update: Callable[[State, Any, RouterOptions], State] | None = None
+  from_counts: Callable[[State, Any, RouterOptions], State] | None = None
+  loss: Callable[[Any, State, RouterOptions], Float[Array, '']] | None = None
+  num_assignments: Callable[[RouterOptions], int] = lambda options: options.num_selected_experts
+  decodes: Callable[[RouterOptions], bool] = lambda options: True
+  rejected: str = ''
+  mix: Callable[[Params, State, RouterInputs, RouterOptions], 'Mixture'] | None = None
+  keeps_all: bool = False
+  allowed: Callable[[RouterOptions], tuple[str, str] | None] = lambda options: None
+
+
+def masked_sum(
+  values: Float[Array, 'G S *rest'], valid: Bool[Array, 'G S']
+) -> Float[Array, 'G *rest']:
+  """Sums over the valid tokens of each group, in float32."""
+  mask = valid.reshape(*valid.shape, *(1,) * (values.ndim - 2))
+  return jnp.sum(jnp.where(mask, values.astype(jnp.float32), 0), axis=1)
+
+
+def squared_variation(values: Float[Array, '*any E']) -> Float[Array, '*any']:
+  """Returns the squared coefficient of variation: population variance over squared mean.
+
+  Never through a standard deviation, whose gradient is NaN at perfect balance.
+  """
+  mean = jnp.mean(values, axis=-1, keepdims=True)
+  variance = jnp.mean(jnp.square(values - mean), axis=-1)
+  return variance / jnp.maximum(jnp.square(mean[..., 0]), 1e-10)
+
+
+def varying_like(values: Any, reference: Array) -> Any:
+  """Returns a tree of arrays marked as differing between devices where a reference does.
+
+  Inside `shard_map`, a loop that starts from constants and goes on with data of the device needs
+  this for what it starts from; outside it changes nothing.
+  """
+  # By value and not by `jax.lax.pcast`: nothing here knows the names of mesh axes.
+  never = (reference.ravel()[0] == 0) & jnp.zeros((), bool)
+  return jax.tree.map(lambda value: jnp.where(never, jnp.zeros_like(value), value), values)
+
+
+def per_group(function: Callable, *arrays: Any) -> Any:
+  """Maps a function of one group over all groups."""
+  return jax.vmap(function)(*arrays)

@@ -1,0 +1,53 @@
+"""Dense mixture: every token goes to every expert, weighted by a softmax gate."""
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.routing import router as router_lib
+from moe_jax.routing.router import Choice, Params, RouterInputs, RouterOptions, State
+
+
+def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOptions) -> Choice:
+  """Selects all E experts with the softmax of the router logits as gates: y = sum_e p_e f_e(x).
+
+  Assignment e of a token is expert e, whatever the logits; equal logits have equal gates.
+
+  Source: Jacobs et al. 1991 (Neural Computation 3); Jordan & Jacobs 1994 (Neural Computation 6),
+  one level of it. Differs: experts are trained through the weighted sum by the model's loss, not by
+  a mixture likelihood, and the gate sees the same input as the experts. `num_selected_experts`,
+  `score`, `renormalize` and `gate_scale` are not read; the gates sum to 1 already.
+  """
+  del state
+  router_logits = router_lib.logits(params, inputs.tokens)
+  router_probs = jax.nn.softmax(router_logits, axis=-1)
+  experts = jnp.arange(options.num_experts, dtype=jnp.int32)[None, None, :]
+  return Choice(
+    expert_index=jnp.broadcast_to(experts, router_logits.shape),
+    gates=router_probs,
+    chosen=jnp.ones(router_logits.shape, bool),
+    router_probs=router_probs,
+    router_logits=router_logits,
+    sums={},
+  )
+
+
+def allowed(options: RouterOptions) -> tuple[str, str] | None:
+  """Wants K = E: losses, capacities and active parameters are counted from it."""
+  if options.num_selected_experts != options.num_experts:
+    return 'num_selected_experts', f'must be {options.num_experts}, all experts'
+  return None
+
+
+ROUTER = router_lib.Router(
+  name='dense',
+  paper='Jacobs et al. 1991; Jordan & Jacobs 1994',
+  summary='all experts, softmax weights',
+  choose=choose,
+  causal=True,
+  learns=True,
+  balance='none',
+  cost='D E products; every token pays for all E experts',
+  num_assignments=lambda options: options.num_experts,
+  keeps_all=True,
+  allowed=allowed,
+)

@@ -1,0 +1,97 @@
+"""Token choice of two experts, the second of which may be left out at random (GShard)."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from moe_jax.routing import router as router_lib
+from moe_jax.routing.router import Choice, Params, RouterInputs, RouterOptions, State
+from moe_jax.routing.routers import top_k
+from moe_jax.routing.stats import RouterSums
+
+SECOND_CHOICES = ('random', 'threshold', 'all')
+
+# Of `threshold`: a second gate of at least this always asks for a slot.
+SECOND_GATE_THRESHOLD = 0.2
+
+
+def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOptions) -> Choice:
+  """Selects the two largest logits; the second asks for a slot the likelier, the larger its gate.
+
+  Gates are g_i / (g_1 + g_2), g the softmax over all experts, before any capacity. They stay so
+  when the second choice is left out or dropped: the first gate is not raised to 1. Equal logits go
+  to the lower expert index.
+
+  In training the second choice asks for a slot if one U(0, 1) per token lies below 2 g_2 (`random`)
+  or g_2 / 0.2 (`threshold`), g_2 being the gate above and so at most 1/2; with `all`, always. In
+  evaluation always, and nothing is drawn. Assignments that ask for no slot are not counted as load.
+
+  Source: Lepikhin et al. 2020, arXiv:2006.16668, algorithm 1 (`random`). `threshold` is what Mesh
+  TensorFlow and Lingvo (lingvo/core/gshard_layers.py) call `random`, with a threshold of 0.2. They
+  apply their policy in evaluation too, and what Mesh TensorFlow calls `threshold`, a hard limit, is
+  not here. Differs from all: the order in which capacity is given out is `moe.priority`, GShard's
+  is `choice`. `gate_scale` multiplies the gates at last, after the draw.
+  """
+  del state
+  if options.second_choice not in SECOND_CHOICES:
+    raise ValueError(f'second_choice={options.second_choice!r}: must be one of {SECOND_CHOICES}')
+  if options.num_selected_experts != 2:
+    raise ValueError(f'num_selected_experts={options.num_selected_experts!r}: must be 2')
+  choice = top_k.choose_top_k(
+    router_lib.logits(params, inputs.tokens), num_selected_experts=2, renormalize='before_drop'
+  )
+  second: Bool[Array, 'G S'] = jnp.ones(inputs.valid.shape, bool)
+  if options.training and options.second_choice != 'all':
+    limit = 0.5 if options.second_choice == 'random' else SECOND_GATE_THRESHOLD
+    draw = router_lib.per_group(
+      lambda key: jax.random.uniform(key, inputs.valid.shape[1:]), inputs.keys
+    )
+    second = draw < choice.gates[..., 1] / limit
+  first_choices = jax.nn.one_hot(choice.expert_index[..., 0], options.num_experts)
+  return choice._replace(
+    gates=choice.gates * options.gate_scale,
+    chosen=jnp.stack([jnp.ones_like(second), second], axis=-1),
+    sums={'first_choices': router_lib.masked_sum(first_choices, inputs.valid)},
+  )
+
+
+def loss(sums: RouterSums, state: State, options: RouterOptions) -> Float[Array, '']:
+  """Returns E * sum_e f_e P_e with f_e the share of FIRST choices of expert e: 1 at balance.
+
+  f has no gradient, P_e is the mean router probability of e. E if one expert wins all.
+
+  Source: Lepikhin et al. 2020, arXiv:2006.16668, algorithm 1. Differs: times E^2, as usual in code
+  (the paper takes the mean over experts of f_e P_e, 1 / E^2 at balance), and f and P are means over
+  the valid tokens of the whole (micro-)batch, where the paper forms one loss per group.
+  """
+  del state
+  num_experts = options.num_experts
+  tokens = jnp.maximum(jnp.sum(sums.tokens), 1)
+  first_share = jax.lax.stop_gradient(sums.own['first_choices']) / tokens
+  mean_prob = jnp.sum(sums.prob_sum.reshape(-1, num_experts), axis=0) / tokens
+  return num_experts * jnp.sum(first_share * mean_prob)
+
+
+def allowed(options: RouterOptions) -> tuple[str, str] | None:
+  """Rejects all that GShard's gating is not."""
+  if options.num_selected_experts != 2:
+    return 'num_selected_experts', 'must be 2: a first and a second choice'
+  if options.score != 'softmax':
+    return 'score', 'must be softmax'
+  if options.renormalize != 'before_drop':
+    return 'renormalize', 'must be before_drop: gates are normalised before the second is left out'
+  return None
+
+
+ROUTER = router_lib.Router(
+  name='gshard',
+  paper='Lepikhin et al. 2020, arXiv:2006.16668',
+  summary='top-2; the second choice at random, in proportion to its gate',
+  choose=choose,
+  causal=True,
+  learns=True,
+  balance='loss',
+  cost='D E products, top-2 of E, 1 random number',
+  loss=loss,
+  allowed=allowed,
+)

@@ -1,0 +1,90 @@
+"""Hash layer: a fixed table says which experts a token id goes to."""
+
+import heapq
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Num
+
+from moe_jax.routing import router as router_lib
+from moe_jax.routing.router import Choice, Params, RouterInputs, RouterOptions, State
+from moe_jax.routing.routers.random_choice import distinct_experts
+from moe_jax.routing.routers.round_robin import fixed_choice
+
+TABLES = ('random', 'balanced')
+
+
+def new_state(options: RouterOptions, embed_dim: int, vocab_size: int) -> State:
+  """Returns the random table: K distinct experts for each id, drawn from the seed of the table."""
+  del embed_dim
+  table = distinct_experts(
+    jax.random.key(options.hash_seed),
+    vocab_size,
+    options.num_experts,
+    options.num_selected_experts,
+  )
+  return {'table': table.astype(jnp.float32)}
+
+
+def from_counts(
+  state: State, counts: Num[Array | np.ndarray, 'V'], options: RouterOptions
+) -> State:
+  """Returns the balanced table if the options ask for it. Runs once, on the host.
+
+  Ids in descending order of count, equal counts by lower id; each takes the K distinct experts with
+  the fewest tokens so far, the lightest first, equal ones by lower index, and each of the K is
+  charged the id's full count. Ids that never occur weigh nothing, so any choice balances them: they
+  keep their random experts, lest all go to the one expert that happens to be lightest at the end.
+  """
+  if options.hash_table != 'balanced':
+    return state
+  table = np.array(state['table'])
+  counts = np.asarray(counts).astype(np.int64)
+  lightest = [(0, expert) for expert in range(options.num_experts)]
+  for token_id in np.argsort(-counts, kind='stable'):
+    count = int(counts[token_id])
+    if not count:
+      break
+    taken = [heapq.heappop(lightest) for _ in range(options.num_selected_experts)]
+    for choice, (load, expert) in enumerate(taken):
+      table[token_id, choice] = expert
+      heapq.heappush(lightest, (load + count, expert))
+  return {'table': jnp.asarray(table)}
+
+
+def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOptions) -> Choice:
+  """Looks up the K experts of each token id; gate 1 / K each, so 1 with K = 1.
+
+  Source: Roller et al. 2021, arXiv:2106.04426 (random hash and balanced hash), not re-read here.
+  Differs: K > 1 sends the whole token to K whole experts of equal weight (not parts of a token
+  vector to parts of an expert); the same table in every layer; the table is drawn before training,
+  from `hash_seed` alone; ids that never occur in the text stay random in the balanced table.
+  `gate_scale` is not read. An id outside the vocabulary takes the experts of the nearest id.
+  """
+  del params
+  rows = jnp.clip(inputs.token_ids, 0, state['table'].shape[0] - 1)
+  return fixed_choice(state['table'][rows].astype(jnp.int32), options.num_experts)
+
+
+def allowed(options: RouterOptions) -> tuple[str, str] | None:
+  """Rejects the name of an unknown table."""
+  if options.hash_table not in TABLES:
+    return 'hash_table', f'must be one of {TABLES}'
+  return None
+
+
+ROUTER = router_lib.Router(
+  name='hash',
+  paper='Roller et al. 2021, arXiv:2106.04426',
+  summary='a fixed table from token id to experts, random or balanced by frequency',
+  choose=choose,
+  causal=True,
+  learns=False,
+  balance='fixed',
+  cost='one look-up',
+  params=router_lib.no_params,
+  state=new_state,
+  from_counts=from_counts,
+  allowed=allowed,
+)

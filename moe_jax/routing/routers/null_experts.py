@@ -1,0 +1,98 @@
+"""Token choice among real experts and null experts, which compute nothing."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moe_jax.routing import router as router_lib
+from moe_jax.routing.router import Choice, Params, RouterInputs, RouterOptions, State, Weight
+from moe_jax.routing.routers import top_k
+from moe_jax.routing.stats import RouterSums
+
+
+def params(options: RouterOptions, embed_dim: int) -> dict[str, Weight]:
+  """Returns one matrix; its last `num_null_experts` columns are the null experts."""
+  return {'router': Weight((embed_dim, options.num_experts + options.num_null_experts))}
+
+
+def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOptions) -> Choice:
+  """Selects the K largest logits of E real and N null experts.
+
+  A null expert's output is 0: an assignment to one asks for no slot (`chosen` False, expert 0, gate
+  0), is not counted as load and cannot be dropped. So a token pays for the real experts it selected
+  and no more; one that selected none gets 0 from the layer. Equal logits go to the lower index,
+  real experts before null ones.
+
+  Gates are those of `top_k` over all E + N: `before_drop` divides by the sum over all K selected,
+  null ones included, so a null expert takes weight from the real ones (as does softmax_order
+  `after`). `after_drop` divides by the sum over the real ones that kept the token, and takes
+  nothing from them. `router_probs` and `router_logits` are the first E columns; the probabilities
+  sum to less than 1. The z-loss and entropy of the null columns are not seen.
+
+  `null` counts the assignments to null experts.
+
+  Source: the zero experts of Jin et al. 2024, arXiv:2410.07348 (MoE++). Differs: no copy and no
+  constant experts, no gating residuals between layers, one capacity, and the loss below.
+  """
+  del state
+  num_experts = options.num_experts
+  choice = top_k.choose_top_k(
+    router_lib.logits(params, inputs.tokens),
+    num_selected_experts=options.num_selected_experts,
+    score=options.score,
+    softmax_order=options.softmax_order,
+    renormalize=options.renormalize,
+    gate_scale=options.gate_scale,
+  )
+  real = choice.expert_index < num_experts
+  return Choice(
+    expert_index=jnp.where(real, choice.expert_index, 0),
+    gates=jnp.where(real, choice.gates, 0),
+    chosen=real,
+    router_probs=choice.router_probs[..., :num_experts],
+    router_logits=choice.router_logits[..., :num_experts],
+    sums={'null': router_lib.masked_sum(jnp.sum(~real, axis=-1).astype(jnp.float32), inputs.valid)},
+  )
+
+
+def loss(sums: RouterSums, state: State, options: RouterOptions) -> Float[Array, '']:
+  """Returns (E + N) * (sum_e f_e P_e + f_null P_null / N): 1 where all E + N are used alike.
+
+  f are shares of all K T assignments, without gradient, P mean router probabilities. The N null
+  experts compute the same, so only their common share f_null = 1 - sum_e f_e, and P_null, count.
+
+  The common load-balancing loss sees real experts alone: it is smallest where every token goes to
+  null experts. Use this one in its place.
+  """
+  del state
+  num_experts, num_null = options.num_experts, options.num_null_experts
+  tokens = jnp.maximum(jnp.sum(sums.tokens), 1)
+  assignments = options.num_selected_experts * tokens
+  counts = jnp.sum(sums.tokens_per_expert.reshape(-1, num_experts), axis=0)
+  prob_sum = jnp.sum(sums.prob_sum.reshape(-1, num_experts), axis=0)
+  null_prob_sum = jnp.sum(sums.tokens) - jnp.sum(prob_sum)
+  real = jnp.sum(jax.lax.stop_gradient(counts) * prob_sum)
+  null = jax.lax.stop_gradient(sums.own['null']) * null_prob_sum / max(num_null, 1)
+  return (num_experts + num_null) * (real + null) / (assignments * tokens)
+
+
+def allowed(options: RouterOptions) -> tuple[str, str] | None:
+  """Rejects a router without null experts, and what `top_k` rejects."""
+  if options.num_null_experts < 1:
+    return 'num_null_experts', 'must be at least 1; without null experts the router is top_k'
+  return top_k.allowed(options)
+
+
+ROUTER = router_lib.Router(
+  name='null_experts',
+  paper='Jin et al. 2024, arXiv:2410.07348',
+  summary='top-k over real and null experts, which compute nothing',
+  choose=choose,
+  causal=True,
+  learns=True,
+  balance='loss',
+  cost='D (E + null) products, top-k of E + null',
+  params=params,
+  loss=loss,
+  allowed=allowed,
+)

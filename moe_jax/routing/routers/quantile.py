@@ -1,0 +1,92 @@
+"""Quantile balancing: the bias of an expert is set where it would take its share of the tokens.
+
+Source: Su 2026, https://kexue.fm/archives/11619 (an assignment problem solved by alternating over
+its dual variables, one alternation per step), known here from descriptions of it and not checked
+against the text: with scores s and bias b, alpha_t = (K+1)-th largest of s_t + b, the score that an
+expert must beat to be selected; beta_e = (q+1)-th largest over the tokens of s_te + b_e - alpha_t
+with q = K T / E, so that q tokens lie above it; b_e <- b_e - r beta_e.
+
+What differs, and what is silent in code of this kind:
+- beta is taken over the valid tokens of each routing group and averaged over groups with weight of
+  their valid tokens, so that it adds up over devices; the source takes it over the whole batch. A
+  mean of quantiles is not the quantile of all: groups should be much larger than E / K tokens.
+- q is rounded down, and at most n - 1 with n valid tokens. With K = E alpha is the K-th largest;
+  the bias still moves, but all experts are selected whatever it is.
+- r = bias_rate; 1 is the source's step, below 1 an exponential moving average.
+- The bias moves after the step: a token is routed by earlier batches alone, so it is causal.
+- Equal biased scores go to the lower expert index. Gates are the scores without the bias.
+- Nothing is measured in evaluation.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from moe_jax.routing import router as router_lib
+from moe_jax.routing.router import Choice, Params, RouterInputs, RouterOptions, State
+from moe_jax.routing.routers import loss_free
+from moe_jax.routing.routers.top_k import gates_of, scores_and_probs
+from moe_jax.routing.stats import RouterSums
+
+
+def state(options: RouterOptions, embed_dim: int, vocab_size: int) -> State:
+  """Returns a bias of 0."""
+  del embed_dim, vocab_size
+  return {'bias': jnp.zeros((options.num_experts,), jnp.float32)}
+
+
+def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOptions) -> Choice:
+  """Selects the K largest of score + bias and, in training, measures how far the bias is off."""
+  router_logits = router_lib.logits(params, inputs.tokens)
+  scores, router_probs = scores_and_probs(router_logits, options.score)
+  selection = loss_free.biased_scores(scores, state['bias'], 'sign')
+  num_selected = options.num_selected_experts
+  top, expert_index = jax.lax.top_k(selection, min(num_selected + 1, options.num_experts))
+  expert_index = expert_index[..., :num_selected]
+  gates = gates_of(scores, expert_index, options.renormalize) * options.gate_scale
+  if options.training:
+    threshold = group_threshold(selection - top[..., -1:], inputs.valid, num_selected)
+  else:
+    threshold = jnp.zeros((len(selection), options.num_experts), jnp.float32)
+  chosen: Bool[Array, 'G S K'] = jnp.ones(expert_index.shape, bool)
+  return Choice(expert_index, gates, chosen, router_probs, router_logits, {'threshold': threshold})
+
+
+def group_threshold(
+  margin: Float[Array, 'G S E'], valid: Bool[Array, 'G S'], num_selected_experts: int
+) -> Float[Array, 'G E']:
+  """Returns n times the (q+1)-th largest margin of each expert over the n valid tokens of a group.
+
+  Args:
+    margin: by how much the biased score of an expert exceeds what it must beat.
+    valid: False for padding.
+    num_selected_experts: K; q = floor(K n / E), at most n - 1. Without valid tokens the result is
+      0.
+  """
+  num_experts = margin.shape[-1]
+  tokens = jnp.sum(valid, axis=-1, dtype=jnp.int32)[:, None]
+  quota = jnp.clip(tokens * num_selected_experts // num_experts, 0, jnp.maximum(tokens - 1, 0))
+  in_order = jnp.sort(jnp.where(valid[..., None], margin, -jnp.inf), axis=1, descending=True)
+  beta = jnp.take_along_axis(in_order, quota[:, :, None], axis=1)[:, 0]
+  return jnp.where(tokens > 0, tokens * beta, 0).astype(jnp.float32)
+
+
+def update(state: State, sums: RouterSums, options: RouterOptions) -> State:
+  """Moves the bias by -bias_rate times the mean of beta; not at all in a batch without tokens."""
+  mean = sums.own['threshold'] / jnp.maximum(jnp.sum(sums.tokens), 1)
+  return {'bias': state['bias'] - options.bias_rate * mean}
+
+
+ROUTER = router_lib.Router(
+  name='quantile',
+  paper='Su 2026, https://kexue.fm/archives/11619',
+  summary='K largest of score + bias; the bias from the quantile that gives each expert its share',
+  choose=choose,
+  causal=True,
+  learns=True,
+  balance='state',
+  cost='D E products, top-k of E; in training a sort of the tokens for each expert',
+  state=state,
+  update=update,
+  allowed=loss_free.gates_allowed,
+)

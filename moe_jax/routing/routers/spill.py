@@ -1,0 +1,98 @@
+"""Spill-over: tokens in order of position, each takes its best experts that still have room."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from moe_jax.routing import router as router_lib
+from moe_jax.routing.router import Choice, Params, RouterInputs, RouterOptions, State
+from moe_jax.routing.routers.greedy import taken_gates
+
+
+def spill_assignment(
+  router_logits: Float[Array, 'G S E'],
+  valid: Bool[Array, 'G S'],
+  *,
+  num_selected_experts: int,
+  capacity: int,
+) -> tuple[Int[Array, 'G S K'], Bool[Array, 'G S K']]:
+  """Serves the tokens of a group one after the other.
+
+  Each takes the K experts with the largest logits among those that have fewer than C tokens so far;
+  all of them if they are fewer than K. Equal logits go to the lower expert index. Padding takes no
+  place.
+
+  Returns:
+    expert_index: the experts of each token, best first.
+    chosen: False for what a token did not get.
+  """
+  num_tokens, num_experts = router_logits.shape[1:]
+  if capacity >= num_tokens:
+    # No expert can be full before the last token: no need to go one by one.
+    expert_index = jax.lax.top_k(router_logits, num_selected_experts)[1].astype(jnp.int32)
+    return expert_index, jnp.ones(expert_index.shape, bool)
+
+  def serve(
+    count: Int[Array, 'E'], token: tuple[Float[Array, 'E'], Bool[Array, '']]
+  ) -> tuple[Int[Array, 'E'], tuple[Int[Array, 'K'], Bool[Array, 'K']]]:
+    logits, is_valid = token
+    has_room = count < capacity
+    _, expert_index = jax.lax.top_k(jnp.where(has_room, logits, -jnp.inf), num_selected_experts)
+    chosen = has_room[expert_index]
+    count = count.at[expert_index].add((chosen & is_valid).astype(jnp.int32), unique_indices=True)
+    return count, (expert_index.astype(jnp.int32), chosen)
+
+  def serve_all(group_logits, group_valid):
+    count = router_lib.varying_like(jnp.zeros((num_experts,), jnp.int32), group_logits)
+    return jax.lax.scan(serve, count, (group_logits, group_valid))[1]
+
+  return router_lib.per_group(serve_all, router_logits, valid)
+
+
+def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOptions) -> Choice:
+  """See `spill_assignment`, with C the capacity of the group, in training and evaluation alike.
+
+  Gates are the softmax probabilities over all experts; with renormalize `before_drop` divided by
+  the sum over the experts the token got. No gradient passes through the assignment.
+
+  A choice depends on the tokens before it in the group. With group_size 1 these are the earlier
+  tokens of its sequence. With more, the other sequences of the group take places too: by position
+  first, so earlier and equal positions only, but a sequence then depends on its neighbours.
+  Decoding step by step starts each step with empty experts.
+
+  Source: none; the greedy assignment (router `greedy`) made causal.
+  """
+  del state
+  router_logits = router_lib.logits(params, inputs.tokens)
+  expert_index, chosen = spill_assignment(
+    jax.lax.stop_gradient(router_logits),
+    inputs.valid,
+    num_selected_experts=options.num_selected_experts,
+    capacity=options.capacity,
+  )
+  router_probs = jax.nn.softmax(router_logits, axis=-1)
+  gates = taken_gates(router_logits, router_probs, expert_index, chosen, options.renormalize)
+  return Choice(
+    expert_index, gates * options.gate_scale, chosen, router_probs, router_logits, sums={}
+  )
+
+
+def allowed(options: RouterOptions) -> tuple[str, str] | None:
+  """Rejects gates that are always 1, through which the router would learn nothing."""
+  if options.num_selected_experts == 1 and options.renormalize != 'none':
+    why = 'with num_selected_experts=1, or the gate is always 1 and the router learns nothing'
+    return 'renormalize', f'must be none {why}'
+  return None
+
+
+ROUTER = router_lib.Router(
+  name='spill',
+  paper='none',
+  summary='each token in turn takes its best experts with room; causal',
+  choose=choose,
+  causal=True,
+  learns=True,
+  balance='assignment',
+  cost='D E products, top-k of E, in S sequential steps',
+  allowed=allowed,
+)

@@ -1,0 +1,260 @@
+"""What must hold of every router of the registry, inside the layer, with the choices of its preset.
+
+The same loss, gradients, sums and state on any mesh; the same result by any dispatcher; `causal`
+and `learns` as the registry says; padding that influences nothing.
+"""
+
+import dataclasses
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import config as schema
+from moe_jax import routing
+from moe_jax.layers import moe
+from moe_jax.parallel.mesh import make_mesh
+from moe_jax.train.step import over_scopes
+from tests import tiny
+from tests.layers import small_layer
+
+ROUTERS = sorted(routing.ROUTERS)
+PRESETS = sorted(p.stem for p in (tiny.REPOSITORY / 'configs' / 'presets').glob('[a-z]*.py'))
+MESHES = ((2, 4), (8, 1), (1, 8))
+
+
+def options_of(name, **changes):
+  """The options of a router's preset, with slots for three quarters of the assignments."""
+  if routing.ROUTERS[name].rejected:
+    choice = routing.RouterOptions(num_experts=8, num_selected_experts=2)
+  else:
+    config = importlib.import_module(f'configs.presets.{name}').get_config()
+    choice = schema.router_options(config)
+  assert choice.num_experts == 8
+  settings = {'router': name, 'choice': choice, 'group_size': 2, 'capacity_factor': 0.75}
+  return small_layer.make_options(**{**settings, **changes})
+
+
+def drawn(options, seed=0):
+  """Inputs, weights and a state in which no expert is like another."""
+  inputs = small_layer.draw(options, seed=seed)
+  router = routing.ROUTERS[options.router]
+  rng = np.random.default_rng(seed + 1)
+  weights = {
+    name: jnp.asarray(rng.normal(size=weight.shape), jnp.float32)
+    for name, weight in router.params(options.choice, small_layer.WIDTH).items()
+  }
+  state = router.state(options.choice, small_layer.WIDTH, small_layer.VOCAB_SIZE)
+  if router.from_counts is not None:
+    state = router.from_counts(state, np.arange(small_layer.VOCAB_SIZE) % 5, options.choice)
+  if 'bias' in state:
+    state['bias'] = state['bias'] + jnp.asarray(rng.normal(size=8) / 10, jnp.float32)
+  if 'coefficient' in state:
+    state['coefficient'] = jnp.full_like(state['coefficient'], 0.3)
+  return inputs._replace(params=inputs.params._replace(router=weights)), state
+
+
+def run(options, mesh, inputs, state, deterministic=False):
+  """Returns y and sums."""
+  keys = small_layer.group_keys(options, inputs.x.shape[0])
+  info = small_layer.info_of(inputs.valid)
+  return moe.moe_layer(inputs.x, info, inputs.params, state, keys, mesh, options, deterministic)
+
+
+def losses(options, sums, state):
+  """All losses that the router's sums can bear, of comparable size."""
+  router = routing.ROUTERS[options.router]
+  own = router.loss(sums, state, options.choice) if router.loss else 0.0
+  return small_layer.auxiliary(sums, options) + 0.1 * routing.entropy_loss(sums) + own
+
+
+def outcome(names, mesh):
+  """Returns {router: (loss, y, sums, gradients, next state)}, all from one program."""
+  mesh = make_mesh(*mesh)
+
+  def one(options, inputs, state):
+    def loss(x, params):
+      y, sums = run(options, mesh, inputs._replace(x=x, params=params), state)
+      cotangent = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
+      return jnp.sum(y * cotangent) + losses(options, sums, state), (y, sums)
+
+    (value, (y, sums)), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
+      inputs.x, inputs.params
+    )
+    router = routing.ROUTERS[options.router]
+    new = state
+    if router.update is not None:
+      total = jax.tree.map(lambda a: a[0], over_scopes(jax.tree.map(lambda a: a[None], sums)))
+      new = router.update(state, total, options.choice)
+    return value, y, sums._asdict(), gradients, new
+
+  cases = {name: (options_of(name), *drawn(options_of(name))) for name in names}
+
+  @jax.jit
+  def program(arrays):
+    return {name: one(cases[name][0], *arrays[name]) for name in names}
+
+  return jax.device_get(program({name: case[1:] for name, case in cases.items()}))
+
+
+@pytest.fixture(scope='module')
+def one_device():
+  return outcome(ROUTERS, (1, 1))
+
+
+def assert_same(result, expected, name):
+  flat, _ = jax.tree_util.tree_flatten_with_path(result)
+  wanted = jax.tree.leaves(expected)
+  assert len(flat) == len(wanted)
+  for (path, value), other in zip(flat, wanted, strict=True):
+    scale = max(np.abs(other).max(initial=0), 1e-6)
+    where = f'{name}{jax.tree_util.keystr(path)}'
+    np.testing.assert_allclose(value / scale, other / scale, rtol=0, atol=2e-5, err_msg=where)
+
+
+def test_every_router_has_a_preset_and_every_preset_a_router():
+  wanted = {name for name, router in routing.ROUTERS.items() if not router.rejected}
+  assert wanted <= set(PRESETS)
+  for name in PRESETS:
+    config = importlib.import_module(f'configs.presets.{name}').get_config()
+    schema.validate(config)
+
+
+@pytest.mark.parametrize('mesh', MESHES)
+def test_every_mesh_gives_the_result_of_one_device(mesh, one_device):
+  result = outcome(ROUTERS, mesh)
+  for name in ROUTERS:
+    counts = 'tokens_per_expert', 'kept_per_expert', 'tokens_all_dropped'
+    for field in counts:
+      np.testing.assert_array_equal(
+        result[name][2][field], one_device[name][2][field], err_msg=f'{name}: {field}'
+      )
+    assert_same(result[name], one_device[name], name)
+
+
+@pytest.mark.parametrize('name', ROUTERS)
+def test_numbers_are_finite_and_tokens_are_counted(name, one_device):
+  loss, _, sums, gradients, state = one_device[name]
+  assert np.isfinite(loss)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((sums, gradients, state)))
+  valid = small_layer.draw(small_layer.OPTIONS).valid
+  assert sums['tokens'].sum() == valid.sum()
+  assert (sums['kept_per_expert'] <= sums['tokens_per_expert'].sum(0)).all()
+  assert sums['kept_per_expert'].sum() > 0
+
+
+@pytest.mark.parametrize('name', ROUTERS)
+def test_learns_as_the_registry_says(name):
+  """The task loss alone reaches the router's weights, with one expert too if that is allowed."""
+  router = routing.ROUTERS[name]
+  options = options_of(name, capacity_factor=None)
+  alone = dataclasses.replace(options.choice, num_selected_experts=1, num_selected_groups=1)
+  choices = [options.choice, *([] if router.allowed(alone) else [alone])]
+  for choice in choices:
+    options = options_of(name, capacity_factor=None, choice=choice)
+    inputs, state = drawn(options)
+
+    def loss(weights, options=options, inputs=inputs, state=state):
+      params = inputs.params._replace(router=weights)
+      y, _ = run(options, make_mesh(1, 1), inputs._replace(params=params), state)
+      return jnp.sum(y * jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape))
+
+    gradients = jax.jit(jax.grad(loss))(inputs.params.router)
+    size = max((np.abs(leaf).max() for leaf in jax.tree.leaves(gradients)), default=0.0)
+    assert (size > 1e-3) == router.learns, (choice.num_selected_experts, size)
+
+
+@functools.cache
+def _past_changes(name, deterministic):
+  """How much the output of the first half of 16 rows changes when the second half is redrawn."""
+  options = options_of(name, group_size=1, capacity_factor=None if deterministic else 0.75)
+  inputs, state = drawn(options)
+  other = drawn(options, seed=9)[0]
+  inputs = inputs._replace(valid=jnp.ones_like(inputs.valid))
+  redrawn = inputs._replace(x=inputs.x.at[:, 4:].set(other.x[:, 4:]))
+  step = jax.jit(lambda inputs: run(options, make_mesh(1, 1), inputs, state, deterministic)[0])
+  return float(np.abs(step(inputs)[:, :4] - step(redrawn)[:, :4]).max())
+
+
+@pytest.mark.parametrize('name', ROUTERS)
+def test_causal_as_the_registry_says(name):
+  router = routing.ROUTERS[name]
+  change = _past_changes(name, False)
+  assert (change < 1e-6) == router.causal, change
+
+
+@pytest.mark.parametrize('name', [n for n in ROUTERS if not routing.ROUTERS[n].rejected])
+def test_evaluation_is_causal_where_it_can_decode(name):
+  options = options_of(name)
+  assert routing.ROUTERS[name].decodes(options.choice)
+  assert _past_changes(name, True) < 1e-6
+
+
+@pytest.mark.parametrize('name', [n for n in ROUTERS if routing.ROUTERS[n].mix is None])
+def test_both_dispatchers_give_the_same_result(name, one_device):
+  options = options_of(name, dispatch='einsum')
+  inputs, state = drawn(options)
+  y, sums = jax.jit(lambda inputs: run(options, make_mesh(1, 1), inputs, state))(inputs)
+  assert_same((y, sums._asdict()), one_device[name][1:3], name)
+
+
+@pytest.mark.parametrize('name', ROUTERS)
+def test_padding_influences_nothing(name, one_device):
+  options = options_of(name)
+  inputs, state = drawn(options)
+  noise = 30 * jax.random.normal(jax.random.key(1), inputs.x.shape)
+  x = jnp.where(inputs.valid[..., None], inputs.x, noise)
+  step = jax.jit(lambda x: run(options, make_mesh(1, 1), inputs._replace(x=x), state))
+  y, sums = step(x)
+  mask = np.asarray(inputs.valid)[..., None]
+  expected = one_device[name][1]
+  assert_same((y * mask, sums._asdict()), (expected * mask, one_device[name][2]), name)
+  if routing.ROUTERS[name].mix is None:
+    np.testing.assert_array_equal(np.asarray(y)[~np.asarray(inputs.valid)], 0)
+
+
+def test_control_numbers_of_one_device_are_refused(monkeypatch):
+  """The router's own sums, its loss and state hang on them, left without their psum."""
+  original, tried = moe._sum_over_devices, []
+  monkeypatch.setattr(moe, '_sum_over_devices', lambda sums: original(sums)._replace(own=sums.own))
+  for name in ROUTERS:
+    options = options_of(name)
+    inputs, state = drawn(options)
+    trace = functools.partial(jax.eval_shape, functools.partial(run, options, make_mesh(1, 2)))
+    if has_sums(options, inputs, state):
+      tried.append(name)
+      with pytest.raises(ValueError, match='out_specs'):
+        trace(inputs, state)
+  assert {'gshard', 'group_limited', 'kmeans', 'quantile', 'remoe', 'vmoe'} <= set(tried)
+
+
+def has_sums(options, inputs, state):
+  router = routing.ROUTERS[options.router]
+  x = moe.to_groups(inputs.x, options.group_size)
+  size = x.shape[:2]
+  places = jnp.zeros(size, jnp.int32)
+  arguments = routing.RouterInputs(
+    x, jnp.ones(size, bool), places, places, small_layer.group_keys(options)
+  )
+  choice = jax.eval_shape(
+    lambda: router.choose(inputs.params.router, state, arguments, options.choice)
+  )
+  return bool(choice.sums)
+
+
+def test_control_a_state_fed_with_twice_the_sums_is_noticed(monkeypatch, one_device):
+  # What a psum too many does to quantile's bias: counts double, and so do thresholds times tokens.
+  original = moe._sum_over_devices
+
+  def doubled(sums):
+    total = original(sums)
+    return total._replace(own=jax.tree.map(lambda a: 2 * a, total.own))
+
+  monkeypatch.setattr(moe, '_sum_over_devices', doubled)
+  result = outcome(['quantile', 'remoe'], (1, 2))
+  for name in ('quantile', 'remoe'):
+    with pytest.raises(AssertionError, match='Not equal to tolerance'):
+      assert_same(result[name], one_device[name], name)
