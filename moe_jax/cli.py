@@ -65,6 +65,8 @@ def _describe(error: Exception, argv: Sequence[str]) -> str:
     name, _, value = override.lstrip('-').removeprefix('config.').partition('=')
     room, _, field = name.partition('.')
     known = config_lib.SCHEMA.get(room, {})
+    if known and not field:
+      return f'{name}={value!r}: a section; set one of its fields, {", ".join(known)}'
     if field not in known:
       allowed = ', '.join(known) if known else ', '.join(config_lib.SCHEMA)
       return f'{name}={value!r}: unknown field; must be one of {allowed}'

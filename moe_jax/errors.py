@@ -4,6 +4,7 @@ Everything else that is raised is a defect of this package: exit code 1 and a tr
 """
 
 import errno
+import os
 from typing import Any
 
 USER_ERROR_EXIT_CODE = 2
@@ -27,6 +28,21 @@ _REFUSALS = (
 def is_refusal(error: OSError) -> bool:
   """Whether the operating system refused what the user can mend, wherever it surfaced."""
   return error.errno in _REFUSALS
+
+
+def refusal_in(error: BaseException | None) -> OSError | None:
+  """Returns what the operating system refused, anywhere in the causes of an error.
+
+  Libraries wrap it, and some keep no more of it than its text.
+  """
+  while error is not None:
+    if isinstance(error, OSError) and is_refusal(error):
+      return error
+    for text in ('No space left on device', 'Not enough disk space'):
+      if text in str(error):
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    error = error.__cause__ or error.__context__
+  return None
 
 
 class UserError(ValueError):

@@ -1,5 +1,6 @@
 """Bits per byte of a run by domain: python -m moe_jax.evaluate --workdir=runs/quickstart."""
 
+import os
 import pathlib
 from typing import Any
 
@@ -27,8 +28,12 @@ _FIGURE = flags.DEFINE_bool('figure', True, 'Also draw expert load into WORKDIR/
 def main() -> None:
   """Evaluates, prints the tables and writes WORKDIR/evaluation_SPLIT.json."""
   workdir = cli.required(_WORKDIR)
+  if os.path.isdir(workdir) and not os.access(workdir, os.W_OK):
+    raise UserError('--workdir', workdir, 'cannot be written: results are kept there')
   run = restore_run(workdir, _STEP.value, _MESH.value)
   if _DATA_DIR.value:
+    if not os.path.isdir(_DATA_DIR.value):
+      raise UserError('--data_dir', _DATA_DIR.value, 'must be a directory that exists')
     run.config.data.data_dir = _DATA_DIR.value
   dataset = dataset_of(run.config)
   if dataset.fingerprint != run.facts['data']['fingerprint']:

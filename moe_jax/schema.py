@@ -192,7 +192,9 @@ SCHEMA: dict[str, dict[str, Field]] = {
   },
   'data': {
     'name': _any('tier1', 'tier1, tier2, tfds:NAME, or text:PATH (a folder of .txt or .jsonl).'),
-    'data_dir': _any('runs/data', 'Where prepared data sets are kept.'),
+    'data_dir': Field(
+      'runs/data', 'Where prepared data sets are kept.', 'must be a path', lambda v: bool(v)
+    ),
     'tokenizer': _one_of('bytes', ('bytes', 'bpe'), 'Bytes, or byte-level BPE trained on train.'),
     'vocab_size': _at_least(0, 0, 'Of the BPE, at least 512; 0 for bytes.'),
     'sequence_length': _at_least(256, 2, 'T, tokens in a sequence.'),
@@ -224,7 +226,9 @@ SCHEMA: dict[str, dict[str, Field]] = {
     'clip_norm': _non_negative(1.0, 'Global gradient norm above which gradients shrink; 0 never.'),
   },
   'train': {
-    'num_steps': _at_least(1000, 1, 'Optimizer steps.'),
+    'num_steps': Field(
+      1000, 'Optimizer steps.', 'must be an integer in 1..2**31-1', lambda v: 1 <= v < 2**31
+    ),
     'seed': Field(
       0,
       'Of initialisation, data order, jitter and random drops.',

@@ -34,6 +34,9 @@ hypothesis.settings.load_profile('deterministic')
 def pytest_configure(config):
   config.addinivalue_line('markers', 'slow: starts processes of its own.')
   config.addinivalue_line('filterwarnings', 'error')
+  # What threads of TensorStore say to the loop that Orbax closed after a damaged file, whenever.
+  closed = r'ignore:(?s).*Event loop is closed:pytest.PytestUnraisableExceptionWarning'
+  config.addinivalue_line('filterwarnings', closed)
   # Of third parties.
   config.addinivalue_line('filterwarnings', r'ignore:the load_module\(\) method:DeprecationWarning')
 

@@ -3,6 +3,7 @@
 Each refusal is one `error:` line with the field and its value, exit code 2, and no changed file.
 """
 
+import errno
 import json
 import re
 import resource
@@ -11,7 +12,7 @@ import shutil
 import numpy as np
 import pytest
 
-from moe_jax.data import ByteTokenizer
+from moe_jax.data import ByteTokenizer, token_store
 from moe_jax.train import loop, manifest
 from tests import tiny
 
@@ -57,6 +58,9 @@ def run(path, text, tmp_path_factory):
     ('data.name=tier3', ("data.name='tier3'", 'tier1')),
     ('data.name=text:/nowhere', ("data.name='text:/nowhere'", 'does not exist')),
     ('data.name=tfds:no_such_data_set', ("data.name='tfds:no_such_data_set'",)),
+    ('data.data_dir=', ('data.data_dir=', 'must be a path')),
+    ('train.num_steps=99999999999', ('train.num_steps=99999999999', '2**31-1')),
+    ('moe=5', ('moe=', '5', 'a section')),
     ('data.data_dir=/proc/moe_jax', ('data.data_dir=', '/proc/moe_jax')),
   ],
 )
@@ -291,6 +295,68 @@ def test_a_damaged_manifest_is_exit_code_3_until_training_rebuilds_it(path, run,
   assert tiny.command('generate', f'--workdir={workdir}', '--prompt=x').code == 0
 
 
+def test_a_run_stopped_before_its_manifest_starts_anew(path, tmp_path):
+  workdir = tmp_path / 'run'
+  (workdir / 'checkpoints').mkdir(parents=True)
+  (workdir / '.lock').touch()
+  result = tiny.command('train', f'--config={path}', f'--workdir={workdir}')
+  assert result.code == 0, result.err
+
+
+def test_a_missing_or_foreign_manifest_is_rebuilt_by_training(path, run, tmp_path):
+  workdir = tmp_path / 'copy'
+  shutil.copytree(run, workdir)
+  facts = manifest.read(workdir)
+  (workdir / 'manifest.json').unlink()
+  tiny.command('evaluate', f'--workdir={workdir}').assert_error('no run')
+  result = tiny.command('train', f'--config={path}', f'--workdir={workdir}')
+  assert (result.code, manifest.read(workdir)['status']) == (0, 'finished'), result.err
+  assert 'manifest.json is missing; going on with the config in checkpoint 3' in result.out
+  facts['config']['moe']['num_selected_experts'] = 3
+  manifest.write(workdir, facts)
+  before = tiny.snapshot(workdir)
+  for verb, more in (('evaluate', []), ('generate', ['--prompt=x'])):
+    result = tiny.command(verb, f'--workdir={workdir}', *more)
+    result.assert_error('disagree on moe.num_selected_experts', code=3)
+  assert tiny.snapshot(workdir) == before
+  result = tiny.command('train', f'--config={path}', f'--workdir={workdir}')
+  assert result.code == 0, result.err
+  assert manifest.read(workdir)['config']['moe']['num_selected_experts'] == 2
+
+
+def test_another_tokenizer_of_the_same_size_is_refused_and_put_back(run, path, tmp_path):
+  workdir = tmp_path / 'copy'
+  shutil.copytree(run, workdir)
+  facts = manifest.read(workdir)
+  own = facts['data']['tokenizer']
+  manifest.write(workdir, facts | {'data': facts['data'] | {'tokenizer': 'another'}})
+  for verb, more in (('evaluate', []), ('generate', ['--prompt=x'])):
+    result = tiny.command(verb, f'--workdir={workdir}', *more)
+    result.assert_error('not the tokenizer that the model was trained with', code=3)
+  manifest.write(workdir, facts | {'data': facts['data'] | {'tokenizer': own}})
+  shutil.rmtree(workdir / 'tokenizer')
+  result = tiny.command('generate', f'--workdir={workdir}', '--prompt=x')
+  result.assert_error('tokenizer.json cannot be read', 'puts it back', code=3)
+  result = tiny.command('train', f'--config={path}', f'--workdir={workdir}')
+  assert (result.code, 'finished at step 3' in result.out) == (0, True)
+  assert tiny.command('generate', f'--workdir={workdir}', '--prompt=x').code == 0
+
+
+@pytest.mark.parametrize(
+  'error',
+  [OSError(errno.ENOSPC, 'No space left on device'), RuntimeError('...: No space left on device')],
+)
+def test_a_full_disk_below_the_data_is_one_line(path, tmp_path, monkeypatch, error):
+  def full(*arguments, **more):
+    raise RuntimeError('could not finish') from error
+
+  monkeypatch.setattr(token_store, 'write', full)
+  own = [f'--config.data.data_dir={tmp_path / "data"}', f'--workdir={tmp_path / "run"}']
+  result = tiny.command('train', f'--config={path}', *own)
+  result.assert_error('data.data_dir=', str(tmp_path / 'data'), 'No space left on device')
+  assert not (tmp_path / 'run').exists()
+
+
 def test_a_damaged_manifest_without_a_checkpoint_is_exit_code_3(path, run, tmp_path):
   workdir = tmp_path / 'copy'
   shutil.copytree(run, workdir)
@@ -343,6 +409,8 @@ def test_evaluate_takes_data_kept_elsewhere_and_a_run_without_metrics(run, text,
   assert result.code == 0, result.err
   assert 'data: ' not in result.err
   tiny.command('evaluate', f'--workdir={workdir}').assert_error('metrics.jsonl', '--nofigure')
+  missing = f'--data_dir={tmp_path / "missing"}'
+  tiny.command('evaluate', f'--workdir={workdir}', missing).assert_error('--data_dir=', 'missing')
 
 
 def test_a_run_without_a_checkpoint_is_refused(run, tmp_path):
@@ -397,7 +465,7 @@ def test_fewer_devices_than_the_run_had_is_said(run, monkeypatch):
   monkeypatch.setattr('jax.device_count', lambda: 1)
   result = tiny.command('evaluate', f'--workdir={run}', '--nofigure')
   assert result.code == 0, result.err
-  assert 'note: 1 device(s) for a mesh of 2x4' in result.out
+  assert 'note: 1 device(s) for a mesh of 2x4' in result.err
 
 
 def test_a_defect_of_ours_is_not_dressed_up(path, tmp_path, monkeypatch):

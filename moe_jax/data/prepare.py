@@ -109,6 +109,13 @@ def open_dataset(
       if damage is None:
         raise
       raise errors.DamagedError(f'{damage}, and it cannot be made again: {error}') from error
+    except Exception as error:
+      refusal = errors.refusal_in(error)
+      if refusal is None:
+        raise
+      raise errors.UserError(
+        'data.data_dir', data_dir, f'cannot be written: {refusal.strerror}'
+      ) from error
     return dataset_lib.Dataset(name, token_store.open_store(directory))
 
 
@@ -260,6 +267,8 @@ def _prepare(name: str, source: Source, directory: str, tokenizer: str, vocab_si
         'data.name', name, f'document {error} is shorter than two tokens'
       ) from error
     except _READ_ERRORS as error:
+      if errors.refusal_in(error):
+        raise
       if anew or not source.own:
         raise errors.DamagedError(f'the TFDS data set of {name} cannot be read: {error}') from error
       _say(f'the TFDS data set of {name} cannot be read ({error}); building it again')

@@ -204,7 +204,9 @@ def load_tokenizer(directory: str) -> Tokenizer:
     with open(path, encoding='utf-8') as file:
       serialized = file.read()
     model = json.loads(serialized)['model']['type']
-  except (OSError, ValueError, KeyError, TypeError) as error:
+  except OSError as error:
+    raise errors.DamagedError(f'{path} cannot be read: {error.strerror}') from error
+  except (ValueError, KeyError, TypeError) as error:
     raise errors.DamagedError(f'{path} is not a tokenizer ({error})') from error
   if model == _BYTES_MODEL:
     return ByteTokenizer()

@@ -7,6 +7,7 @@ visible only when it is complete; the digest finds what rots afterwards.
 """
 
 import contextlib
+import json
 import os
 import pathlib
 import re
@@ -174,18 +175,20 @@ class Checkpoints:
 
 
 def saved_config(workdir: str) -> tuple[int, dict[str, Any]] | None:
-  """Returns (step, config) of the newest checkpoint whose config can be read, None without one."""
-  checkpoints = Checkpoints(workdir, read_only=True)
-  with contextlib.closing(checkpoints):
-    for step in checkpoints.steps():
-      assert checkpoints._manager is not None
-      try:
-        read = checkpoints._manager.restore(
-          step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
-        )
-      except Exception:  # Whatever Orbax raises for files that are missing, cut or changed.
-        continue
-      return step, read['config']
+  """Returns (step, config) of the newest checkpoint whose config can be read, None without one.
+
+  Reads the JSON file itself: a checkpoint manager would wait for the other processes of a run.
+  """
+  folder = pathlib.Path(workdir) / FOLDER
+  if not folder.is_dir():
+    return None
+  for step in sorted((int(p.name) for p in folder.iterdir() if p.name.isdecimal()), reverse=True):
+    try:
+      config = json.loads((folder / str(step) / 'config' / 'metadata').read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+      continue
+    if isinstance(config, dict) and all(isinstance(fields, dict) for fields in config.values()):
+      return step, config
   return None
 
 
@@ -209,5 +212,6 @@ def _first_line(error: BaseException) -> str:
   """Returns what went wrong, without the drivers TensorStore went through and its specification."""
   line = (str(error).strip().split('\n') or [''])[0].partition(' [')[0]
   line = re.sub(r'Error opening "\w+" driver: ', '', line)
+  line = re.sub(r'<bound method.*?>>?', 'an array', line)
   line = re.sub(r' in OCDBT database at local file "[^"]*"', '', line).strip()
   return (line if len(line) <= 200 else f'{line[:200]}...') or type(error).__name__

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from moe_jax import config as config_lib
 from moe_jax import optim
-from moe_jax.data import Dataset, open_dataset, train_iterator
+from moe_jax.data import Dataset, load_tokenizer, open_dataset, train_iterator
 from moe_jax.errors import DamagedError, UserError, is_refusal
 from moe_jax.models.build import build_model
 from moe_jax.models.decoder import Decoder
@@ -152,9 +152,12 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Outcome:
       microbatch = config.data.batch_size // config.train.accumulation_steps
       model = build_model(config, mesh, dataset.tokenizer.vocab_size, 'train', microbatch)
       run = _Run(config, workdir, mesh, dataset, model, say)
-      if old and old['status'] == 'finished' and _is_intact(run):
-        say(f'{workdir}: finished at step {old["step"]}')
-        return Outcome(old['step'], True, None)
+      if old and old['status'] == 'finished':
+        if first:
+          _keep_tokenizer(run)
+        if _is_intact(run):
+          say(f'{workdir}: finished at step {old["step"]}')
+          return Outcome(old['step'], True, None)
       return _train(run, old)
   except OSError as error:
     if not is_refusal(error):
@@ -165,19 +168,28 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Outcome:
 def _read_old(workdir: str, say: Callable[[str], None]) -> dict[str, Any] | None:
   """Returns the manifest of the run in a directory; None if there is no run.
 
-  A damaged one is replaced by what the newest checkpoint knows of its config.
+  One that is damaged, missing or another run's is replaced by what the newest checkpoint knows.
   """
-  if not manifest.exists(workdir):
+  if not manifest.holds_run(workdir):
     return None
-  try:
-    return manifest.read(workdir)
-  except DamagedError as error:
-    found = saved_config(workdir)
-    if found is None:
-      raise
-    step, config = found
-    say(f'warning: {error}; going on with the config in checkpoint {step}')
-    return manifest.stand_in(step, config)
+  found = saved_config(workdir)
+  problem = 'manifest.json is missing'
+  if manifest.exists(workdir):
+    try:
+      old = manifest.read(workdir)
+      differs = found and manifest.first_difference(old['config'], found[1])
+      if not differs:
+        return old
+      problem = f'manifest.json and the checkpoints disagree on {differs}'
+    except DamagedError as error:
+      if found is None:
+        raise
+      problem = str(error)
+  if found is None:
+    return None
+  step, config = found
+  say(f'warning: {problem}; going on with the config in checkpoint {step}')
+  return manifest.stand_in(step, config)
 
 
 def _check_splits(config: ml_collections.ConfigDict, dataset: Dataset) -> None:
@@ -191,6 +203,18 @@ def _check_splits(config: ml_collections.ConfigDict, dataset: Dataset) -> None:
     )
 
 
+def _keep_tokenizer(run: _Run) -> None:
+  """Puts the tokenizer beside the run, unless it is there and whole."""
+  folder = pathlib.Path(run.workdir) / TOKENIZER
+  try:
+    if load_tokenizer(str(folder)).fingerprint == run.dataset.tokenizer.fingerprint:
+      return
+  except (DamagedError, UserError):
+    pass
+  folder.mkdir(exist_ok=True)
+  run.dataset.tokenizer.save(str(folder))
+
+
 def _is_intact(run: _Run) -> bool:
   """Whether the last checkpoint of a finished run is good, or all were taken away on purpose."""
   with jax.set_mesh(run.mesh):
@@ -198,6 +222,10 @@ def _is_intact(run: _Run) -> bool:
     checkpoints = Checkpoints(run.workdir, read_only=True)
     with contextlib.closing(checkpoints):
       if not checkpoints.steps():
+        run.say(
+          'note: its checkpoints are gone, so it can be neither evaluated nor sampled; to train it '
+          'again, use another --workdir'
+        )
         return True
       restored = checkpoints.restore(abstract_state(run.model, optimizer))
   return restored is not None and restored[0] == run.config.train.num_steps
@@ -223,10 +251,8 @@ def _train(run: _Run, old: dict[str, Any] | None) -> Outcome:
     state, step, position = _start(run, optimizer, checkpoints)
     facts['step'] = step
     if first:
-      folder = pathlib.Path(run.workdir) / TOKENIZER
-      folder.mkdir(exist_ok=True)
-      run.dataset.tokenizer.save(str(folder))
-      if old and old['status'] == manifest.DAMAGED:
+      _keep_tokenizer(run)
+      if old and old['status'] == manifest.DAMAGED and manifest.exists(run.workdir):
         run.say(f'damaged manifest moved to {manifest.set_aside(run.workdir)}')
       manifest.write(run.workdir, facts)
     batches = train_iterator(

@@ -223,6 +223,10 @@ def check_same_data(
     )
 
 
+# What a run that was stopped before its manifest was written may leave.
+_BEGINNINGS = ('.lock', 'checkpoints', 'tokenizer', 'manifest.tmp')
+
+
 @contextlib.contextmanager
 def claimed(workdir: str) -> Iterator[None]:
   """Makes the directory and holds it, so that two runs never write into one.
@@ -236,9 +240,7 @@ def claimed(workdir: str) -> Iterator[None]:
   try:
     new = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
-    foreign = [p.name for p in path.iterdir() if p.name != '.lock']
-    if foreign and not (path / MANIFEST).exists():
-      raise UserError('workdir', workdir, f'holds {foreign[0]!r} but no run; use an empty one')
+    had_lock = (path / '.lock').exists()
     lock = open(path / '.lock', 'w')  # noqa: SIM115
   except OSError as error:
     raise UserError('workdir', workdir, f'cannot be written: {error.strerror}') from error
@@ -248,9 +250,30 @@ def claimed(workdir: str) -> Iterator[None]:
     except OSError as error:
       raise UserError('workdir', workdir, 'another process is writing this run') from error
     try:
+      foreign = [p.name for p in path.iterdir() if p.name not in _BEGINNINGS]
+      if foreign and not holds_run(workdir):
+        raise UserError('workdir', workdir, f'holds {foreign[0]!r} but no run; use an empty one')
       yield
     finally:
-      if not (path / MANIFEST).exists():
+      if not (path / MANIFEST).exists() and not had_lock:
         (path / '.lock').unlink(missing_ok=True)
         if new and not any(path.iterdir()):
           path.rmdir()
+
+
+def holds_run(workdir: str | os.PathLike) -> bool:
+  """Whether a directory holds a manifest or a checkpoint, from which one can be rebuilt."""
+  checkpoints = pathlib.Path(workdir) / 'checkpoints'
+  return exists(workdir) or (
+    checkpoints.is_dir() and any(p.name.isdecimal() for p in checkpoints.iterdir())
+  )
+
+
+def first_difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
+  """Returns the first field in which two saved configs differ, `FREE_FIELDS` apart."""
+  for room in sorted(one.keys() | other.keys()):
+    for name in sorted(one.get(room, {}).keys() | other.get(room, {}).keys()):
+      field = f'{room}.{name}'
+      if field not in FREE_FIELDS and one.get(room, {}).get(name) != other.get(room, {}).get(name):
+        return field
+  return None

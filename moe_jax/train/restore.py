@@ -1,6 +1,7 @@
 """From the directory of a run to its model and parameters, on any mesh."""
 
 import pathlib
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from moe_jax.errors import DamagedError, UserError
 from moe_jax.models.build import build_model
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.train import manifest
-from moe_jax.train.checkpoint import Checkpoints
+from moe_jax.train.checkpoint import Checkpoints, saved_config
 from moe_jax.train.loop import TOKENIZER
 from moe_jax.train.state import abstract_state
 
@@ -55,12 +56,20 @@ def restore_run(workdir: str, step: int | None = None, mesh: str | None = None) 
   """
   facts = manifest.read(workdir)
   config = manifest.config_of(facts)
-  tokenizer = load_tokenizer(str(pathlib.Path(workdir) / TOKENIZER))
+  try:
+    tokenizer = load_tokenizer(str(pathlib.Path(workdir) / TOKENIZER))
+  except DamagedError as error:
+    raise DamagedError(f'{error}; the train command of the run puts it back') from error
   if tokenizer.vocab_size != facts['vocab_size']:
     raise UserError(
       'tokenizer.vocab_size',
       tokenizer.vocab_size,
       f'the model in {workdir} has a vocabulary of {facts["vocab_size"]}',
+    )
+  if tokenizer.fingerprint != facts['data'].get('tokenizer', tokenizer.fingerprint):
+    raise DamagedError(
+      f'{workdir}/{TOKENIZER} is not the tokenizer that the model was trained with; the train '
+      'command of the run puts it back'
     )
   device_mesh = _choose_mesh(config, mesh)
   model = build_model(config, device_mesh, facts['vocab_size'], 'eval')
@@ -72,6 +81,13 @@ def restore_run(workdir: str, step: int | None = None, mesh: str | None = None) 
       raise UserError('workdir', workdir, 'has no checkpoint yet')
     if step is not None and step not in steps:
       raise UserError('--step', step, f'must be one of {sorted(steps)}')
+    found = saved_config(workdir)
+    differs = found and manifest.first_difference(facts['config'], found[1])
+    if differs:
+      raise DamagedError(
+        f'manifest.json and the checkpoints in {workdir} disagree on {differs}; the train command '
+        'of the run rebuilds the manifest from a checkpoint'
+      )
     abstract = abstract_state(model, optimizer)
     if step is None:
       restored = checkpoints.restore(abstract)
@@ -79,7 +95,9 @@ def restore_run(workdir: str, step: int | None = None, mesh: str | None = None) 
         raise DamagedError(f'no checkpoint in {workdir}')
       step, state, _ = restored
       for damaged in checkpoints.damaged:
-        print(f'warning: checkpoint {damaged} in {workdir} is damaged; using {step}', flush=True)
+        print(
+          f'warning: checkpoint {damaged} in {workdir} is damaged; using {step}', file=sys.stderr
+        )
     else:
       state = checkpoints.restore_step(step, abstract)
   finally:
@@ -95,7 +113,7 @@ def _choose_mesh(config: ml_collections.ConfigDict, mesh: str | None) -> Mesh:
     print(
       f'note: {jax.device_count()} device(s) for a mesh of {wanted[0]}x{wanted[1]}; using one, the '
       'result is the same',
-      flush=True,
+      file=sys.stderr,
     )
     wanted = (1, 1)
   if config.moe.num_experts % wanted[1]:

@@ -246,6 +246,7 @@ def test_a_finished_run_whose_last_checkpoint_is_damaged_is_repaired(whole, copy
   shutil.rmtree(copy / 'checkpoints')
   assert loop.train(config, str(copy)) == (6, True, None)
   assert not (copy / 'checkpoints').exists()
+  assert 'its checkpoints are gone' in capsys.readouterr().out
 
 
 def test_an_interrupted_save_leaves_no_half_checkpoint(whole, copy):

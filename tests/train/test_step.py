@@ -129,13 +129,20 @@ def test_the_reported_loss_has_no_auxiliary_part():
   assert metrics.tokens == tokens
 
 
+def without_slots(result):
+  """(gradient, parts) without the number of slots, which grows with padding."""
+  gradient, parts = result
+  return gradient, parts._replace(router_sums=parts.router_sums._replace(slots=None))
+
+
 def test_rows_of_padding_change_nothing_whatever_stands_in_them():
   rows = tiny.batch(4, 16)
   longer = {name: np.pad(value, ((0, 12), (0, 0))) for name, value in rows.items()}
   padding = longer['segment_ids'] == 0
   longer['inputs'][padding], longer['targets'][padding] = 77, 99
   short = tiny.trainer({**DROPLESS, 'data.batch_size': 4}).gradient(rows, LARGE_WEIGHTS)
-  tiny.assert_close(tiny.trainer(DROPLESS).gradient(longer, LARGE_WEIGHTS), short)
+  result = tiny.trainer(DROPLESS).gradient(longer, LARGE_WEIGHTS)
+  tiny.assert_close(without_slots(result), without_slots(short))
 
 
 def test_packed_documents_are_computed_as_if_each_had_a_row():
@@ -148,7 +155,8 @@ def test_packed_documents_are_computed_as_if_each_had_a_row():
         apart[name][2 * row + document - 1, : cells.sum()] = value[row, cells]
   apart['segment_ids'] = np.minimum(apart['segment_ids'], 1)
   one = tiny.trainer({**DROPLESS, 'data.batch_size': 4}).gradient(packed, LARGE_WEIGHTS)
-  tiny.assert_close(one, tiny.trainer(DROPLESS).gradient(apart, LARGE_WEIGHTS))
+  result = tiny.trainer(DROPLESS).gradient(apart, LARGE_WEIGHTS)
+  tiny.assert_close(without_slots(one), without_slots(result))
 
 
 def test_weights_are_arguments_and_weight_zero_still_reports():
