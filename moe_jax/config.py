@@ -103,6 +103,12 @@ def _check_moe(config: ml_collections.ConfigDict) -> None:
     )
   if config.model.num_layers % moe.every:
     raise UserError('moe.every', moe.every, f'must divide {config.model.num_layers} layers')
+  if moe.num_experts % moe.device_balance_parts:
+    raise UserError(
+      'moe.device_balance_parts',
+      moe.device_balance_parts,
+      f'must divide {moe.num_experts} experts',
+    )
   if moe.num_experts % mesh.expert:
     raise UserError('mesh.expert', mesh.expert, f'must divide {moe.num_experts} experts')
 

@@ -166,7 +166,16 @@ SCHEMA: dict[str, dict[str, Field]] = {
     'balance_devices': _at_least(
       8, 1, 'Parts of the batch when balance_scope=device; a number of the study, not of the mesh.'
     ),
-    'load_balancing_weight': _non_negative(0.01, 'Of the load-balancing loss (1 at balance).'),
+    'load_balancing_weight': _non_negative(0.01, 'Of the load-balancing loss.'),
+    'balance_normalization': _one_of(
+      'one',
+      routing.NORMALIZATIONS,
+      'Value of that loss at perfect balance: 1, K, or 1 / E^2 (gshard). Codebases differ.',
+    ),
+    'device_balance_weight': _non_negative(0.0, 'Of the same loss between parts of the experts.'),
+    'device_balance_parts': _at_least(
+      1, 1, 'Equal parts of consecutive experts for it; divides num_experts, whatever the mesh.'
+    ),
     'router_z_weight': _non_negative(0.001, 'Of the router z-loss.'),
     'importance_weight': _non_negative(0.0, 'Of the importance loss, CV^2 (0 at balance).'),
     'entropy_weight': Field(

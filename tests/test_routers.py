@@ -10,7 +10,7 @@ from configs import presets
 from moe_jax import config as schema
 from moe_jax import routing
 from moe_jax.errors import UserError
-from moe_jax.train import loop, manifest
+from moe_jax.train import accounting, loop, manifest
 from moe_jax.train.metrics import read_metrics
 from tests import tiny
 
@@ -56,6 +56,19 @@ def test_a_preset_leaves_no_choice_open():
   for name in presets.SILENT:
     with pytest.raises(TypeError, match=f'moe.{name} open'):
       presets.make('', **{key: value for key, value in choices.items() if key != name})
+
+
+def test_segments_keep_what_is_active():
+  config = preset('top_k')
+  before = accounting.parameter_counts(config, 258)
+  router = config.model.num_layers * config.model.embed_dim * config.moe.num_experts
+  presets.segmented(config, 4)
+  moe = config.moe
+  assert (moe.num_experts, moe.num_selected_experts, moe.mlp_dim) == (32, 8, 8)
+  after = accounting.parameter_counts(config, 258)
+  assert {name: after[name] - before[name] for name in before} == dict.fromkeys(before, 3 * router)
+  with pytest.raises(UserError, match='moe.mlp_dim=8: must be divisible into 3 parts'):
+    presets.segmented(config, 3)
 
 
 @pytest.mark.parametrize('name', PRESETS)

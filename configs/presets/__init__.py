@@ -24,6 +24,8 @@ SILENT = (
   'eval_capacity_factor',
   'balance_scope',
   'load_balancing_weight',
+  'balance_normalization',
+  'device_balance_weight',
   'router_z_weight',
   'importance_weight',
   'entropy_weight',
@@ -56,4 +58,25 @@ def make(base: str, **choices: Any):
     config.optim.update(learning_rate=5e-3, warmup_steps=10)
     config.train.update(num_steps=300, checkpoint_every=300, eval_every=0)
   config.moe.update(choices)
+  return config
+
+
+def segmented(config: Any, parts: int):
+  """Cuts each expert into parts: as many times the experts and the selected, narrower.
+
+  Active parameters and FLOPs stay, but for the router's.
+
+  Raises:
+    UserError: if the parts do not divide the hidden units of an expert.
+
+  Source: Dai et al. 2024, arXiv:2401.06066, sec. 3.1.
+  """
+  moe = config.moe
+  if parts < 1 or moe.mlp_dim % parts:
+    raise UserError('moe.mlp_dim', moe.mlp_dim, f'must be divisible into {parts} parts')
+  moe.update(
+    num_experts=moe.num_experts * parts,
+    num_selected_experts=moe.num_selected_experts * parts,
+    mlp_dim=moe.mlp_dim // parts,
+  )
   return config

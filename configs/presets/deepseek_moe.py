@@ -1,7 +1,7 @@
-"""DeepSeekMoE: fine-grained experts and one that every token passes.
+"""DeepSeekMoE: fine-grained experts and some that every token passes.
 
-Dai et al. 2024, arXiv:2401.06066: half as wide, four active, of which one is shared. Differs: no
-device-level loss.
+Dai et al. 2024, arXiv:2401.06066: experts cut in two, two of the four active ones shared.
+Differs: no device-level loss.
 
 python -m moe_jax.train --config=configs/presets/deepseek_moe.py --workdir=runs/deepseek_moe
 """
@@ -14,18 +14,20 @@ def get_config(arg: str = ''):
   config = presets.make(
     arg,
     router='top_k',
-    num_selected_experts=3,
-    num_shared_experts=1,
+    num_selected_experts=1,
+    num_shared_experts=2,
     score='softmax',
     softmax_order='before',
     renormalize='none',
     gate_scale=1.0,
     jitter=0.0,
     priority='token',
-    capacity_factor=3.0,
-    eval_capacity_factor=3.0,
+    capacity_factor=8.0,
+    eval_capacity_factor=8.0,
     balance_scope='global',
     load_balancing_weight=0.01,
+    balance_normalization='one',
+    device_balance_weight=0.0,
     router_z_weight=0.0,
     importance_weight=0.0,
     entropy_weight=0.0,
@@ -33,5 +35,4 @@ def get_config(arg: str = ''):
     layer_reduction='sum',
     router_init_scale=0.1,
   )
-  config.moe.mlp_dim //= 2
-  return config
+  return presets.segmented(config, 2)

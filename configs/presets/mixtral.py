@@ -1,7 +1,7 @@
 """Mixtral: softmax over the two selected logits, nothing dropped.
 
 Jiang et al. 2024, arXiv:2401.04088. The paper names no auxiliary loss; 0.02 is what is usual with
-its weights, and 1 at balance here where it is 2 there.
+its weights; the loss is K at balance, as in Hugging Face's code.
 
 python -m moe_jax.train --config=configs/presets/mixtral.py --workdir=runs/mixtral
 """
@@ -25,6 +25,8 @@ def get_config(arg: str = ''):
     eval_capacity_factor=4.0,
     balance_scope='global',
     load_balancing_weight=0.02,
+    balance_normalization='k',
+    device_balance_weight=0.0,
     router_z_weight=0.0,
     importance_weight=0.0,
     entropy_weight=0.0,

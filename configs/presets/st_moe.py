@@ -1,7 +1,7 @@
 """ST-MoE: top-2, renormalised gates, z-loss.
 
 Zoph et al. 2022, arXiv:2202.08906. Differs: every second choice asks for a slot (the paper draws
-them, see the preset gshard); the loss is 1 at balance, not 2.
+them, see the preset gshard). The loss is K at balance, as in Flaxformer.
 
 python -m moe_jax.train --config=configs/presets/st_moe.py --workdir=runs/st_moe
 """
@@ -25,6 +25,8 @@ def get_config(arg: str = ''):
     eval_capacity_factor=2.0,
     balance_scope='global',
     load_balancing_weight=0.01,
+    balance_normalization='k',
+    device_balance_weight=0.0,
     router_z_weight=0.001,
     importance_weight=0.0,
     entropy_weight=0.0,

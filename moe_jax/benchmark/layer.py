@@ -61,6 +61,8 @@ def rows(
       jitter=0.0,
       priority='token',
       balance_scopes=1,
+      balance_normalization='one',
+      device_balance_parts=1,
       dispatch=dispatch,
       router_init_scale=ROUTER_INIT_SCALE,
     )

@@ -43,6 +43,8 @@ class MoeOptions:
   jitter: float
   priority: str
   balance_scopes: int
+  balance_normalization: str
+  device_balance_parts: int
   dispatch: str
   router_init_scale: float
 

@@ -78,6 +78,8 @@ def _moe_options(config: ml_collections.ConfigDict, mode: str, batch_size: int) 
     jitter=moe.jitter,
     priority=moe.priority,
     balance_scopes=config_lib.balance_scopes(config, batch_size) if mode == 'train' else 1,
+    balance_normalization=moe.balance_normalization,
+    device_balance_parts=moe.device_balance_parts,
     dispatch=moe.dispatch,
     router_init_scale=moe.router_init_scale,
   )

@@ -5,6 +5,11 @@ counts what happened and `losses` turns the counts into the auxiliary losses. A 
 is one new file in `routers/`; `router.Router` says what it holds.
 """
 
+from moe_jax.routing.balance_losses import (
+  NORMALIZATIONS,
+  device_balance_loss,
+  load_balancing_value,
+)
 from moe_jax.routing.capacity import expert_capacity
 from moe_jax.routing.losses import (
   entropy_loss,
@@ -25,6 +30,7 @@ from moe_jax.routing.routers.top_k import (
 from moe_jax.routing.stats import RouterSums, add_sums, router_sums
 
 __all__ = [
+  'NORMALIZATIONS',
   'PRIORITIES',
   'RENORMALIZATIONS',
   'ROUTERS',
@@ -38,11 +44,13 @@ __all__ = [
   'RouterSums',
   'add_sums',
   'choose_top_k',
+  'device_balance_loss',
   'entropy_loss',
   'expert_capacity',
   'importance_loss',
   'jitter',
   'load_balancing_loss',
+  'load_balancing_value',
   'make_plan',
   'router_sums',
   'router_z_loss',

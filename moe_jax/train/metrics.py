@@ -80,6 +80,7 @@ def step_metrics(metrics: StepMetrics, num_ranks: int = 1) -> dict[str, Any]:
     record['router/load_balancing_loss'] = np.asarray(metrics.auxiliary.load_balancing).tolist()
     record['router/z_loss'] = np.asarray(metrics.auxiliary.router_z).tolist()
     record['router/importance_loss'] = np.asarray(metrics.auxiliary.importance).tolist()
+    record['router/device_balance_loss'] = np.asarray(metrics.auxiliary.device_balance).tolist()
     record['router/own_loss'] = np.asarray(metrics.auxiliary.router).tolist()
     record |= router_metrics(metrics.router_sums, num_ranks)
   return record

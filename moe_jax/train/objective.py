@@ -24,6 +24,7 @@ class LossWeights(NamedTuple):
   router_z: Float[Array, '']
   importance: Float[Array, '']
   entropy: Float[Array, '']
+  device_balance: Float[Array, '']
   router: Float[Array, '']
 
 
@@ -37,6 +38,7 @@ class AuxiliaryLosses(NamedTuple):
   router_z: Float[Array, 'L']
   importance: Float[Array, 'L']
   entropy: Float[Array, 'L']
+  device_balance: Float[Array, 'L']
   router: Float[Array, 'L']
 
 
@@ -51,6 +53,7 @@ def loss_weights(config: ml_collections.ConfigDict) -> LossWeights:
         moe.router_z_weight,
         moe.importance_weight,
         moe.entropy_weight,
+        moe.device_balance_weight,
         moe.router_loss_weight,
       )
     )
@@ -78,10 +81,15 @@ def auxiliary_losses(
   if own_loss is not None:
     own = jax.vmap(lambda sums, state: own_loss(sums, state, moe.choice))(sums, router_state)
   return AuxiliaryLosses(
-    load_balancing=routing.load_balancing_loss(sums, moe.num_selected_experts),
+    load_balancing=routing.load_balancing_value(
+      sums, moe.num_selected_experts, moe.balance_normalization
+    ),
     router_z=routing.router_z_loss(sums),
     importance=routing.importance_loss(sums),
     entropy=routing.entropy_loss(sums),
+    device_balance=routing.device_balance_loss(
+      sums, moe.num_selected_experts, moe.device_balance_parts
+    ),
     router=own,
   )
 

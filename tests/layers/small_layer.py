@@ -22,6 +22,8 @@ OPTIONS = moe.MoeOptions(
   jitter=0.0,
   priority='token',
   balance_scopes=1,
+  balance_normalization='one',
+  device_balance_parts=1,
   dispatch='gather',
   router_init_scale=0.1,
 )

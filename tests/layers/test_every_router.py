@@ -193,6 +193,33 @@ def test_evaluation_is_causal_where_it_can_decode(name):
   assert _past_changes(name, True) < 1e-6
 
 
+def test_a_weight_that_is_not_a_number_shows_in_the_loss():
+  """Training stops at such a loss; without this, a router that went astray could be silent."""
+  cases = {}
+  for name in ROUTERS:
+    options = options_of(name)
+    inputs, state = drawn(options)
+    for key, weight in inputs.params.router.items():
+      for bad in (jnp.nan, jnp.inf):
+        weights = {**inputs.params.router, key: weight.at[0].set(bad)}
+        params = inputs.params._replace(router=weights)
+        cases[f'{name} {key} {bad}'] = (options, inputs._replace(params=params), state)
+
+  def loss(options, inputs, state):
+    y, sums = run(options, make_mesh(1, 1), inputs, state)
+    return jnp.sum(y) + losses(options, sums, state)
+
+  names = {name: case[0] for name, case in cases.items()}
+
+  @jax.jit
+  def program(arrays):
+    return {name: loss(options, *arrays[name]) for name, options in names.items()}
+
+  values = program({name: case[1:] for name, case in cases.items()})
+  silent = [name for name, value in values.items() if np.isfinite(value)]
+  assert not silent
+
+
 @pytest.mark.parametrize('name', [n for n in ROUTERS if routing.ROUTERS[n].mix is None])
 def test_both_dispatchers_give_the_same_result(name, one_device):
   options = options_of(name, dispatch='einsum')

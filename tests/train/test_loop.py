@@ -24,10 +24,12 @@ from tests import tiny
 # Orbax leaves event loops to the garbage collector when it meets a damaged file.
 pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 
-# Everything whose state must survive: moments, jitter and random drops.
+# Everything whose state must survive: moments, a router's bias, jitter and random drops.
 LIVELY = {
   'optim.name': 'adamw',
   'optim.learning_rate': 0.01,
+  'moe.router': 'loss_free',
+  'moe.bias_rate': 0.05,
   'moe.jitter': 0.1,
   'moe.priority': 'random',
   'train.eval_every': 3,
@@ -239,6 +241,9 @@ def test_a_finished_run_whose_last_checkpoint_is_damaged_is_repaired(whole, copy
   assert loop.train(config, str(copy)) == (6, True, None)
   assert 'damaged checkpoint moved to' in capsys.readouterr().out
   assert_same_run(copy, undisturbed, config)
+  # Six steps of 0.05 each: the bias has moved, and not alike for all experts.
+  bias = np.asarray(state_of(copy, config)[1].router_state['bias'])
+  assert bias.shape == (2, 8) and np.ptp(bias, axis=1).min() > 0.05
   # Nothing left to do; nor where the checkpoints were removed to save space.
   before = tiny.snapshot(copy)
   assert loop.train(config, str(copy)) == (6, True, None)

@@ -85,18 +85,19 @@ def test_balance_gives_one_and_zero():
 
 
 @pytest.mark.parametrize(
-  ('reduction', 'expected'), [('mean', 0.5 * 2 + 0.25 * 3 + 4 - 0.5 * 8 + 0.125 * 8), ('sum', 5.5)]
+  ('reduction', 'expected'),
+  [('mean', 0.5 * 2 + 0.25 * 3 + 4 - 0.5 * 8 + 0.5 * 2 + 1), ('sum', 7.5)],
 )
 def test_weighted_sum(reduction, expected):
   losses = objective.AuxiliaryLosses(
-    *map(jnp.array, ([1.0, 3.0], [2.0, 4.0], [4.0, 4.0], [8.0, 8.0], [16.0, 0.0]))
+    *map(jnp.array, ([1.0, 3.0], [2.0, 4.0], [4.0, 4.0], [8.0, 8.0], [2.0, 2.0], [16.0, 0.0]))
   )
-  weights = objective.LossWeights(*map(jnp.array, (0.5, 0.25, 1.0, -0.5, 0.125)))
+  weights = objective.LossWeights(*map(jnp.array, (0.5, 0.25, 1.0, -0.5, 0.5, 0.125)))
   np.testing.assert_allclose(objective.weighted_sum(losses, weights, reduction), expected)
 
 
 def test_weights_enter_once():
   """Not `aux + weight * aux`: half the weight is half of what is added."""
-  losses = objective.AuxiliaryLosses(*(jnp.array([1.0, 3.0]) for _ in range(5)))
-  zero = objective.LossWeights(*(jnp.zeros(()) for _ in range(5)))
+  losses = objective.AuxiliaryLosses(*(jnp.array([1.0, 3.0]) for _ in range(6)))
+  zero = objective.LossWeights(*(jnp.zeros(()) for _ in range(6)))
   assert objective.weighted_sum(losses, zero, 'mean') == 0

@@ -19,9 +19,9 @@ def _weights(*values):
   return objective.LossWeights(*(jnp.asarray(value, jnp.float32) for value in values))
 
 
-NO_WEIGHTS = _weights(0, 0, 0, 0, 0)
+NO_WEIGHTS = _weights(0, 0, 0, 0, 0, 0)
 # So large that an error in the auxiliary gradient cannot hide behind the task's.
-LARGE_WEIGHTS = _weights(5, 1, 3, 2, 4)
+LARGE_WEIGHTS = _weights(5, 1, 3, 2, 2, 4)
 # An expert can take every token of its group. Needed where padding, which counts in the capacity,
 # is not the same.
 DROPLESS = {'moe.capacity_factor': 4.0}
@@ -235,7 +235,7 @@ def test_overfits_one_batch():
   overrides = {'optim.name': 'adamw', 'optim.learning_rate': 0.01, 'model.embed_dim': 32}
   trainer = tiny.trainer({**overrides, 'train.num_steps': 250})
   rows = tiny.batch(16, 16)
-  weights = _weights(0.01, 0.001, 0, 0, 0)
+  weights = _weights(0.01, 0.001, 0, 0, 0, 0)
   first = float(trainer(rows, weights).cross_entropy)
   for _ in range(249):
     metrics = trainer(rows, weights)
