@@ -25,7 +25,7 @@ from moe_jax.train.checkpoint import Checkpoints, saved_config
 from moe_jax.train.progress import ProgressBar
 from moe_jax.train.signals import Signals
 from moe_jax.train.state import TrainState, abstract_state, init_state, with_token_counts
-from moe_jax.train.step import make_train_step, put_batch
+from moe_jax.train.step import Batch, make_train_step, put_batch
 
 TOKENIZER = 'tokenizer'
 _MANY_PASSES = 50
@@ -357,9 +357,7 @@ def _steps(run, train_step, state, batches, checkpoints, writer, step: int) -> O
   bar = ProgressBar(config.train.num_steps, step)
   with Signals() as signals, contextlib.closing(bar):
     while step < config.train.num_steps:
-      waited = time.perf_counter()
-      batch = put_batch(next(batches), run.model)
-      waited = time.perf_counter() - waited
+      batch, waited = next_batch(batches, run.model, pending and pending[1].grad_norm)
       state, step_metrics = train_step(state, batch, weights)
       step += 1
       if pending is not None:
@@ -381,6 +379,24 @@ def _steps(run, train_step, state, batches, checkpoints, writer, step: int) -> O
   if not finished:
     run.say(f'interrupted: saving step {step}')
   return Outcome(step, finished, None if finished else signals.received)
+
+
+def next_batch(batches, model: Decoder, running: Any) -> tuple[Batch, float]:
+  """Returns the next batch on its devices, and the seconds the devices had nothing to do for it.
+
+  While the step before still runs, no device waits and nothing is counted; if it has ended
+  meanwhile, all the time the batch took is, so the seconds are an upper bound.
+
+  Args:
+    batches: of this process.
+    model: whose mesh the batch goes to.
+    running: an array that the step before computes; None if there is none in flight.
+  """
+  start = time.perf_counter()
+  batch = put_batch(next(batches), model)
+  seconds = time.perf_counter() - start
+  idle = running is None or running.is_ready()
+  return batch, seconds if idle else 0.0
 
 
 def _evaluates_at(config: ml_collections.ConfigDict, step: int) -> bool:

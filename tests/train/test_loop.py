@@ -265,6 +265,20 @@ def test_an_interrupted_save_leaves_no_half_checkpoint(whole, copy):
   assert_same_run(copy, undisturbed, config)
 
 
+def test_the_wait_for_data_counts_only_while_the_devices_are_idle(monkeypatch):
+  class Step:
+    def __init__(self, ready):
+      self.is_ready = lambda: ready
+
+  model, rows = tiny.trainer().model, tiny.batch(16, 16)
+  clock = iter(range(100))
+  monkeypatch.setattr(loop.time, 'perf_counter', lambda: float(next(clock)))
+  for running, seconds in ((None, 1.0), (Step(False), 0.0), (Step(True), 1.0)):
+    batch, waited = loop.next_batch(iter([rows]), model, running)
+    assert waited == seconds
+    np.testing.assert_array_equal(batch['inputs'], rows['inputs'])
+
+
 def test_only_the_newest_checkpoints_stay(text, tmp_path):
   overrides = {'train.checkpoint_every': 1, 'train.keep_checkpoints': 3}
   loop.train(tiny.config({**text, **overrides}), str(tmp_path / 'run'))
