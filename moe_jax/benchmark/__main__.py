@@ -72,6 +72,9 @@ def _router() -> None:
     if _JSON.value:
       print(json.dumps(row), flush=True)
       continue
+    if 'not_measured' in row:
+      print(f'E={row["num_experts"]:<5} {row["router"]:<15} not measured: {row["not_measured"]}')
+      continue
     share = row['share']
     print(
       f'E={row["num_experts"]:<5} {row["router"]:<15}{share["median"]:>8.1%} '

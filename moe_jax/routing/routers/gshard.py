@@ -47,7 +47,9 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
       lambda key: jax.random.uniform(key, inputs.valid.shape[1:]), inputs.keys
     )
     second = draw < choice.gates[..., 1] / limit
-  first_choices = jax.nn.one_hot(choice.expert_index[..., 0], options.num_experts)
+  # Not a slice of the top-k: XLA on CPUs then sorts whole rows instead.
+  first = jnp.argmax(choice.router_logits, axis=-1)
+  first_choices = jax.nn.one_hot(first, options.num_experts)
   return choice._replace(
     gates=choice.gates * options.gate_scale,
     chosen=jnp.stack([jnp.ones_like(second), second], axis=-1),

@@ -94,7 +94,9 @@ def selection_probability(
   deviation: Float[Array, 'G S E'],
 ) -> Float[Array, 'G S E']:
   """Returns P(expert is selected), its own noise drawn anew, all other noise as it is; K < E."""
-  last_in = jnp.take_along_axis(selection, choice.expert_index[..., -1:], axis=-1)
+  # Not a slice of the top-k: XLA on CPUs then sorts whole rows instead.
+  chosen = jnp.take_along_axis(selection, choice.expert_index, axis=-1)
+  last_in = jnp.min(chosen, axis=-1, keepdims=True)
   first_out = jnp.max(jnp.where(selected > 0, -jnp.inf, selection), axis=-1, keepdims=True)
   threshold = jnp.where(selected > 0, first_out, last_in)
   return jax.scipy.special.ndtr(

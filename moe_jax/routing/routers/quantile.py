@@ -66,8 +66,11 @@ def group_threshold(
   num_experts = margin.shape[-1]
   tokens = jnp.sum(valid, axis=-1, dtype=jnp.int32)[:, None]
   quota = jnp.clip(tokens * num_selected_experts // num_experts, 0, jnp.maximum(tokens - 1, 0))
-  in_order = jnp.sort(jnp.where(valid[..., None], margin, -jnp.inf), axis=1, descending=True)
-  beta = jnp.take_along_axis(in_order, quota[:, :, None], axis=1)[:, 0]
+  # No group has a larger quota than one without padding, so the rest need not be sorted.
+  largest_quota = min(valid.shape[1] * num_selected_experts // num_experts, valid.shape[1] - 1)
+  by_expert = jnp.where(valid[..., None], margin, -jnp.inf).swapaxes(1, 2)
+  in_order = jax.lax.top_k(by_expert, largest_quota + 1)[0]
+  beta = jnp.take_along_axis(in_order, quota[:, None, :], axis=-1)[..., 0]
   return jnp.where(tokens > 0, tokens * beta, 0).astype(jnp.float32)
 
 

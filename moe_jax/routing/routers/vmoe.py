@@ -46,7 +46,9 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
     gate_scale=options.gate_scale,
   )
   if noisy:
-    last_in = jnp.take_along_axis(selection, choice.expert_index[..., -1:], axis=-1)
+    # Not a slice of the top-k: XLA on CPUs then sorts whole rows instead.
+    chosen = jnp.take_along_axis(selection, choice.expert_index, axis=-1)
+    last_in = jnp.min(chosen, axis=-1, keepdims=True)
     load = probability_above(last_in, router_logits, options.noise_scale / num_experts)
   else:
     load = noisy_top_k.spread(choice.expert_index, jnp.ones_like(choice.gates), num_experts)
