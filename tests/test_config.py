@@ -150,6 +150,11 @@ def test_zero_is_an_error_where_it_means_nothing(room, name):
   ('overrides', 'field', 'value'),
   [
     ({'moe.num_selected_experts': 9}, 'moe.num_selected_experts', 9),
+    ({'moe.router': 'soft'}, 'moe.router', 'soft'),
+    ({'moe.router': 'dense'}, 'moe.num_selected_experts', 2),
+    ({'moe.router_loss_weight': 0.1}, 'moe.router_loss_weight', 0.1),
+    ({'moe.device_balance_parts': 3}, 'moe.device_balance_parts', 3),
+    ({'moe.softmax_order': 'after', 'moe.score': 'sigmoid'}, 'moe.softmax_order', 'after'),
     ({'moe.num_selected_experts': 1}, 'moe.renormalize', 'before_drop'),
     (
       {'moe.num_selected_experts': 1, 'moe.renormalize': 'after_drop'},
