@@ -14,7 +14,8 @@ from moe_jax.errors import UserError
 from moe_jax.models.build import build_model
 from moe_jax.results import load_figure
 from moe_jax.train import evaluate as evaluate_room
-from moe_jax.train.loop import dataset_of, write_json
+from moe_jax.train.loop import write_json
+from moe_jax.train.opening import dataset_of
 from moe_jax.train.restore import restore_run
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run.')

@@ -12,7 +12,8 @@ from moe_jax import optim
 from moe_jax.data import train_iterator
 from moe_jax.models.build import build_model
 from moe_jax.train import objective
-from moe_jax.train.loop import dataset_of, mesh_of, next_batch
+from moe_jax.train.loop import next_batch
+from moe_jax.train.opening import dataset_of, mesh_of
 from moe_jax.train.state import init_state
 from moe_jax.train.step import make_gradient, make_loss, make_train_step, put_batch
 

@@ -51,12 +51,12 @@ def all_or_none() -> Iterator[None]:
   if jax.process_count() == 1:
     yield
     return
+  went_wrong = True
   try:
     yield
-  except Exception:
-    multihost_utils.process_allgather(np.int32(1))
-    raise
-  failed = np.flatnonzero(multihost_utils.process_allgather(np.int32(0)))
+    went_wrong = False
+  finally:
+    failed = np.flatnonzero(multihost_utils.process_allgather(np.int32(went_wrong)))
   if failed.size:
     raise UserError('process', int(failed[0]), 'could not start; its own error line says why')
 

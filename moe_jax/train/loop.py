@@ -5,7 +5,6 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,20 +13,18 @@ from jax.sharding import Mesh
 
 from moe_jax import config as config_lib
 from moe_jax import optim
-from moe_jax.data import Dataset, load_tokenizer, open_dataset, train_iterator
-from moe_jax.errors import DamagedError, UserError, is_refusal
+from moe_jax.data import Dataset, train_iterator
+from moe_jax.errors import UserError, is_refusal
 from moe_jax.models.build import build_model
 from moe_jax.models.decoder import Decoder
 from moe_jax.parallel.distributed import all_or_none
-from moe_jax.parallel.mesh import make_mesh
-from moe_jax.train import evaluate, manifest, metrics, objective
-from moe_jax.train.checkpoint import Checkpoints, saved_config
+from moe_jax.train import evaluate, manifest, metrics, objective, opening
+from moe_jax.train.checkpoint import Checkpoints
 from moe_jax.train.progress import ProgressBar
 from moe_jax.train.signals import Signals
 from moe_jax.train.state import TrainState, abstract_state, init_state, with_token_counts
 from moe_jax.train.step import Batch, make_train_step, put_batch
 
-TOKENIZER = 'tokenizer'
 _MANY_PASSES = 50
 
 
@@ -73,44 +70,6 @@ class _Run(NamedTuple):
   say: Any
 
 
-def mesh_of(config: ml_collections.ConfigDict) -> Mesh:
-  """Returns the mesh of a config; an axis is never made smaller to fit.
-
-  Raises:
-    UserError: if there are not enough devices.
-  """
-  try:
-    mesh = make_mesh(config.mesh.data, config.mesh.expert)
-  except ValueError as error:
-    raise UserError(
-      'mesh.data',
-      config.mesh.data,
-      f'{error}; for simulated CPU devices set '
-      'XLA_FLAGS=--xla_force_host_platform_device_count=N, or choose a smaller mesh',
-    ) from error
-  if jax.process_count() > 1 and mesh.size != jax.device_count():
-    raise UserError(
-      'mesh.data',
-      config.mesh.data,
-      f'mesh.data * mesh.expert must be {jax.device_count()}: {jax.process_count()} processes use '
-      'all of their devices',
-    )
-  return mesh
-
-
-def dataset_of(config: ml_collections.ConfigDict) -> Dataset:
-  """Returns the data set of a config, prepared if it was not."""
-  data = config.data
-  return open_dataset(
-    data.name,
-    data_dir=data.data_dir,
-    tokenizer=data.tokenizer,
-    vocab_size=data.vocab_size,
-    valid_fraction=data.valid_fraction,
-    test_fraction=data.test_fraction,
-  )
-
-
 def pools_sums(config: ml_collections.ConfigDict) -> bool:
   """Whether auxiliary losses are formed over all micro-batches at once, see `make_gradient`.
 
@@ -130,7 +89,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Outcome:
     UserError: for whatever the user can mend; nothing was changed then.
     DamagedError: if no checkpoint is good.
   """
-  mesh = mesh_of(config)
+  mesh = opening.mesh_of(config)
   first = jax.process_index() == 0
 
   def say(line: str) -> None:
@@ -142,19 +101,19 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Outcome:
       with all_or_none():
         if first:
           stack.enter_context(manifest.claimed(workdir))
-        old = _read_old(workdir, say)
+        old = opening.read_old(workdir, say)
         if old:
           manifest.check_same_config(workdir, old, config)
-        dataset = dataset_of(config)
+        dataset = opening.dataset_of(config)
         if old:
           manifest.check_same_data(workdir, old, config, dataset.fingerprint)
-        _check_splits(config, dataset)
+        opening.check_splits(config, dataset)
       microbatch = config.data.batch_size // config.train.accumulation_steps
       model = build_model(config, mesh, dataset.tokenizer.vocab_size, 'train', microbatch)
       run = _Run(config, workdir, mesh, dataset, model, say)
       if old and old['status'] == 'finished':
         if first:
-          _keep_tokenizer(run)
+          opening.keep_tokenizer(run.workdir, run.dataset.tokenizer)
         if _is_intact(run):
           say(f'{workdir}: finished at step {old["step"]}')
           return Outcome(old['step'], True, None)
@@ -163,56 +122,6 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Outcome:
     if not is_refusal(error):
       raise
     raise UserError('workdir', workdir, f'cannot be written: {error.strerror}') from error
-
-
-def _read_old(workdir: str, say: Callable[[str], None]) -> dict[str, Any] | None:
-  """Returns the manifest of the run in a directory; None if there is no run.
-
-  One that is damaged, missing or another run's is replaced by what the newest checkpoint knows.
-  """
-  if not manifest.holds_run(workdir):
-    return None
-  found = saved_config(workdir)
-  problem = 'manifest.json is missing'
-  if manifest.exists(workdir):
-    try:
-      old = manifest.read(workdir)
-      differs = found and manifest.first_difference(old['config'], found[1])
-      if not differs:
-        return old
-      problem = f'manifest.json and the checkpoints disagree on {differs}'
-    except DamagedError as error:
-      if found is None:
-        raise
-      problem = str(error)
-  if found is None:
-    return None
-  step, config = found
-  say(f'warning: {problem}; going on with the config in checkpoint {step}')
-  return manifest.stand_in(step, config)
-
-
-def _check_splits(config: ml_collections.ConfigDict, dataset: Dataset) -> None:
-  """Checks before the first step what would fail later."""
-  if config.train.eval_every and not dataset.num_documents('valid'):
-    raise UserError(
-      'train.eval_every',
-      config.train.eval_every,
-      f'must be 0: {config.data.name} has no document for validation; or hold some out with '
-      'data.valid_fraction',
-    )
-
-
-def _keep_tokenizer(run: _Run) -> None:
-  """Puts the tokenizer beside the run, unless it is there and whole."""
-  folder = pathlib.Path(run.workdir) / TOKENIZER
-  try:
-    if load_tokenizer(str(folder)).fingerprint == run.dataset.tokenizer.fingerprint:
-      return
-  except (DamagedError, UserError):
-    pass
-  folder.mkdir(exist_ok=True)
-  run.dataset.tokenizer.save(str(folder))
 
 
 def _is_intact(run: _Run) -> bool:
@@ -251,7 +160,7 @@ def _train(run: _Run, old: dict[str, Any] | None) -> Outcome:
     state, step, position = _start(run, optimizer, checkpoints)
     facts['step'] = step
     if first:
-      _keep_tokenizer(run)
+      opening.keep_tokenizer(run.workdir, run.dataset.tokenizer)
       if old and old['status'] == manifest.DAMAGED and manifest.exists(run.workdir):
         run.say(f'damaged manifest moved to {manifest.set_aside(run.workdir)}')
       manifest.write(run.workdir, facts)

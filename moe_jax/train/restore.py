@@ -15,7 +15,7 @@ from moe_jax.models.build import build_model
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.train import manifest
 from moe_jax.train.checkpoint import Checkpoints, saved_config
-from moe_jax.train.loop import TOKENIZER
+from moe_jax.train.opening import TOKENIZER
 from moe_jax.train.state import abstract_state
 
 

@@ -13,7 +13,7 @@ from moe_jax.errors import UserError
 from moe_jax.models.build import build_model
 from moe_jax.models.decoder import forward
 from moe_jax.parallel.mesh import make_mesh
-from moe_jax.train import evaluate, loop
+from moe_jax.train import evaluate, opening
 from moe_jax.train.state import init_params, params_shardings
 from tests import tiny
 
@@ -44,7 +44,7 @@ def _evaluate(dataset, mesh=(1, 1), split='test', **more):
 
 @pytest.fixture(scope='module')
 def dataset(text):
-  return loop.dataset_of(tiny.config(text))
+  return opening.dataset_of(tiny.config(text))
 
 
 @pytest.fixture(scope='module')

@@ -15,7 +15,7 @@ from moe_jax import optim
 from moe_jax.data import open_dataset
 from moe_jax.models.build import build_model
 from moe_jax.parallel.mesh import make_mesh
-from moe_jax.train import loop, manifest
+from moe_jax.train import loop, manifest, opening
 from moe_jax.train.checkpoint import Checkpoints
 from moe_jax.train.metrics import read_metrics
 from moe_jax.train.state import abstract_state
@@ -108,7 +108,7 @@ def test_the_manifest_says_what_was_run(whole, text):
   assert facts['mesh'] == {'data': 2, 'expert': 4}
   assert facts['seed'] == 0
   assert facts['causal'] is False
-  dataset = loop.dataset_of(config)
+  dataset = opening.dataset_of(config)
   assert facts['data']['fingerprint'] == dataset.fingerprint
   assert facts['data']['domains'] == ['prose', 'verse']
 

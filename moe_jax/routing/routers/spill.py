@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.routing import router as router_lib
 from moe_jax.routing.router import Choice, Params, RouterInputs, RouterOptions, State
-from moe_jax.routing.routers.greedy import taken_gates
+from moe_jax.routing.routers.greedy import allowed, taken_gates
 
 
 def spill_assignment(
@@ -75,14 +75,6 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
   return Choice(
     expert_index, gates * options.gate_scale, chosen, router_probs, router_logits, sums={}
   )
-
-
-def allowed(options: RouterOptions) -> tuple[str, str] | None:
-  """Rejects gates that are always 1, through which the router would learn nothing."""
-  if options.num_selected_experts == 1 and options.renormalize != 'none':
-    why = 'with num_selected_experts=1, or the gate is always 1 and the router learns nothing'
-    return 'renormalize', f'must be none {why}'
-  return None
 
 
 ROUTER = router_lib.Router(

@@ -1,0 +1,105 @@
+"""What a run needs before its first step, and what an earlier call left of it."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import ml_collections
+from jax.sharding import Mesh
+
+from moe_jax.data import Dataset, Tokenizer, load_tokenizer, open_dataset
+from moe_jax.errors import DamagedError, UserError
+from moe_jax.parallel.mesh import make_mesh
+from moe_jax.train import manifest
+from moe_jax.train.checkpoint import saved_config
+
+TOKENIZER = 'tokenizer'
+
+
+def mesh_of(config: ml_collections.ConfigDict) -> Mesh:
+  """Returns the mesh of a config; an axis is never made smaller to fit.
+
+  Raises:
+    UserError: if there are not enough devices.
+  """
+  try:
+    mesh = make_mesh(config.mesh.data, config.mesh.expert)
+  except ValueError as error:
+    raise UserError(
+      'mesh.data',
+      config.mesh.data,
+      f'{error}; for simulated CPU devices set '
+      'XLA_FLAGS=--xla_force_host_platform_device_count=N, or choose a smaller mesh',
+    ) from error
+  if jax.process_count() > 1 and mesh.size != jax.device_count():
+    raise UserError(
+      'mesh.data',
+      config.mesh.data,
+      f'mesh.data * mesh.expert must be {jax.device_count()}: {jax.process_count()} processes use '
+      'all of their devices',
+    )
+  return mesh
+
+
+def dataset_of(config: ml_collections.ConfigDict) -> Dataset:
+  """Returns the data set of a config, prepared if it was not."""
+  data = config.data
+  return open_dataset(
+    data.name,
+    data_dir=data.data_dir,
+    tokenizer=data.tokenizer,
+    vocab_size=data.vocab_size,
+    valid_fraction=data.valid_fraction,
+    test_fraction=data.test_fraction,
+  )
+
+
+def read_old(workdir: str, say: Callable[[str], None]) -> dict[str, Any] | None:
+  """Returns the manifest of the run in a directory; None if there is no run.
+
+  One that is damaged, missing or another run's is replaced by what the newest checkpoint knows.
+  """
+  if not manifest.holds_run(workdir):
+    return None
+  found = saved_config(workdir)
+  problem = 'manifest.json is missing'
+  if manifest.exists(workdir):
+    try:
+      old = manifest.read(workdir)
+      differs = found and manifest.first_difference(old['config'], found[1])
+      if not differs:
+        return old
+      problem = f'manifest.json and the checkpoints disagree on {differs}'
+    except DamagedError as error:
+      if found is None:
+        raise
+      problem = str(error)
+  if found is None:
+    return None
+  step, config = found
+  say(f'warning: {problem}; going on with the config in checkpoint {step}')
+  return manifest.stand_in(step, config)
+
+
+def check_splits(config: ml_collections.ConfigDict, dataset: Dataset) -> None:
+  """Checks before the first step what would fail later."""
+  if config.train.eval_every and not dataset.num_documents('valid'):
+    raise UserError(
+      'train.eval_every',
+      config.train.eval_every,
+      f'must be 0: {config.data.name} has no document for validation; or hold some out with '
+      'data.valid_fraction',
+    )
+
+
+def keep_tokenizer(workdir: str, tokenizer: Tokenizer) -> None:
+  """Puts the tokenizer beside the run, unless it is there and whole."""
+  folder = pathlib.Path(workdir) / TOKENIZER
+  try:
+    if load_tokenizer(str(folder)).fingerprint == tokenizer.fingerprint:
+      return
+  except (DamagedError, UserError):
+    pass
+  folder.mkdir(exist_ok=True)
+  tokenizer.save(str(folder))
