@@ -157,6 +157,8 @@ def balance_scopes(config: ml_collections.ConfigDict, microbatch: int) -> int:
   moe, train = config.moe, config.train
   if moe.balance_scope == 'group':
     return microbatch // moe.group_size
+  if moe.balance_scope == 'sequence':
+    return microbatch
   if moe.balance_scope == 'device':
     parts = train.accumulation_steps if train.accumulation_scope == 'batch' else 1
     return moe.balance_devices // parts

@@ -159,9 +159,9 @@ SCHEMA: dict[str, dict[str, Field]] = {
     'group_size': _at_least(1, 1, 'Sequences in a routing group, within which slots are shared.'),
     'balance_scope': _one_of(
       'global',
-      ('global', 'device', 'group'),
+      ('global', 'device', 'group', 'sequence'),
       'Where balance is asked for: the (micro-)batch, each of balance_devices equal parts of it, '
-      'or each routing group.',
+      'each routing group, or each sequence (a row of the batch).',
     ),
     'balance_devices': _at_least(
       8, 1, 'Parts of the batch when balance_scope=device; a number of the study, not of the mesh.'

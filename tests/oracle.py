@@ -165,7 +165,8 @@ def layer(x, valid, router, w_in, w_out, options, noise=None, permutations=None)
     permutation = None if permutations is None else permutations[g]
     order = queue(options.priority, p, num_selected, permutation)
     made = plan(chosen, gate, ok, order, num_experts, slots, options.choice.renormalize)
-    add_to_sums(sums, g * scopes // len(groups), z, chosen, made.keep, ok, slots)
+    scope = np.array([b * scopes // batch for b, _ in tokens])
+    add_to_sums(sums, scope, z, chosen, made.keep, ok, slots)
     for s, (b, t) in enumerate(tokens):
       expert_index[b, t], keep[b, t] = chosen[s], made.keep[s]
       for k, e in enumerate(chosen[s]):
@@ -190,14 +191,18 @@ def empty_sums(num_scopes, num_experts):
 
 
 def add_to_sums(sums, scope, z, chosen, keep, valid, slots):
-  """Adds one group's valid tokens, one by one; each expert had `slots` of them."""
+  """Adds one group's valid tokens, one by one; each expert had `slots` of them.
+
+  `scope` is one number, or one for each token.
+  """
+  scope = np.broadcast_to(scope, len(z))
   sums['slots'] += slots * z.shape[-1]
   p, lse = softmax(z), logsumexp(z)
   for s in np.flatnonzero(valid):
-    sums['tokens'][scope] += 1
-    sums['prob_sum'][scope] += p[s]
+    sums['tokens'][scope[s]] += 1
+    sums['prob_sum'][scope[s]] += p[s]
     for k, e in enumerate(chosen[s]):
-      sums['tokens_per_expert'][scope, e] += 1
+      sums['tokens_per_expert'][scope[s], e] += 1
       sums['kept_per_expert'][e] += keep[s, k]
     sums['tokens_all_dropped'] += not keep[s].any()
     sums['logsumexp_squared'] += lse[s] ** 2

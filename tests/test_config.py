@@ -278,6 +278,7 @@ def test_only_token_priority_is_causal():
     ({}, 1),
     ({'moe.balance_scope': 'group'}, 8),
     ({'moe.balance_scope': 'group', 'moe.group_size': 2}, 4),
+    ({'moe.balance_scope': 'sequence', 'moe.group_size': 2}, 8),
     ({'moe.balance_scope': 'device', 'moe.balance_devices': 4}, 4),
     (
       {

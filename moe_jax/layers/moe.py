@@ -31,7 +31,7 @@ class MoeOptions:
   """Every choice of a MoE layer, as plain numbers and names; see `moe_jax.config` for each.
 
   `capacity_factor` None never drops a token. `balance_scopes` is the number of scopes of the
-  load-balancing loss in the batch, a divisor of its number of groups. `choice` holds the numbers of
+  load-balancing loss in the batch, a divisor of its number of groups, or that of its sequences. `choice` holds the numbers of
   the router; its `capacity` and `training` are filled in here.
   """
 
@@ -145,9 +145,10 @@ def _num_groups(batch_size: int, mesh: Mesh, options: MoeOptions) -> int:
       'sequences per routing group'
     )
   num_groups = batch_size // options.group_size
-  if num_groups % options.balance_scopes:
+  if num_groups % options.balance_scopes and batch_size != options.balance_scopes:
     raise ValueError(
-      f'balance_scopes={options.balance_scopes}: does not divide {num_groups} routing groups'
+      f'balance_scopes={options.balance_scopes}: must divide {num_groups} routing groups or be the '
+      f'{batch_size} sequences'
     )
   return num_groups
 
@@ -205,8 +206,9 @@ def _local_layer(
   y = from_groups(y_GSD, options.group_size)
 
   device = jax.lax.axis_index(BATCH_AXES)
-  group = device * local_groups + jnp.arange(local_groups)
-  scope = group // (num_groups // options.balance_scopes)
+  parts = -(-options.balance_scopes // num_groups)  # of a group, each in one scope
+  part = device * local_groups * parts + jnp.arange(local_groups * parts)
+  scope = part.reshape(local_groups, parts) // (num_groups * parts // options.balance_scopes)
   sums = routing.router_sums(choice, plan, valid_GS, scope, options.balance_scopes)
   return y, _sum_over_devices(sums)
 

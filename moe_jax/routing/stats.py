@@ -51,7 +51,7 @@ def router_sums(
   choice: Choice,
   plan: Plan,
   valid: Bool[Array, 'G S'],
-  scope_index: Int[Array, 'G'],
+  scope_index: Int[Array, 'G n'],
   num_scopes: int,
 ) -> RouterSums:
   """Counts what a router did in the groups given, over valid tokens only.
@@ -60,33 +60,43 @@ def router_sums(
     choice: of the router.
     plan: what became of its assignments.
     valid: False for padding.
-    scope_index: the balance scope of each group, 0..N-1.
+    scope_index: the balance scope, 0..N-1, of each of the n parts of a group: token s belongs to
+      part s % n. n = 1 where a group lies in one scope; where a scope is a sequence, n is the
+      sequences in a group.
     num_scopes: N.
   """
   router_logits, router_probs = choice.router_logits, choice.router_probs
   num_experts = router_logits.shape[-1]
   mask = valid.astype(jnp.float32)
   # Counts go through an int32 segment sum: a float32 sum of ones stops at 2**24.
-  group, _, _ = plan.expert_index.shape
-  bin_index = jnp.arange(group)[:, None, None] * num_experts + plan.expert_index
-  selected = _count(bin_index, plan.asked, group * num_experts)
-  kept = _count(bin_index, plan.keep, group * num_experts)
-  selected_per_group = selected.reshape(group, num_experts).astype(jnp.float32)
-  kept_per_group = kept.reshape(group, num_experts).astype(jnp.float32)
-  in_scope = jax.nn.one_hot(scope_index, num_scopes, axis=0, dtype=jnp.float32)
+  groups, group_size, _ = plan.expert_index.shape
+  parts = scope_index.shape[1]
+  part = jnp.arange(groups)[:, None] * parts + (jnp.arange(group_size) % parts)[None]
+  selected = _count(
+    part[..., None] * num_experts + plan.expert_index, plan.asked, groups * parts * num_experts
+  )
+  kept = _count(plan.expert_index, plan.keep, num_experts)
 
-  def to_scopes(per_group: Float[Array, 'G *rest']) -> Float[Array, 'N *rest']:
-    return jnp.einsum('ng,g...->n...', in_scope, per_group, precision='highest')
+  def to_parts(per_token: Float[Array, 'G S *rest']) -> Float[Array, 'parts *rest']:
+    rest = per_token.shape[2:]
+    summed = jnp.sum(per_token.reshape(groups, group_size // parts, parts, *rest), axis=1)
+    return summed.reshape(groups * parts, *rest)
+
+  def to_scopes(per_part: Float[Array, 'parts *rest']) -> Float[Array, 'N *rest']:
+    if num_scopes == 1:
+      return jnp.sum(per_part, axis=0, keepdims=True)
+    # Not a product with a one-hot: that costs sequences x scopes where a scope is a sequence.
+    return jax.ops.segment_sum(per_part, scope_index.ravel(), num_scopes)
 
   logsumexp = jax.nn.logsumexp(router_logits, axis=-1)
   # The tiny number keeps the gradient finite where a probability underflowed.
   entropy = -jnp.sum(router_probs * jnp.log(router_probs + 1e-30), axis=-1)
   lost = valid & ~jnp.any(plan.keep, axis=-1)
   return RouterSums(
-    tokens=to_scopes(jnp.sum(mask, axis=-1)),
-    tokens_per_expert=to_scopes(selected_per_group),
-    prob_sum=to_scopes(jnp.sum(router_probs * mask[..., None], axis=1)),
-    kept_per_expert=jnp.sum(kept_per_group, axis=0),
+    tokens=to_scopes(to_parts(mask)),
+    tokens_per_expert=to_scopes(selected.reshape(-1, num_experts).astype(jnp.float32)),
+    prob_sum=to_scopes(to_parts(router_probs * mask[..., None])),
+    kept_per_expert=kept.astype(jnp.float32),
     tokens_all_dropped=jnp.sum(lost.astype(jnp.float32)),
     logsumexp_squared=jnp.sum(jnp.square(logsumexp) * mask),
     entropy=jnp.sum(entropy * mask),

@@ -19,12 +19,12 @@ from tests.layers import small_layer
 
 CAPACITY_FACTORS = (0.5, 1.0, 2.0)
 MESHES = [(1, 4), (2, 2), (4, 1), (2, 4), (4, 2), (1, 8), (8, 1)]
-# 16 sequences: 16 groups of one or 8 groups of two.
+# 16 sequences: 16 groups of one or 8 groups of two; 16 scopes are the sequences.
 POLICIES = {
   'token': {'jitter': 0.1, 'group_size': 2, 'balance_scopes': 1, 'renormalize': 'before_drop'},
   'choice': {'jitter': 0.0, 'group_size': 1, 'balance_scopes': 16, 'renormalize': 'after_drop'},
   'priority': {'jitter': 0.1, 'group_size': 1, 'balance_scopes': 2, 'renormalize': 'none'},
-  'random': {'jitter': 0.0, 'group_size': 2, 'balance_scopes': 8, 'softmax_order': 'after'},
+  'random': {'jitter': 0.0, 'group_size': 2, 'balance_scopes': 16, 'softmax_order': 'after'},
 }
 CASES = [(priority, name) for priority in POLICIES for name in dispatch.DISPATCHERS]
 

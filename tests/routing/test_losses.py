@@ -36,7 +36,7 @@ def sums_of(logits, valid, num_scopes=1, capacity=2, k=2):
   keys = jax.random.split(jax.random.key(0), num_groups)
   plan = routing.make_plan(choice, valid, keys, capacity=capacity)
   scope = jnp.arange(num_groups) // (num_groups // num_scopes)
-  return routing.router_sums(choice, plan, valid, scope, num_scopes)
+  return routing.router_sums(choice, plan, valid, scope[:, None], num_scopes)
 
 
 def expected_sums(logits, valid, num_scopes=1, capacity=2, k=2):
@@ -184,3 +184,16 @@ def test_counts_and_observations_carry_no_gradient():
       logits
     )
     assert np.abs(gradient).max() > 1e-3, name
+
+
+def test_sequences_of_a_group_are_scopes():
+  # One group of two sequences, token s of sequence s % 2: sequence 0 all on expert 0, sequence 1
+  # all on expert 1. As one scope balanced (loss 1); each sequence collapsed (loss 2).
+  logits = jnp.array([[[40.0, 0.0], [0.0, 40.0]] * 3])
+  choice = routing.choose_top_k(logits, num_selected_experts=1)
+  valid = jnp.ones((1, 6), bool)
+  plan = routing.make_plan(choice, valid, jax.random.split(jax.random.key(0), 1), capacity=3)
+  for scope, num_scopes, value in (([[0]], 1, 1.0), ([[0, 1]], 2, 2.0)):
+    sums = routing.router_sums(choice, plan, valid, jnp.array(scope), num_scopes)
+    np.testing.assert_allclose(routing.load_balancing_loss(sums, 1), value, rtol=1e-6)
+  np.testing.assert_array_equal(sums.tokens_per_expert, [[3, 0], [0, 3]])

@@ -1,62 +1,152 @@
-"""Two levels: each token selects groups of experts, then experts within each group (Shazeer)."""
+"""Two levels of noisy top-k: tokens select groups of experts, then experts in them (Shazeer)."""
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Float, Key
 
 from moe_jax.routing import router as router_lib
 from moe_jax.routing.router import Choice, Params, RouterInputs, RouterOptions, State, Weight
-from moe_jax.routing.routers import top_k
+from moe_jax.routing.routers import noisy_top_k, top_k
+from moe_jax.routing.stats import RouterSums
 
 
 def params(options: RouterOptions, embed_dim: int) -> dict[str, Weight]:
-  """Returns the matrices of the primary gate (groups) and of the secondary ones (experts)."""
+  """Returns the matrices of the primary gate (groups) and of the secondary ones (experts).
+
+  Those of the noise start at zero, a deviation of ln 2 (and noise_floor).
+  """
+  groups, experts = (embed_dim, options.num_expert_groups), (embed_dim, options.num_experts)
   return {
-    'router_primary': Weight((embed_dim, options.num_expert_groups)),
-    'router': Weight((embed_dim, options.num_experts)),
+    'router_primary': Weight(groups),
+    'router': Weight(experts),
+    'noise_primary': Weight(groups, 'zeros'),
+    'noise': Weight(experts, 'zeros'),
   }
 
 
 def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOptions) -> Choice:
-  """Selects the best groups by the primary logits, then K / groups experts in each of them.
+  """Selects the groups of largest h, then in each of them the K / groups experts of largest h.
 
-  Group i holds the experts i E / n .. (i + 1) E / n - 1, n = `num_expert_groups`. In each of the
-  `num_selected_groups` groups a token selects equally many experts, by the secondary logits within
-  the group; its other groups are not looked at, however good their experts. Equal logits go to the
-  lower group and the lower expert. Assignments stand by group, best group first, and within it best
-  expert first: not by descending gate.
+  At both levels h = x W_r + N(0, 1) * (softplus(x W_n) + noise_floor), with matrices of their own.
+  In evaluation there is no noise and nothing is drawn. Group i holds the experts i E / n ..
+  (i + 1) E / n - 1, n = `num_expert_groups`. In each of the `num_selected_groups` groups a token
+  selects equally many experts; its other groups are not looked at, however good their experts.
+  Equal h go to the lower group and the lower expert. Assignments stand by group, best group first,
+  and within it best expert first: not by descending gate.
 
-  With p_i the softmax over all groups and p_ij that over the experts of group i, `router_probs` are
-  the products p_i p_ij, 1 in sum. Gates with softmax_order `before` are these products, with
-  renormalize `before_drop` over their sum over the K selected; with `after` both softmaxes are
-  taken over the selected alone, p_i over the selected groups, p_ij over the selected experts of
-  group i. `router_logits` are the sums of primary and secondary logit: their softmax is not
-  `router_probs`, but z-loss holds both levels small. With one group this is `top_k`.
+  Gates are products G_i G_ij. With softmax_order `after`, the paper's, G_i is the softmax of h over
+  the selected groups, G_ij over the selected experts of group i. With `before` they are over all
+  groups and over all experts of group i; renormalize `before_drop` then divides the K products by
+  their sum.
 
-  Source: Shazeer et al. 2017, arXiv:1701.06538, app. B. Differs: no noise at either level, and the
-  common balance losses in place of that appendix's importance and load; its gates are `after`.
+  `router_probs` are such products over all, and `router_logits` the sums of primary and secondary
+  logit, both of the logits without noise. The softmax of these sums is not `router_probs`, but
+  z-loss holds both levels small. In evaluation, one group is `top_k`.
+
+  `importance` sums the gates of each expert, before `gate_scale`. `load_primary` sums, for each
+  group, the probability that it would be selected if its own noise were drawn again and that of the
+  others stayed (see `noisy_top_k`); `load_secondary`, for each expert, the same within its group,
+  over the tokens that selected the group; `group_tokens` counts those. Where all groups, or all
+  experts of a group, are selected, the probability is 1. Without noise (evaluation) both loads
+  count what was selected, without gradient. `importance` has one, `group_tokens` never.
+
+  Source: Shazeer et al. 2017, arXiv:1701.06538, app. B; eq. 3-5 (noise), app. A (probability).
+  Differs: the matrices of the logits do not start at zero, only those of the noise. `noise_floor`
+  is 0 as in the paper; Tensor2Tensor adds 1e-2. The paper has no `before`; without it, though, one
+  group alone or one expert of each could not be selected.
   """
   del state
   num_groups, kept = options.num_expert_groups, options.num_selected_groups
-  size = options.num_experts // num_groups
-  primary = jnp.einsum('gsd,dn->gsn', inputs.tokens, params['router_primary'], precision='highest')
+  size, per_group = options.num_experts // num_groups, options.num_selected_experts // kept
+  num_tokens = inputs.valid.shape
+  level = {'router': params['router_primary'], 'noise': params['noise_primary']}
+  primary = router_lib.logits(level, inputs.tokens)
   secondary = router_lib.logits(params, inputs.tokens)
-  secondary = secondary.reshape(*primary.shape, size)
-  top_primary, group_index = jax.lax.top_k(primary, kept)
-  in_groups = jnp.take_along_axis(secondary, group_index[..., None], axis=2)
-  top_secondary, index_in_group = jax.lax.top_k(in_groups, options.num_selected_experts // kept)
-  flat = (*inputs.valid.shape, -1)
-  expert_index = (group_index[..., None] * size + index_in_group).reshape(flat)
-  probs = jax.nn.softmax(primary, axis=-1)[..., None] * jax.nn.softmax(secondary, axis=-1)
-  router_probs = probs.reshape(flat)
+  keys = router_lib.per_group(jax.random.split, inputs.keys)
+  deviation = noisy_top_k.noise_deviation(level, inputs.tokens, options.noise_floor)
+  groups, group_probability = _select(primary, deviation, keys[:, 0], kept, options.training)
+
+  def in_groups(values: Float[Array, 'G S E']) -> Float[Array, 'G Q size']:
+    """Returns one row for each selected group of each token, Q = S * groups."""
+    rows = values.reshape(*num_tokens, num_groups, size)
+    rows = jnp.take_along_axis(rows, groups.expert_index[..., None], axis=2)
+    return rows.reshape(num_tokens[0], -1, size)
+
+  deviation = in_groups(noisy_top_k.noise_deviation(params, inputs.tokens, options.noise_floor))
+  experts, expert_probability = _select(
+    in_groups(secondary), deviation, keys[:, 1], per_group, options.training
+  )
+  index_in_group = experts.expert_index.reshape(*num_tokens, kept, per_group)
+  expert_index = (groups.expert_index[..., None] * size + index_in_group).reshape(*num_tokens, -1)
   if options.softmax_order == 'after':
-    gates = jax.nn.softmax(top_primary, axis=-1)[..., None] * jax.nn.softmax(top_secondary, axis=-1)
-    gates = gates.reshape(flat)
+    gates = groups.gates[..., None] * experts.gates.reshape(index_in_group.shape)
+    gates = gates.reshape(expert_index.shape)
   else:
-    gates = top_k.gates_of(router_probs, expert_index, options.renormalize)
-  chosen: Bool[Array, 'G S K'] = jnp.ones(expert_index.shape, bool)
-  router_logits = (primary[..., None] + secondary).reshape(flat)
-  return Choice(expert_index, gates * options.gate_scale, chosen, router_probs, router_logits, {})
+    of_group = jnp.take_along_axis(groups.router_probs, groups.expert_index, axis=-1)
+    products = of_group[..., None] * experts.router_probs.reshape(*num_tokens, kept, size)
+    place = jnp.arange(kept)[None, None, :, None] * size + index_in_group
+    gates = top_k.gates_of(
+      products.reshape(*num_tokens, -1), place.reshape(expert_index.shape), options.renormalize
+    )
+
+  within = jax.nn.softmax(secondary.reshape(*num_tokens, num_groups, size), axis=-1)
+  probs = jax.nn.softmax(primary, axis=-1)[..., None] * within
+  logits = primary[..., None] + secondary.reshape(probs.shape)
+  valid = inputs.valid[..., None, None]
+  in_group = jnp.where(valid, jax.nn.one_hot(groups.expert_index, num_groups), 0)
+  in_load = jnp.where(valid, expert_probability.reshape(*num_tokens, kept, size), 0)
+  importance = noisy_top_k.spread(expert_index, gates, options.num_experts)
+  return Choice(
+    expert_index=expert_index,
+    gates=gates * options.gate_scale,
+    chosen=jnp.ones(expert_index.shape, bool),
+    router_probs=probs.reshape(secondary.shape),
+    router_logits=logits.reshape(secondary.shape),
+    sums={
+      'importance': router_lib.masked_sum(importance, inputs.valid),
+      'load_primary': router_lib.masked_sum(group_probability, inputs.valid),
+      'load_secondary': jnp.einsum('gskn,gskz->gnz', in_group, in_load, precision='highest'),
+      'group_tokens': jnp.sum(in_group, axis=(1, 2)),
+    },
+  )
+
+
+def _select(
+  router_logits: Float[Array, 'G Q N'],
+  deviation: Float[Array, 'G Q N'],
+  keys: Key[Array, 'G'],
+  num_selected: int,
+  training: bool,
+) -> tuple[Choice, Float[Array, 'G Q N']]:
+  """Returns the noisy top-k, gates over the selected alone, and the probabilities of selection."""
+  selection = router_logits
+  if training:
+    selection = router_logits + deviation * noisy_top_k.normal(keys, router_logits.shape[1:])
+  choice = top_k.choose_top_k(selection, num_selected_experts=num_selected, softmax_order='after')
+  num_candidates = router_logits.shape[-1]
+  selected = noisy_top_k.spread(choice.expert_index, jnp.ones_like(choice.gates), num_candidates)
+  if not training or num_selected == num_candidates:
+    return choice, selected
+  return choice, noisy_top_k.selection_probability(
+    router_logits, selection, selected, choice, deviation
+  )
+
+
+def loss(sums: RouterSums, state: State, options: RouterOptions) -> Float[Array, '']:
+  """Returns CV^2(importance) + CV^2(load) of all experts, over the whole (micro-)batch.
+
+  The load of expert j of group i is load_primary_i load_secondary_ij / tokens of the group; 0 where
+  no token selected the group. CV^2 is the population variance over the squared mean, the latter at
+  least 1e-10; 0 at balance. The paper has a weight for each of the two, here they share one.
+
+  Source: Shazeer et al. 2017, arXiv:1701.06538, app. B; eq. 7 and app. A (the two CV^2).
+  """
+  del state, options
+  own = sums.own
+  share = own['load_primary'] / jnp.maximum(own['group_tokens'], 1)
+  load = jnp.ravel(share[:, None] * own['load_secondary'])
+  importance = router_lib.squared_variation(own['importance'])
+  return importance + router_lib.squared_variation(load)
 
 
 def allowed(options: RouterOptions) -> tuple[str, str] | None:
@@ -89,12 +179,13 @@ def allowed(options: RouterOptions) -> tuple[str, str] | None:
 ROUTER = router_lib.Router(
   name='hierarchical',
   paper='Shazeer et al. 2017, arXiv:1701.06538, app. B',
-  summary='best groups of experts by a first router, best experts in them by a second',
+  summary='best groups of experts by a first router, best experts in them by a second; both noisy',
   choose=choose,
   causal=True,
   learns=True,
   balance='loss',
-  cost='D (E + groups) products, top-k of the groups, top-k of each selected group',
+  cost='2 D (E + groups) products, random numbers and top-k of the groups and each selected group',
   params=params,
+  loss=loss,
   allowed=allowed,
 )

@@ -88,7 +88,7 @@ def sums_of(choice, valid, num_scopes=1):
   keys = jax.random.split(jax.random.key(0), len(valid))
   made = plan_lib.make_plan(choice, valid, keys, capacity=1)
   scope = jnp.arange(len(valid)) * num_scopes // len(valid)
-  return stats.router_sums(choice, made, valid, scope, num_scopes)
+  return stats.router_sums(choice, made, valid, scope[:, None], num_scopes)
 
 
 @functools.partial(jax.jit, static_argnames=('name', 'choice_options', 'num_steps'))

@@ -115,7 +115,7 @@ def test_reads_the_counts_of_the_layer():
   choice = choose({'router': jnp.asarray(router, jnp.float32)}, {}, inputs, options)
   # One slot per expert: nearly all is dropped, and the loss must not notice.
   plan = make_plan(choice, inputs.valid, inputs.keys, capacity=1)
-  sums = router_sums(choice, plan, inputs.valid, jnp.arange(2), 2)
+  sums = router_sums(choice, plan, inputs.valid, jnp.arange(2)[:, None], 2)
   state = remoe.new_state(options, DIM, 10)
   expected = loss_oracle(tokens, router, valid, 1, 1e-8)
   np.testing.assert_allclose(remoe.loss(sums, state, options), expected, rtol=1e-5)

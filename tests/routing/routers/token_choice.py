@@ -39,7 +39,7 @@ def choose(name, options, params, tokens, valid=None, seed=0):
 def sums_of(choice, valid, keys):
   """Returns the sums, one balance scope per group, with most assignments dropped."""
   made = plan_lib.make_plan(choice, valid, keys, capacity=1, renormalize='none')
-  return stats.router_sums(choice, made, valid, jnp.arange(len(valid)), len(valid))
+  return stats.router_sums(choice, made, valid, jnp.arange(len(valid))[:, None], len(valid))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
