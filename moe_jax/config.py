@@ -131,6 +131,13 @@ def _check_batch(config: ml_collections.ConfigDict) -> None:
       f'{train.accumulation_steps} micro-batches of {microbatch} must be divisible by {devices} '
       f'devices x {group_size} sequences in a routing group (moe.group_size)',
     )
+  if train.accumulation_scope == 'running' and moe.num_experts and moe.balance_scope != 'global':
+    raise UserError(
+      'train.accumulation_scope',
+      train.accumulation_scope,
+      f'must be microbatch or batch with moe.balance_scope={moe.balance_scope}, whose scopes each '
+      'lie in one micro-batch',
+    )
   if moe.num_experts and moe.balance_scope == 'device':
     whole = train.accumulation_scope == 'batch'
     num_groups = (data.batch_size if whole else microbatch) // group_size

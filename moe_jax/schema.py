@@ -247,10 +247,12 @@ SCHEMA: dict[str, dict[str, Field]] = {
     'accumulation_steps': _at_least(1, 1, 'Micro-batches in an optimizer step; divides the batch.'),
     'accumulation_scope': _one_of(
       'microbatch',
-      ('microbatch', 'batch'),
-      'Auxiliary losses of each micro-batch, averaged; or of the whole batch, exactly as without '
-      'accumulation, at the price of one more forward pass.',
+      ('microbatch', 'running', 'batch'),
+      'Auxiliary losses of each micro-batch, averaged; the same with the loads of all '
+      'micro-batches so far; or of the whole batch, exactly as without accumulation, at the price '
+      'of one more forward pass.',
     ),
+    'load_decay': _share(0.99, 'Per step, of the moving average of the load, for metrics alone.'),
     'log_every': _at_least(10, 1, 'Steps between lines of metrics.jsonl.'),
     'eval_every': _at_least(0, 0, 'Steps between evaluations on the validation split; 0 never.'),
     'eval_batches': _at_least(0, 0, 'Batches of such an evaluation; 0 is the whole split.'),

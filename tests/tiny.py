@@ -27,7 +27,7 @@ from moe_jax.models.build import build_model
 from moe_jax.models.decoder import init_router_state
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.train import loop
-from moe_jax.train.state import TrainState, init_params, state_shardings
+from moe_jax.train.state import TrainState, init_average_load, init_params, state_shardings
 from moe_jax.train.step import make_gradient, make_train_step, put_batch
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
@@ -100,14 +100,17 @@ class Trainer:
     )
     self.optimizer = optim.make_optimizer(config.optim, config.train.num_steps)
     schedule = optim.make_schedule(config.optim, config.train.num_steps)
-    how = (steps, loop.pools_sums(config), config.moe.layer_reduction)
-    self._make_step = lambda: make_train_step(self.model, self.optimizer, schedule, *how)
+    how = (steps, loop.accumulation_scope(config), config.moe.layer_reduction)
+    self._make_step = lambda: make_train_step(
+      self.model, self.optimizer, schedule, *how, config.train.load_decay
+    )
     self._gradient = jax.jit(make_gradient(self.model, *how))
     self._shardings = state_shardings(self.model, self.optimizer)
     params = _initial_params(config.model.embed_dim, config.moe.router)
     router_state = init_router_state(self.model.options)
     opt_state = self.optimizer.init(params)
-    state = TrainState(np.int32(0), params, opt_state, router_state, np.int32(0))
+    load = init_average_load(self.model)
+    state = TrainState(np.int32(0), params, opt_state, router_state, load, np.int32(0))
     self._initial = jax.device_get(state)
     self.reset()
 

@@ -12,7 +12,7 @@ from moe_jax import optim
 from moe_jax.data import train_iterator
 from moe_jax.models.build import build_model
 from moe_jax.train import objective
-from moe_jax.train.loop import next_batch
+from moe_jax.train.loop import accumulation_scope, next_batch
 from moe_jax.train.opening import dataset_of, mesh_of
 from moe_jax.train.state import init_state
 from moe_jax.train.step import make_gradient, make_loss, make_train_step, put_batch
@@ -35,7 +35,11 @@ def shares(config: ml_collections.ConfigDict, rounds: int, steps: int) -> dict[s
   model = build_model(config, mesh, dataset.tokenizer.vocab_size, 'train', microbatch)
   optimizer = optim.make_optimizer(config.optim, config.train.num_steps)
   schedule = optim.make_schedule(config.optim, config.train.num_steps)
-  accumulate = (config.train.accumulation_steps, False, config.moe.layer_reduction)
+  accumulate = (
+    config.train.accumulation_steps,
+    accumulation_scope(config),
+    config.moe.layer_reduction,
+  )
   batches = train_iterator(
     dataset.windows('train', config.data.sequence_length),
     batch_size=config.data.batch_size,

@@ -31,8 +31,8 @@ class MoeOptions:
   """Every choice of a MoE layer, as plain numbers and names; see `moe_jax.config` for each.
 
   `capacity_factor` None never drops a token. `balance_scopes` is the number of scopes of the
-  load-balancing loss in the batch, a divisor of its number of groups, or that of its sequences. `choice` holds the numbers of
-  the router; its `capacity` and `training` are filled in here.
+  load-balancing loss in the batch, a divisor of its number of groups, or that of its sequences.
+  `choice` holds the numbers of the router; its `capacity` and `training` are filled in here.
   """
 
   router: str

@@ -70,12 +70,14 @@ class _Run(NamedTuple):
   say: Any
 
 
-def pools_sums(config: ml_collections.ConfigDict) -> bool:
-  """Whether auxiliary losses are formed over all micro-batches at once, see `make_gradient`.
+def accumulation_scope(config: ml_collections.ConfigDict) -> str:
+  """Returns over what auxiliary losses are formed, see `make_gradient`.
 
-  Scopes smaller than a micro-batch need no pooling: each lies in one micro-batch.
+  Balance scopes smaller than a micro-batch need no others: each lies in one micro-batch.
   """
-  return config.train.accumulation_scope == 'batch' and config.moe.balance_scope == 'global'
+  if config.moe.balance_scope != 'global':
+    return 'microbatch'
+  return config.train.accumulation_scope
 
 
 def train(config: ml_collections.ConfigDict, workdir: str) -> Outcome:
@@ -178,8 +180,9 @@ def _train(run: _Run, old: dict[str, Any] | None) -> Outcome:
       optimizer,
       schedule,
       config.train.accumulation_steps,
-      pools_sums(config),
+      accumulation_scope(config),
       config.moe.layer_reduction,
+      config.train.load_decay,
     )
     again = _evaluates_at(config, step)
     writer = metrics.MetricsWriter(run.workdir, step, enabled=first, drop_last_valid=again)

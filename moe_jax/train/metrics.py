@@ -8,6 +8,7 @@ import shutil
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from moe_jax import routing
 from moe_jax.train.step import StepMetrics
@@ -69,7 +70,7 @@ def router_metrics(sums: routing.RouterSums, num_ranks: int = 1) -> dict[str, An
 
 def step_metrics(metrics: StepMetrics, num_ranks: int = 1) -> dict[str, Any]:
   """Returns the metrics of one training step as numbers and lists; waits for the step to finish."""
-  record = {
+  record: dict[str, Any] = {
     'loss': float(metrics.cross_entropy),
     'objective': float(metrics.objective),
     'grad_norm': float(metrics.grad_norm),
@@ -83,7 +84,22 @@ def step_metrics(metrics: StepMetrics, num_ranks: int = 1) -> dict[str, Any]:
     record['router/device_balance_loss'] = np.asarray(metrics.auxiliary.device_balance).tolist()
     record['router/own_loss'] = np.asarray(metrics.auxiliary.router).tolist()
     record |= router_metrics(metrics.router_sums, num_ranks)
+    record |= running_metrics(np.asarray(metrics.average_load))
   return record
+
+
+def running_metrics(average_load: Float[np.ndarray, 'L E']) -> dict[str, Any]:
+  """Returns lists over layers from the moving average of the load, whatever its sum.
+
+  router/running_max_violation is its largest share over the mean share, minus 1;
+  router/running_dead_experts the experts below 1% of the mean share.
+  """
+  load = np.asarray(average_load, np.float64)
+  relative = load / np.maximum(np.mean(load, -1, keepdims=True), 1e-300)
+  return {
+    'router/running_max_violation': (np.max(relative, -1) - 1).tolist(),
+    'router/running_dead_experts': np.sum(relative < 0.01, -1).tolist(),
+  }
 
 
 class MetricsWriter:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Int, Int64
+from jaxtyping import Array, Float, Int, Int64
 
 from moe_jax import routing
 from moe_jax.models.decoder import Decoder, init_router_state
@@ -26,6 +26,8 @@ class TrainState(NamedTuple):
     params: float32.
     opt_state: of the Optax chain.
     router_state: what routers carry from step to step without a gradient; {} for most.
+    average_load: `experts` [L, E]: the moving average over steps, from 0, of each expert's share of
+      the assignments before any drop; for metrics alone. {} for a dense model.
     seed: what every random number of the run is drawn from.
   """
 
@@ -33,6 +35,7 @@ class TrainState(NamedTuple):
   params: Any
   opt_state: Any
   router_state: Any
+  average_load: Any
   seed: Int[Array, '']
 
 
@@ -95,6 +98,7 @@ def state_shardings(model: Decoder, optimizer: optax.GradientTransformation) -> 
     of_params,
     of_opt_state,
     of_router_state,
+    jax.tree.map(lambda _: everywhere, jax.eval_shape(lambda: init_average_load(model))),
     everywhere,
   )
   return TrainState(*shardings)
@@ -112,7 +116,16 @@ def _new_state(
 ) -> TrainState:
   params = init_params(model, seed)
   state = init_router_state(model.options)
-  return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), state, seed)
+  opt_state, average_load = optimizer.init(params), init_average_load(model)
+  return TrainState(jnp.zeros((), jnp.int32), params, opt_state, state, average_load, seed)
+
+
+def init_average_load(model: Decoder) -> dict[str, Float[Array, 'L E']]:
+  """Returns the average load before the first step, of no experts yet."""
+  moe = model.options.moe
+  if moe is None:
+    return {}
+  return {'experts': jnp.zeros((model.options.num_layers // model.options.every, moe.num_experts))}
 
 
 def with_token_counts(

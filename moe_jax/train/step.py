@@ -33,6 +33,7 @@ class StepMetrics(NamedTuple):
     objective: what was differentiated: cross-entropy plus weighted auxiliary losses.
     auxiliary: per MoE layer, unweighted; None for a dense model.
     router_sums: per MoE layer, summed over balance scopes; None for a dense model.
+    average_load: of the state after the step; None for a dense model.
     grad_norm: global norm before clipping.
     learning_rate: of this step.
   """
@@ -42,6 +43,7 @@ class StepMetrics(NamedTuple):
   objective: Float[Array, '']
   auxiliary: objective.AuxiliaryLosses | None
   router_sums: routing.RouterSums | None
+  average_load: Float[Array, 'L E'] | None
   grad_norm: Float[Array, '']
   learning_rate: Float[Array, '']
 
@@ -56,31 +58,33 @@ class _Parts(NamedTuple):
 
 
 def make_loss(
-  model: Decoder, layer_reduction: str
+  model: Decoder, layer_reduction: str, accumulation_scope: str = 'microbatch'
 ) -> Callable[..., tuple[Float[Array, ''], _Parts]]:
   """Returns the share of a micro-batch in the objective of its batch, with what it consists of.
 
-  The function takes (params, router_state, micro, key, weights, batch_tokens, batch_sums).
-  `batch_tokens` is the
-  number of valid tokens of the whole batch. `batch_sums` are the router's sums over the whole batch
-  if the auxiliary losses are those of the batch, and None if each micro-batch has its own. With
-  `batch_sums`, the losses are formed from (rest of the batch, held fixed) + (this micro-batch), so
-  that the gradients of the micro-batches add up to the gradient of the batch exactly, however the
-  losses depend on the sums.
+  The function takes (params, router_state, micro, key, weights, batch_tokens, other_sums).
+  `batch_tokens` is the number of valid tokens of the whole batch, `other_sums` the router's sums
+  over more than this micro-batch, or None:
+    microbatch: not looked at; each micro-batch has its own auxiliary losses.
+    running: over the micro-batches before. The loads that the losses multiply are those of all
+      micro-batches so far, this one included.
+    batch: over the whole batch. The losses are formed from (rest of the batch, held fixed) + (this
+      micro-batch), so that the gradients of the micro-batches add up to the gradient of the batch
+      exactly, however the losses depend on the sums.
   """
 
-  def loss(params, router_state, micro, key, weights, batch_tokens, batch_sums):
+  def loss(params, router_state, micro, key, weights, batch_tokens, other_sums):
     out = _forward(model, params, router_state, micro, key)
     nats = objective.cross_entropy_sum(out.logits, micro['targets'], micro['segment_ids'])
     cross_entropy = nats / batch_tokens
     if out.router_sums is None or model.options.moe is None:
       return cross_entropy, _Parts(cross_entropy, cross_entropy, None, None)
-    sums, share = out.router_sums, 1.0
-    if batch_sums is None:
-      share = jnp.sum(micro['segment_ids'] > 0) / batch_tokens
-    else:
-      fixed = jax.lax.stop_gradient(jax.tree.map(jnp.subtract, batch_sums, sums))
-      sums = jax.tree.map(jnp.add, fixed, sums)
+    sums, share = out.router_sums, jnp.sum(micro['segment_ids'] > 0) / batch_tokens
+    if other_sums is not None and accumulation_scope == 'running':
+      sums = _with_loads_so_far(sums, other_sums)
+    elif other_sums is not None and accumulation_scope == 'batch':
+      fixed = jax.lax.stop_gradient(jax.tree.map(jnp.subtract, other_sums, sums))
+      sums, share = jax.tree.map(jnp.add, fixed, sums), jnp.float32(1)
     auxiliary = objective.auxiliary_losses(sums, model.options.moe, router_state)
     added = objective.weighted_sum(auxiliary, weights, layer_reduction)
     auxiliary = jax.tree.map(lambda x: x * share, auxiliary)
@@ -90,15 +94,27 @@ def make_loss(
   return loss
 
 
+def _with_loads_so_far(sums: routing.RouterSums, before: routing.RouterSums) -> routing.RouterSums:
+  """Returns a micro-batch's sums with the loads of all so far, as counts of its own tokens."""
+  tokens = before.tokens + sums.tokens
+  counts = before.tokens_per_expert + sums.tokens_per_expert
+  scale = sums.tokens / jnp.maximum(tokens, 1.0)
+  return sums._replace(tokens_per_expert=counts * scale[..., None])
+
+
 def make_gradient(
-  model: Decoder, accumulation_steps: int, pool_sums: bool, layer_reduction: str
+  model: Decoder, accumulation_steps: int, accumulation_scope: str, layer_reduction: str
 ) -> Callable[..., tuple[Any, _Parts]]:
   """Returns (params, router_state, batch, key, weights) -> (gradient of the objective, its parts).
 
-  With `pool_sums` the auxiliary losses are formed once, from the router's sums over all
-  micro-batches (a forward pass of its own); without, in each micro-batch, and averaged by tokens.
+  With accumulation_scope `batch` the auxiliary losses are formed once, from the router's sums over
+  all micro-batches (a forward pass of its own). Otherwise in each micro-batch, and averaged by
+  tokens; with `running` from the loads of all micro-batches so far (Qiu et al. 2025,
+  arXiv:2501.11873, algorithm 1), so that the first ones see only a part of the batch.
   """
-  value_and_grad = jax.value_and_grad(make_loss(model, layer_reduction), has_aux=True)
+  value_and_grad = jax.value_and_grad(
+    make_loss(model, layer_reduction, accumulation_scope), has_aux=True
+  )
 
   def gradient(params, router_state, batch, key, weights):
     batch_tokens = jnp.maximum(jnp.sum(batch['segment_ids'] > 0), 1).astype(jnp.float32)
@@ -111,16 +127,20 @@ def make_gradient(
     micros = _split(batch, accumulation_steps, model)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(accumulation_steps))
     batch_sums = None
-    if pool_sums and model.options.moe is not None:
+    if accumulation_scope == 'batch' and model.options.moe is not None:
 
-      def count(micro, key):
+      def count(micro, key, total):
+        del total
         return _forward(model, params, router_state, micro, key).router_sums
 
       batch_sums = jax.lax.stop_gradient(_sum_over(count, micros, keys))
 
-    def one(micro, key):
+    def one(micro, key, total):
+      other_sums = batch_sums
+      if accumulation_scope == 'running' and total is not None:
+        other_sums = total[1].router_sums
       (_, parts), grads = value_and_grad(
-        params, router_state, micro, key, weights, batch_tokens, batch_sums
+        params, router_state, micro, key, weights, batch_tokens, other_sums
       )
       return grads, parts
 
@@ -161,12 +181,12 @@ def _split(batch: Batch, accumulation_steps: int, model: Decoder) -> MicroBatche
 
 
 def _sum_over(function: Callable, micros: MicroBatches, keys) -> Any:
-  """Sums function(micro, key) over micro-batches, one at a time."""
-  shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], micros), keys[0])
+  """Sums function(micro, key, sum of those before) over micro-batches, one at a time."""
+  shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], micros), keys[0], None)
   zeros = jax.tree.map(_zeros, shapes, is_leaf=_is_sums)
 
   def body(total, micro_and_key):
-    return jax.tree.map(_add, total, function(*micro_and_key), is_leaf=_is_sums), None
+    return jax.tree.map(_add, total, function(*micro_and_key, total), is_leaf=_is_sums), None
 
   return jax.lax.scan(body, zeros, (micros, keys))[0]
 
@@ -191,8 +211,9 @@ def make_train_step(
   optimizer: optax.GradientTransformation,
   schedule: optax.Schedule,
   accumulation_steps: int = 1,
-  pool_sums: bool = False,
+  accumulation_scope: str = 'microbatch',
   layer_reduction: str = 'mean',
+  load_decay: float = 0.99,
 ) -> Any:
   """Returns the compiled (state, batch, weights) -> (state, StepMetrics).
 
@@ -203,10 +224,11 @@ def make_train_step(
     optimizer: clipping included.
     schedule: step -> learning rate, for the report alone.
     accumulation_steps: micro-batches; divides the batch.
-    pool_sums: form the auxiliary losses over all micro-batches, see `make_gradient`.
+    accumulation_scope: what the auxiliary losses are formed over, see `make_gradient`.
     layer_reduction: `mean` or `sum` of the auxiliary losses over layers.
+    load_decay: of the moving average of the load, per step.
   """
-  gradient = make_gradient(model, accumulation_steps, pool_sums, layer_reduction)
+  gradient = make_gradient(model, accumulation_steps, accumulation_scope, layer_reduction)
 
   def step(state, batch, weights):
     key = jax.random.fold_in(jax.random.key(state.seed), state.step)
@@ -215,16 +237,19 @@ def make_train_step(
     params = optax.apply_updates(state.params, updates)
     sums = None if parts.router_sums is None else over_scopes(parts.router_sums)
     router_state = _update_routers(model, state.router_state, sums)
+    average_load = _average(state.average_load, sums, load_decay)
     metrics = StepMetrics(
       tokens=jnp.sum(batch['segment_ids'] > 0).astype(jnp.float32),
       cross_entropy=parts.cross_entropy,
       objective=parts.objective,
       auxiliary=parts.auxiliary,
       router_sums=sums,
+      average_load=average_load.get('experts'),
       grad_norm=optax.tree.norm(grads),
       learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
     )
-    return TrainState(state.step + 1, params, opt_state, router_state, state.seed), metrics
+    new = TrainState(state.step + 1, params, opt_state, router_state, average_load, state.seed)
+    return new, metrics
 
   shardings = state_shardings(model, optimizer)
   by_sequence = {name: batch_sharding(model.mesh) for name in BATCH_FIELDS}
@@ -250,6 +275,17 @@ def _update_routers(
   return jax.vmap(lambda state, sums: update(state, sums, moe.choice))(
     router_state, jax.lax.stop_gradient(sums)
   )
+
+
+def _average(
+  average: dict[str, Float[Array, 'L E']], sums: routing.RouterSums | None, decay: float
+) -> dict[str, Float[Array, 'L E']]:
+  """Returns the moving average of the load after a step, as in `TrainState`."""
+  if sums is None:
+    return average
+  counts = sums.tokens_per_expert
+  load = counts / jnp.maximum(jnp.sum(counts, axis=-1, keepdims=True), 1)
+  return {'experts': decay * average['experts'] + (1 - decay) * load}
 
 
 def over_scopes(sums: routing.RouterSums) -> routing.RouterSums:

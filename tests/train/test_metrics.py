@@ -27,6 +27,14 @@ def test_a_cut_last_line_is_no_damage(tmp_path, capsys):
   assert not (tmp_path / 'metrics.damaged').exists() and not capsys.readouterr().out
 
 
+def test_running_metrics_by_hand():
+  # Three steps from 0 with decay 0.99 would sum to 0.0297; only shares matter. Loads 6, 2, 0.001
+  # and 0 of 8.001: mean 2.00025; largest 6 / 2.00025 - 1; two below 0.02.
+  result = metrics.running_metrics(np.array([[6, 2, 0.001, 0], [1, 1, 1, 1]]) * 1e-3)
+  np.testing.assert_allclose(result['router/running_max_violation'], [6 / 2.00025 - 1, 0])
+  assert result['router/running_dead_experts'] == [2, 0]
+
+
 def test_router_metrics_by_hand():
   # One layer, E = 4, 8 tokens with one assignment each: 4, 2, 2 and none; one of them dropped.
   one = lambda value: np.array([value], np.float32)  # noqa: E731

@@ -49,7 +49,7 @@ def _auxiliary_gradient(trainer, rows):
   return jax.tree.map(jnp.subtract, whole, task)['layers']['block_0']['moe']['router']
 
 
-@pytest.mark.parametrize('scope', ['global', 'device', 'group'])
+@pytest.mark.parametrize('scope', ['global', 'device', 'group', 'sequence'])
 def test_four_micro_batches_are_one_batch(scope):
   rows = tiny.batch(16, 16)
   common = {'moe.balance_scope': scope, 'train.accumulation_scope': 'batch'}
@@ -87,6 +87,64 @@ def test_scope_microbatch_is_the_token_weighted_mean_of_the_micro_batches():
 
   tiny.assert_close(result, jax.tree.map(mean, *grads))
   tiny.assert_close(parts.auxiliary, jax.tree.map(mean, *losses))
+
+
+def test_scope_running_takes_the_loads_of_the_micro_batches_so_far():
+  # In micro-batch i: E sum_e f_e P_ie, f from the counts of micro-batches 0..i, P_i its own.
+  rows = tiny.batch(16, 16)
+  scope = {'train.accumulation_scope': 'running'}
+  trainer = tiny.trainer({**scope, 'train.accumulation_steps': 4})
+  weights = NO_WEIGHTS._replace(load_balancing=jnp.float32(1))
+  gradient, parts = trainer.gradient(rows, weights)
+  task, _ = trainer.gradient(rows, NO_WEIGHTS)
+  single = tiny.trainer({**scope, 'data.batch_size': 4})
+  start_params = single.state.params
+
+  def sums_at(params):
+    single.state = single.state._replace(params=params)
+    micros = ({k: v[i : i + 4] for k, v in rows.items()} for i in range(0, 16, 4))
+    return [over_scopes(single.gradient(m, NO_WEIGHTS)[1].router_sums) for m in micros]
+
+  at_start = jax.tree.map(lambda x: np.asarray(x, np.float64), sums_at(start_params))
+  so_far = np.cumsum(np.array([s.tokens_per_expert for s in at_start]), axis=0)
+  load = so_far / so_far.sum(-1, keepdims=True)  # [micro-batches, L, E]
+  tokens = np.array([s.tokens[0] for s in at_start])
+
+  def loss(sums):
+    prob = np.array([np.asarray(s.prob_sum, np.float64) for s in sums]) / tokens[:, None, None]
+    values = load.shape[-1] * np.sum(load * prob, axis=-1)  # [micro-batches, L]
+    return tokens @ values / tokens.sum()
+
+  np.testing.assert_allclose(parts.auxiliary.load_balancing, loss(at_start), rtol=1e-5)
+  counts = np.array([s.tokens_per_expert for s in at_start])
+  own = counts / counts.sum(-1, keepdims=True)
+  assert np.abs(own - load).max() > 0.01  # not what microbatch would have
+
+  # Slope along a direction of the last layer's router, whose own tokens do not depend on it.
+  router = np.asarray(start_params['layers']['block_0']['moe']['router'])
+  direction = np.zeros(router.shape, np.float32)
+  direction[-1] = np.random.default_rng(0).normal(size=router.shape[1:])
+
+  def at(epsilon):
+    params = jax.tree.map(np.asarray, start_params)
+    params['layers']['block_0']['moe']['router'] = router + epsilon * direction
+    return sums_at(params)
+
+  slope = (loss(at(1e-2))[-1] - loss(at(-1e-2))[-1]) / 2e-2 / load.shape[1]  # mean over layers
+  auxiliary = jax.tree.map(jnp.subtract, gradient, task)['layers']['block_0']['moe']['router']
+  assert abs(slope) > 1e-4
+  np.testing.assert_allclose(np.sum(np.asarray(auxiliary) * direction), slope, rtol=2e-2)
+
+
+def test_the_average_load_is_a_moving_average_over_steps():
+  trainer = tiny.trainer({'train.load_decay': 0.75})
+  average = 0.0
+  for seed in range(3):
+    metrics = trainer(tiny.batch(16, 16, seed), LARGE_WEIGHTS)
+    counts = np.asarray(metrics.router_sums.tokens_per_expert, np.float64)
+    average = 0.75 * average + 0.25 * counts / counts.sum(-1, keepdims=True)
+    np.testing.assert_allclose(metrics.average_load, average, rtol=1e-5)
+  np.testing.assert_array_equal(trainer.state.average_load['experts'], metrics.average_load)
 
 
 def test_accumulation_is_the_same_on_a_mesh():
