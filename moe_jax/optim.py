@@ -93,10 +93,13 @@ def is_matrix(params):
 
 
 def _muon_labels(params):
-  """Muon takes the matrices but the router, whose E columns are directions to tell apart."""
+  """Muon takes the matrices but a router's, whose E columns are directions to tell apart."""
 
   def label(path, matrix):
-    return 'muon' if matrix and path[-1].key != 'router' else 'adamw'
+    # Whatever a router calls its weights, they lie beside those of the experts.
+    names = [part.key for part in path]
+    of_router = 'moe' in names and names[-1] not in ('w_in', 'w_out')
+    return 'muon' if matrix and not of_router else 'adamw'
 
   return jax.tree_util.tree_map_with_path(label, is_matrix(params))
 

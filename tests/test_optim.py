@@ -47,7 +47,8 @@ def _params():
   def normal(*shape):
     return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
-  moe = {'router': normal(2, 8, 4), 'w_in': normal(2, 4, 8, 16), 'w_out': normal(2, 4, 16, 8)}
+  moe = {'router': normal(2, 8, 4), 'noise': normal(2, 8, 4)}  # as in noisy_top_k
+  moe |= {'w_in': normal(2, 4, 8, 16), 'w_out': normal(2, 4, 16, 8)}
   block = {'moe': moe, 'attention': {'query': normal(2, 8, 8)}, 'norm': {'scale': normal(2, 8)}}
   return {
     'embedding': normal(20, 8),
@@ -113,7 +114,7 @@ def test_weight_decay_shrinks_matrices_of_layers_alone(name):
       # Decoupled: learning rate x decay x weight, whatever the gradient.
       np.testing.assert_allclose(update, -0.05 * param, rtol=1e-5)
   # Muon leaves the router to AdamW, without decay.
-  assert decayed == {'query', 'w_in', 'w_out'} | (set() if name == 'muon' else {'router'})
+  assert decayed == {'query', 'w_in', 'w_out'} | (set() if name == 'muon' else {'router', 'noise'})
 
 
 def test_muon_makes_each_matrix_of_each_expert_orthogonal():
@@ -141,7 +142,8 @@ def test_muon_gives_the_rest_its_own_learning_rate():
   fields = {'name': 'muon', 'learning_rate': 0.1, 'adam_learning_rate': 0.01, 'weight_decay': 0.0}
   updates = _updates(fields, params, params)
   # The first AdamW update is learning rate x sign of the gradient.
-  for update in (updates['embedding'], updates['layers']['block_0']['moe']['router']):
+  moe = updates['layers']['block_0']['moe']
+  for update in (updates['embedding'], moe['router'], moe['noise']):
     np.testing.assert_allclose(np.abs(update), 0.01, rtol=1e-3)
 
 
