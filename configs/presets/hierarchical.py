@@ -1,6 +1,9 @@
 """Two levels: groups of experts, then experts of the group.
 
-Shazeer et al. 2017, arXiv:1701.06538, app. B, without noise.
+Shazeer et al. 2017, arXiv:1701.06538, app. B: noise at both levels, importance and load losses over
+all experts, each weighted by 0.1; app. C: two groups and two experts in each. Differs: 4 groups
+where the paper has 16; matrices of logits that do not start at zero. With 8 experts C = S and
+nothing is dropped, as in the paper, which has no capacity; with the 16 of lm_small C = S / 2.
 
 python -m moe_jax.train --config=configs/presets/hierarchical.py --workdir=runs/hierarchical
 """
@@ -13,25 +16,25 @@ def get_config(arg: str = ''):
   return presets.make(
     arg,
     router='hierarchical',
-    num_selected_experts=2,
+    num_selected_experts=4,
     num_expert_groups=4,
     num_selected_groups=2,
     score='softmax',
-    softmax_order='before',
+    softmax_order='after',
     renormalize='none',
     gate_scale=1.0,
     jitter=0.0,
     priority='token',
-    capacity_factor=1.25,
+    capacity_factor=2.0,
     eval_capacity_factor=2.0,
     balance_scope='global',
-    load_balancing_weight=0.01,
+    load_balancing_weight=0.0,
     balance_normalization='one',
     device_balance_weight=0.0,
     router_z_weight=0.0,
     importance_weight=0.0,
     entropy_weight=0.0,
-    router_loss_weight=0.0,
+    router_loss_weight=0.1,
     layer_reduction='sum',
     router_init_scale=0.1,
   )

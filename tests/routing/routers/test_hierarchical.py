@@ -5,6 +5,7 @@ import math
 
 import hypothesis
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
@@ -22,7 +23,7 @@ NAME = 'hierarchical'
 
 
 def normals(num_groups, size, options):
-  """Returns the draws [G, S, group] of the primary level, and [G, S, rank of group, expert in it]."""
+  """Returns the draws [G, S, group] of the primary level, [G, S, rank of group, expert in it]."""
   num_expert_groups, rows = options.num_expert_groups, size * options.num_selected_groups
   in_group = options.num_experts // num_expert_groups
   keys = [jax.random.split(key) for key in token_choice.keys(num_groups)]
@@ -193,15 +194,14 @@ def test_by_hand():
 def loss_of(own):
   """Returns the router's loss of its own sums and the gradients by them."""
   options = token_choice.options(num_expert_groups=2, num_selected_groups=2)
-  tokens, valid = np.ones((1, 1, 12)), np.ones((1, 1), bool)
-  choice = token_choice.choose(NAME, options, both(2, 4), tokens)
-  sums = token_choice.sums_of(choice, valid, token_choice.keys(1))
+  choice = token_choice.choose(NAME, options, both(2, 4), np.ones((1, 1, 12)))
+  sums = token_choice.sums_of(choice, jnp.ones((1, 1), bool), token_choice.keys(1))
   assert set(sums.own) == set(own)
 
   def loss(own):
     return registry.ROUTERS[NAME].loss(sums._replace(own=own), {}, options)
 
-  return jax.value_and_grad(loss)({name: np.float32(value) for name, value in own.items()})
+  return jax.value_and_grad(loss)({name: jnp.float32(value) for name, value in own.items()})
 
 
 def test_loss_by_hand():
@@ -339,6 +339,7 @@ def test_invariants():
 def test_one_group_is_top_k_in_evaluation(mode):
   rng = np.random.default_rng(0)
   tokens, params = rng.normal(size=(2, 5, 3)), random_params(rng, 1, 4)
+  params['router_primary'] = np.zeros((3, 1))
   options = token_choice.options(softmax_order=mode[0], renormalize=mode[1], training=False)
   choice = token_choice.choose(NAME, options, params, tokens)
   plain = token_choice.choose('top_k', options, {'router': params['router']}, tokens)
@@ -347,34 +348,29 @@ def test_one_group_is_top_k_in_evaluation(mode):
     np.testing.assert_allclose(getattr(choice, field), getattr(plain, field), rtol=1e-6)
 
 
-def test_levels_draw_apart():
-  """Noise of one level alone changes what that level selects, and nothing of the other."""
+def test_noise_of_one_level_leaves_the_other():
   options = token_choice.options(
     num_experts=9, num_selected_experts=6, num_expert_groups=3, num_selected_groups=3
   )
-  size = 50
-  tokens = np.tile(np.random.default_rng(0).normal(size=24) / 4, (1, size, 1))
-  primary, secondary = slice(12, 15), slice(15, 24)
-  # A raw size of -300 leaves no noise: softplus(-300) is 0 in float32.
-  selected = {}
-  for name, silent in {'none': (primary, secondary), 'a': (secondary,), 'b': (primary,)}.items():
+  tokens = np.tile(np.random.default_rng(0).normal(size=24) / 4, (1, 50, 1))
+
+  def selected(options, *silent):
+    """Returns the groups of each token in order, and its experts out of order."""
     quiet = tokens.copy()
-    for part in silent:
-      quiet[..., part] = -300
-    choice = token_choice.choose(NAME, options, both(3, 9), quiet)
-    index = np.asarray(choice.expert_index)[0].reshape(size, 3, 2)
-    selected[name] = index[:, :, 0] // 3, np.sort(index.reshape(size, 6), axis=-1)
-  evaluation = dataclasses.replace(options, training=False)
-  plain = token_choice.choose(NAME, evaluation, both(3, 9), tokens)
-  groups = np.asarray(plain.expert_index)[0].reshape(size, 3, 2)[:, :, 0] // 3
-  experts = np.sort(np.asarray(plain.expert_index)[0], axis=-1)
-  for name, (same_groups, same_experts) in {
-    'none': (True, True),
-    'a': (False, True),
-    'b': (True, False),
-  }.items():
-    assert np.array_equal(selected[name][0], groups) == same_groups, name
-    assert np.array_equal(selected[name][1], experts) == same_experts, name
+    for level in silent:
+      # softplus(-300) is 0 in float32.
+      quiet[..., {'primary': slice(12, 15), 'secondary': slice(15, 24)}[level]] = -300
+    index = np.asarray(token_choice.choose(NAME, options, both(3, 9), quiet).expert_index)
+    return index[0, :, ::2] // 3, np.sort(index[0], axis=-1)
+
+  groups, experts = selected(dataclasses.replace(options, training=False))
+  for silent, same in (
+    (('primary', 'secondary'), (True, True)),
+    (('secondary',), (False, True)),
+    (('primary',), (True, False)),
+  ):
+    got = selected(options, *silent)
+    assert (np.array_equal(got[0], groups), np.array_equal(got[1], experts)) == same, silent
 
 
 def test_evaluation_draws_nothing():
@@ -434,6 +430,17 @@ def test_padding_and_later_tokens_change_nothing():
   options = token_choice.options(num_expert_groups=2, num_selected_groups=2)
   token_choice.check_padding(NAME, options, params, tokens)
   token_choice.check_causal(NAME, options, params, tokens)
+
+
+def test_padding_that_is_not_a_number_stays_out_of_the_sums():
+  rng = np.random.default_rng(2)
+  params, tokens = random_params(rng, 2, 4), rng.normal(size=(1, 4, 3))
+  options = token_choice.options(num_expert_groups=2, num_selected_groups=2)
+  valid = np.array([[True, False, True, True]])
+  expected = token_choice.choose(NAME, options, params, tokens, valid).sums
+  tokens[0, 1] = np.nan
+  for name, value in token_choice.choose(NAME, options, params, tokens, valid).sums.items():
+    np.testing.assert_array_equal(value, expected[name], err_msg=name)
 
 
 def test_allowed():
