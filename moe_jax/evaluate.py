@@ -13,15 +13,19 @@ from moe_jax.data import Dataset, compression_baselines
 from moe_jax.errors import UserError
 from moe_jax.models.build import build_model
 from moe_jax.results import load_figure
+from moe_jax.train import churn
 from moe_jax.train import evaluate as evaluate_room
 from moe_jax.train.loop import write_json
 from moe_jax.train.opening import dataset_of
-from moe_jax.train.restore import restore_run
+from moe_jax.train.restore import RestoredRun, restore_run
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run.')
 _SPLIT = flags.DEFINE_string('split', 'test', 'train, valid or test.')
 _DATA_DIR = flags.DEFINE_string('data_dir', None, "Where the data is kept; the run's by default.")
 _STEP = flags.DEFINE_integer('step', None, 'Checkpoint; the newest by default.')
+_COMPARE = flags.DEFINE_integer(
+  'compare_step', None, 'An earlier checkpoint: how much routing changed since then.'
+)
 _MESH = flags.DEFINE_string('mesh', None, "data=D,expert=E; the run's own by default.")
 _FIGURE = flags.DEFINE_bool('figure', True, 'Also draw expert load into WORKDIR/expert_load.png.')
 
@@ -46,6 +50,9 @@ def main() -> None:
   length, microbatch = run.config.data.sequence_length, _batch_size(run)
   model = build_model(run.config, run.mesh, run.tokenizer.vocab_size, 'eval')
   batches = evaluate_room.num_batches(dataset, _SPLIT.value, length, microbatch)
+  earlier = _earlier(workdir, run)
+  if earlier is not None:
+    batches *= 2
   progress = tqdm.tqdm(total=batches, unit='batch', leave=False, mininterval=0.2, disable=None)
   with jax.set_mesh(run.mesh), progress as bar:
     result = evaluate_room.evaluate(
@@ -59,6 +66,9 @@ def main() -> None:
       batch_size=microbatch,
       on_batch=bar.update,
     )
+    if earlier is not None:
+      changed = _churn(run, earlier, dataset, length, microbatch, bar.update)
+      _add_churn(result, changed, earlier.step)
   result |= {'step': run.step, 'eval_capacity_factor': run.config.moe.eval_capacity_factor}
   _add_baselines(result, dataset, _SPLIT.value)
   path = pathlib.Path(workdir) / f'evaluation_{_SPLIT.value}.json'
@@ -66,10 +76,45 @@ def main() -> None:
   _print_quality(result)
   if run.config.moe.num_experts:
     _print_load(result)
+    if earlier is not None:
+      _print_churn(result)
     if _FIGURE.value:
       figure = load_figure.draw(workdir, result)
       print(f'expert load over training and by domain: {figure}')
   print(f'all numbers: {path}')
+
+
+def _earlier(workdir: str, run: RestoredRun) -> RestoredRun | None:
+  """Returns the checkpoint to compare with, if one was asked for."""
+  if _COMPARE.value is None:
+    return None
+  if not run.config.moe.num_experts:
+    raise UserError('--compare_step', _COMPARE.value, 'a dense model has no routing to compare')
+  if _COMPARE.value >= run.step:
+    raise UserError('--compare_step', _COMPARE.value, f'must be before step {run.step}')
+  mesh = ','.join(f'{name}={size}' for name, size in run.mesh.shape.items())
+  return restore_run(workdir, _COMPARE.value, mesh, '--compare_step')
+
+
+def _churn(run, earlier, dataset: Dataset, length: int, microbatch: int, on_batch):
+  model = build_model(run.config, run.mesh, run.tokenizer.vocab_size, 'eval', returns_choices=True)
+  return churn.churn(
+    churn.make_overlap_step(model),
+    model,
+    churn.Weights(earlier.params, earlier.router_state),
+    churn.Weights(run.params, run.router_state),
+    dataset,
+    split=_SPLIT.value,
+    sequence_length=length,
+    batch_size=microbatch,
+    on_batch=on_batch,
+  )
+
+
+def _add_churn(result: dict[str, Any], changed: dict[str, Any], step: int) -> None:
+  result |= {'compare_step': step, 'router/churn': changed['router/churn']}
+  for domain, summary in changed['domains'].items():
+    result['domains'][domain] |= summary
 
 
 def _batch_size(run) -> int:
@@ -110,6 +155,12 @@ def _print_load(result: dict[str, Any]) -> None:
     for domain, summary in [*result['domains'].items(), ('all', result)]:
       load = ''.join(f'{share * 100:>6.1f}' for share in summary['router/load'][layer])
       print(f'  layer {layer}  {domain:<14}{load}')
+
+
+def _print_churn(result: dict[str, Any]) -> None:
+  print(f'assignments that changed since step {result["compare_step"]} (churn), % by layer:')
+  for domain, summary in [*result['domains'].items(), ('all', result)]:
+    print(f'  {domain:<14}' + ''.join(f'{share * 100:>7.1f}' for share in summary['router/churn']))
 
 
 if __name__ == '__main__':

@@ -520,3 +520,23 @@ def test_a_full_disk_as_a_process(path, tmp_path):
   assert 'Traceback' not in result.err
   last = result.err.strip().splitlines()[-1]
   assert last.startswith(f"error: workdir='{workdir}': a checkpoint could not be written (File too")
+
+
+def test_evaluate_compares_routing_with_an_earlier_checkpoint(path, tmp_path):
+  workdir = tmp_path / 'run'
+  flags = (f'--workdir={workdir}', '--nofigure')
+  more = '--config.train.checkpoint_every=1', '--config.optim.learning_rate=0.5'
+  result = tiny.command('train', f'--config={path}', f'--workdir={workdir}', *more)
+  assert result.code == 0, result.err
+  for step, words in ((1, ('must be one of [2, 3]',)), (3, ('before step 3',))):
+    before = tiny.snapshot(workdir)
+    refused = tiny.command('evaluate', *flags, f'--compare_step={step}')
+    refused.assert_error(f'--compare_step={step}', *words)
+    assert tiny.snapshot(workdir) == before
+  result = tiny.command('evaluate', *flags, '--compare_step=2')
+  assert result.code == 0, result.err
+  assert 'changed since step 2' in result.out
+  written = json.loads((workdir / 'evaluation_test.json').read_text())
+  assert written['compare_step'] == 2
+  for summary in (written, *written['domains'].values()):
+    assert all(0 < share < 1 for share in summary['router/churn'])

@@ -33,6 +33,7 @@ class MoeOptions:
   `capacity_factor` None never drops a token. `balance_scopes` is the number of scopes of the
   load-balancing loss in the batch, a divisor of its number of groups, or that of its sequences.
   `choice` holds the numbers of the router; its `capacity` and `training` are filled in here.
+  `returns_choices` also gives back which experts each token asked for.
   """
 
   router: str
@@ -47,6 +48,7 @@ class MoeOptions:
   device_balance_parts: int
   dispatch: str
   router_init_scale: float
+  returns_choices: bool = False
 
   @property
   def num_experts(self) -> int:
@@ -86,6 +88,21 @@ class MoeParams(NamedTuple):
   w_out: Float[Array, 'E F D']
 
 
+class LayerOutput(NamedTuple):
+  """What a layer gives back.
+
+  Attributes:
+    y: the experts' weighted outputs.
+    sums: over all tokens of all devices.
+    choices: the experts that each token asked for, before any drop; -1 for an assignment that asked
+      for none and for padding. None unless `MoeOptions.returns_choices`.
+  """
+
+  y: Float[Array, 'B T D']
+  sums: routing.RouterSums
+  choices: Int[Array, 'B T K'] | None
+
+
 def moe_layer(
   x: Float[Array, 'B T D'],
   info: TokenInfo,
@@ -95,7 +112,7 @@ def moe_layer(
   mesh: Mesh,
   options: MoeOptions,
   deterministic: bool,
-) -> tuple[Float[Array, 'B T D'], routing.RouterSums]:
+) -> LayerOutput:
   """Routes every token to its experts and back.
 
   Args:
@@ -108,9 +125,6 @@ def moe_layer(
     options: static choices.
     deterministic: evaluation: no jitter, and nothing drawn by the router.
 
-  Returns:
-    The experts' weighted outputs, and sums over all tokens of all devices.
-
   Raises:
     ValueError: if the mesh does not divide the experts, or mesh and groups the batch.
   """
@@ -122,11 +136,12 @@ def moe_layer(
   by_token = PartitionSpec(BATCH_AXES)
   by_expert = PartitionSpec(EXPERT_AXIS)
   of_params: tuple[Any, ...] = (PartitionSpec(), by_expert, by_expert)
+  of_output: tuple[Any, ...] = (by_token, PartitionSpec(), by_token)
   return jax.shard_map(
     local,
     mesh=mesh,
     in_specs=(by_token, by_token, MoeParams(*of_params), PartitionSpec(), by_token),
-    out_specs=(by_token, PartitionSpec()),
+    out_specs=LayerOutput(*of_output),
     check_vma=True,
   )(x, info, params, state, keys)
 
@@ -162,7 +177,7 @@ def _local_layer(
   options: MoeOptions,
   num_groups: int,
   deterministic: bool,
-) -> tuple[Float[Array, 'b T D'], routing.RouterSums]:
+) -> LayerOutput:
   """The layer on one device: its tokens, its experts."""
   tokens_GSD = to_groups(x, options.group_size)
   info_GS = TokenInfo(*(to_groups(a[..., None], options.group_size)[..., 0] for a in info))
@@ -210,7 +225,10 @@ def _local_layer(
   part = device * local_groups * parts + jnp.arange(local_groups * parts)
   scope = part.reshape(local_groups, parts) // (num_groups * parts // options.balance_scopes)
   sums = routing.router_sums(choice, plan, valid_GS, scope, options.balance_scopes)
-  return y, _sum_over_devices(sums)
+  choices = None
+  if options.returns_choices:
+    choices = from_groups(jnp.where(plan.asked, plan.expert_index, -1), options.group_size)
+  return LayerOutput(y, _sum_over_devices(sums), choices)
 
 
 def mix_tokens(mixture: Mixture, tokens: Float[Array, 'G S D']) -> Float[Array, 'E G P D']:
@@ -261,7 +279,7 @@ def to_groups(x: Shaped[Array, 'b T D'], group_size: int) -> Shaped[Array, 'g S 
   return grouped.swapaxes(1, 2).reshape(batch // group_size, length * group_size, width)
 
 
-def from_groups(x: Float[Array, 'g S D'], group_size: int) -> Float[Array, 'b T D']:
+def from_groups(x: Shaped[Array, 'g S D'], group_size: int) -> Shaped[Array, 'b T D']:
   """The inverse of `to_groups`."""
   groups, tokens, width = x.shape
   length = tokens // group_size
@@ -300,8 +318,8 @@ class Moe(nn.Module):
     x: Float[Array, 'B T D'],
     info: TokenInfo,
     deterministic: bool,
-  ) -> tuple[Float[Array, 'B T D'], routing.RouterSums]:
-    """Returns the output and the router's sums; see `moe_layer`."""
+  ) -> LayerOutput:
+    """Returns what `moe_layer` does."""
     options = self.options
     router = routing.ROUTERS[options.router]
     embed_dim = x.shape[-1]

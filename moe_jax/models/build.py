@@ -15,7 +15,12 @@ MODES = ('train', 'eval', 'decode')
 
 
 def build_model(
-  config: ml_collections.ConfigDict, mesh: Mesh, vocab_size: int, mode: str, batch_size: int = 1
+  config: ml_collections.ConfigDict,
+  mesh: Mesh,
+  vocab_size: int,
+  mode: str,
+  batch_size: int = 1,
+  returns_choices: bool = False,
 ) -> Decoder:
   """Returns the model of a config; parameters are the same in every mode.
 
@@ -26,6 +31,7 @@ def build_model(
     mode: `train` uses capacity_factor and the balance scopes of the config; `eval` uses
       eval_capacity_factor and one scope; `decode` never drops.
     batch_size: sequences in a (micro-)batch; `train` derives the balance scopes from it.
+    returns_choices: whether a forward pass says which experts each token asked for.
   """
   if mode not in MODES:
     raise ValueError(f'mode={mode!r}: must be one of {MODES}')
@@ -52,14 +58,16 @@ def build_model(
     tied_embeddings=model.tied_embeddings,
     remat=model.remat,
     compute_dtype=model.compute_dtype,
-    moe=_moe_options(config, mode, batch_size) if moe.num_experts else None,
+    moe=_moe_options(config, mode, batch_size, returns_choices) if moe.num_experts else None,
     every=moe.every if moe.num_experts else 1,
     num_shared_experts=moe.num_shared_experts,
   )
   return Decoder(options, mesh)
 
 
-def _moe_options(config: ml_collections.ConfigDict, mode: str, batch_size: int) -> MoeOptions:
+def _moe_options(
+  config: ml_collections.ConfigDict, mode: str, batch_size: int, returns_choices: bool
+) -> MoeOptions:
   moe = config.moe
   capacity_factor = {
     'train': moe.capacity_factor,
@@ -82,4 +90,5 @@ def _moe_options(config: ml_collections.ConfigDict, mode: str, batch_size: int) 
     device_balance_parts=moe.device_balance_parts,
     dispatch=moe.dispatch,
     router_init_scale=moe.router_init_scale,
+    returns_choices=returns_choices,
   )

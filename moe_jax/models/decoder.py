@@ -51,11 +51,13 @@ class DecoderOutput(NamedTuple):
   Attributes:
     logits: in float32.
     router_sums: each leaf with a leading dimension of MoE layers; None for a dense model.
+    choices: as in `LayerOutput`.
     cache: the updated cache, if one came in.
   """
 
   logits: Float[Array, 'B T V']
   router_sums: routing.RouterSums | None
+  choices: Int[Array, 'L B T K'] | None
   cache: Any
 
 
@@ -82,14 +84,14 @@ class _Block(nn.Module):
     x = _shard_batch(x + attended, self.mesh)
     normed = RMSNorm(options.norm_epsilon, name='mlp_norm')(x)
     if not self.sparse:
-      return x + Mlp(options.mlp_dim, options.activation, name='mlp')(normed), None, cache
+      return x + Mlp(options.mlp_dim, options.activation, name='mlp')(normed), (None, None), cache
     assert options.moe is not None
     moe = Moe(options.moe, self.mesh, options.vocab_size, name='moe')
-    y, sums = moe(normed, info, deterministic)
+    y, sums, choices = moe(normed, info, deterministic)
     if options.num_shared_experts:
       shared_dim = options.num_shared_experts * options.moe.mlp_dim
       y = y + Mlp(shared_dim, options.activation, name='shared')(normed)
-    return x + y, sums, cache
+    return x + y, (sums, choices), cache
 
 
 class _Unit(nn.Module):
@@ -101,15 +103,15 @@ class _Unit(nn.Module):
 
   @nn.compact
   def __call__(self, x, cache, mask, info):
-    sums = None
+    routed = (None, None)
     new_cache = []
     for i in range(self.options.every):
       sparse = self.options.moe is not None and i == self.options.every - 1
       block = _Block(self.options, self.mesh, sparse, name=f'block_{i}')
       block_cache = None if cache is None else cache[i]
-      x, sums, block_cache = block(x, mask, info, block_cache, self.deterministic)
+      x, routed, block_cache = block(x, mask, info, block_cache, self.deterministic)
       new_cache.append(block_cache)
-    return _shard_batch(x, self.mesh), (sums, None if cache is None else tuple(new_cache))
+    return _shard_batch(x, self.mesh), (*routed, None if cache is None else tuple(new_cache))
 
 
 class Decoder(nn.Module):
@@ -164,7 +166,7 @@ class Decoder(nn.Module):
       length=options.num_layers // options.every,
       metadata_params={nn.PARTITION_NAME: 'layers'},
     )
-    x, (sums, cache) = scanned(options, self.mesh, deterministic, name='layers')(
+    x, (sums, choices, cache) = scanned(options, self.mesh, deterministic, name='layers')(
       x, cache, mask, TokenInfo(segment_ids > 0, inputs, positions)
     )
     x = RMSNorm(options.norm_epsilon, name='final_norm')(x)
@@ -175,7 +177,7 @@ class Decoder(nn.Module):
         'output', logical(matrix_init, 'embed', 'vocab'), (options.embed_dim, options.vocab_size)
       )
     logits = jnp.einsum('btd,dv->btv', x, output.astype(dtype), preferred_element_type=jnp.float32)
-    return DecoderOutput(logits, sums, cache)
+    return DecoderOutput(logits, sums, choices, cache)
 
 
 def forward(

@@ -1,8 +1,9 @@
 """Evaluation on a whole split, domain by domain."""
 
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from moe_jax.models.decoder import Decoder, forward
 from moe_jax.parallel.mesh import EXPERT_AXIS, batch_sharding, replicated
 from moe_jax.train import metrics, objective
 from moe_jax.train.state import params_shardings
-from moe_jax.train.step import BATCH_FIELDS, over_scopes, put_batch
+from moe_jax.train.step import BATCH_FIELDS, Batch, over_scopes, put_batch
 
 EvalStep = Callable[[Any, Any, dict[str, jax.Array]], tuple[jax.Array, jax.Array, Any]]
 
@@ -83,18 +84,11 @@ def evaluate(
   for domain in dataset.domains:
     if not dataset.num_documents(split, domain):
       continue
-    windows = dataset.windows(split, sequence_length, domain)
-    shares = {
-      'process_index': jax.process_index(),
-      'process_count': jax.process_count(),
-    }
     total = None
-    for i, batch in enumerate(eval_batches(windows, batch_size=batch_size, **shares)):
-      if max_batches and i == max_batches:
-        break
+    batches = domain_batches(dataset, model, split, domain, sequence_length, batch_size)
+    for batch in itertools.islice(batches, max_batches or None):
       out = jax.tree.map(
-        lambda x: np.asarray(x, np.float64),
-        eval_step(params, router_state, put_batch(batch, model)),
+        lambda x: np.asarray(x, np.float64), eval_step(params, router_state, batch)
       )
       total = out if total is None else _add(total, out)
       on_batch()
@@ -103,6 +97,27 @@ def evaluate(
     totals.append((total, num_bytes))
   pooled = functools.reduce(_add, (total for total, _ in totals))
   return result | _summary(pooled, sum(count for _, count in totals), model)
+
+
+def domain_batches(
+  dataset: Dataset,
+  model: Decoder,
+  split: str,
+  domain: str,
+  sequence_length: int,
+  batch_size: int,
+) -> Iterator[Batch]:
+  """Yields every document of a domain in batches on the model's devices; none if it is empty."""
+  if not dataset.num_documents(split, domain):
+    return
+  windows = dataset.windows(split, sequence_length, domain)
+  for batch in eval_batches(
+    windows,
+    batch_size=batch_size,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  ):
+    yield put_batch(batch, model)
 
 
 def _add(one: Any, other: Any) -> Any:

@@ -41,7 +41,9 @@ class RestoredRun(NamedTuple):
   tokenizer: Tokenizer
 
 
-def restore_run(workdir: str, step: int | None = None, mesh: str | None = None) -> RestoredRun:
+def restore_run(
+  workdir: str, step: int | None = None, mesh: str | None = None, flag: str = '--step'
+) -> RestoredRun:
   """Returns the parameters of a run.
 
   Args:
@@ -49,6 +51,7 @@ def restore_run(workdir: str, step: int | None = None, mesh: str | None = None) 
     step: of a checkpoint; the newest good one by default.
     mesh: 'data=D,expert=E'; by default the mesh of the run if there are as many devices, else a
       single device, which is said. Results do not depend on it.
+    flag: that `step` was given by.
 
   Raises:
     UserError: if there is no such run or step, or the mesh does not fit.
@@ -80,7 +83,7 @@ def restore_run(workdir: str, step: int | None = None, mesh: str | None = None) 
     if not steps:
       raise UserError('workdir', workdir, 'has no checkpoint yet')
     if step is not None and step not in steps:
-      raise UserError('--step', step, f'must be one of {sorted(steps)}')
+      raise UserError(flag, step, f'must be one of {sorted(steps)}')
     found = saved_config(workdir)
     differs = found and manifest.first_difference(facts['config'], found[1])
     if differs:

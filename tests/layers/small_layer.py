@@ -102,7 +102,7 @@ def auxiliary(sums, options):
 def apply(inputs, mesh, options, deterministic=False):
   keys = group_keys(options, inputs.x.shape[0])
   info = info_of(inputs.valid)
-  return moe.moe_layer(inputs.x, info, inputs.params, {}, keys, mesh, options, deterministic)
+  return moe.moe_layer(inputs.x, info, inputs.params, {}, keys, mesh, options, deterministic)[:2]
 
 
 def expected(inputs, options, deterministic=False):

@@ -67,7 +67,8 @@ def run(options, mesh, inputs, state, deterministic=False):
   """Returns y and sums."""
   keys = small_layer.group_keys(options, inputs.x.shape[0])
   info = small_layer.info_of(inputs.valid)
-  return moe.moe_layer(inputs.x, info, inputs.params, state, keys, mesh, options, deterministic)
+  layer = moe.moe_layer(inputs.x, info, inputs.params, state, keys, mesh, options, deterministic)
+  return layer.y, layer.sums
 
 
 def losses(options, sums, state):

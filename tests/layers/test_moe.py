@@ -215,7 +215,7 @@ def test_module_evaluates_without_a_random_stream():
   module, inputs, params = module_and_params(options)
   info = small_layer.info_of(inputs.valid)
   apply = jax.jit(module.apply, static_argnums=3)
-  y, _ = apply(params, inputs.x, info, True)
+  y = apply(params, inputs.x, info, True).y
   np.testing.assert_array_equal(y, apply(params, inputs.x, info, True)[0])
   draws = [
     apply(params, inputs.x, info, False, rngs={'routing': jax.random.key(seed)})[0]

@@ -1,0 +1,117 @@
+"""How many of the experts that tokens ask for change between two checkpoints of a run."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from moe_jax.data import Dataset
+from moe_jax.models.decoder import Decoder, forward
+from moe_jax.parallel.mesh import batch_sharding, replicated
+from moe_jax.train.evaluate import domain_batches
+from moe_jax.train.state import params_shardings
+from moe_jax.train.step import BATCH_FIELDS, Batch
+
+
+class Weights(NamedTuple):
+  """What a checkpoint says of routing: parameters, and the state of the routers."""
+
+  params: Any
+  router_state: Any
+
+
+class Overlap(NamedTuple):
+  """Counts over valid tokens, for each MoE layer: assignments asked for, and those in both."""
+
+  before: Float[Array, 'L']
+  after: Float[Array, 'L']
+  shared: Float[Array, 'L']
+
+
+def make_overlap_step(model: Decoder) -> Callable[[Weights, Weights, Batch], Overlap]:
+  """Returns the compiled (before, after, batch) -> Overlap.
+
+  Args:
+    model: in mode `eval`, and `returns_choices`.
+  """
+  assert model.options.moe is not None
+  num_experts = model.options.moe.num_experts
+
+  def asked(weights: Weights, batch: Batch) -> Bool[Array, 'L B T E']:
+    read = (batch[name] for name in ('inputs', 'segment_ids', 'positions'))
+    out = forward(model, weights.params, *read, router_state=weights.router_state)
+    assert out.choices is not None
+    return membership(out.choices, num_experts)
+
+  def step(before, after, batch):
+    one, other = asked(before, batch), asked(after, batch)
+    sets = Overlap(one, other, one & other)
+    return jax.tree.map(lambda x: jnp.sum(x, axis=(1, 2, 3), dtype=jnp.float32), sets)
+
+  everywhere = replicated(model.mesh)
+  weights = Weights(params_shardings(model), everywhere)
+  batch = {name: batch_sharding(model.mesh) for name in BATCH_FIELDS}
+  return jax.jit(step, in_shardings=(weights, weights, batch), out_shardings=everywhere)
+
+
+def membership(choices: Int[Array, '*shape K'], num_experts: int) -> Bool[Array, '*shape E']:
+  """Returns which experts each token asked for; -1 is none."""
+  experts = jnp.arange(num_experts, dtype=choices.dtype)
+  shape = (1,) * (choices.ndim - 1)
+  return jnp.any(choices[..., None] == experts.reshape(*shape, 1, num_experts), axis=-2)
+
+
+def churn(
+  overlap_step: Callable[[Weights, Weights, Batch], Overlap],
+  model: Decoder,
+  before: Weights,
+  after: Weights,
+  dataset: Dataset,
+  *,
+  split: str,
+  sequence_length: int,
+  batch_size: int,
+  on_batch: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+  """Compares what two checkpoints ask for, on every token of a split, before any drop.
+
+  Args:
+    overlap_step: from `make_overlap_step(model)`.
+    model: as there.
+    before: the earlier checkpoint, on the mesh of the model.
+    after: the later one.
+    dataset: whose tokenizer the model was trained with.
+    split: train, valid or test.
+    sequence_length: T.
+    batch_size: sequences in a batch.
+    on_batch: called after each batch.
+
+  Returns:
+    `router/churn`, one number for each MoE layer: 1 - 2 |A and B| / (|A| + |B|), A and B the
+    assignments of all tokens at either checkpoint. With K experts for each token that is the share
+    of assignments that changed: 0 if none did, 1 - K / E between two random choices. And
+    `domains`, the same for each domain.
+
+  Source: 1 minus the router saturation of Muennighoff et al. 2024 (OLMoE), arXiv:2409.02060, eq. 5,
+  there between a checkpoint and the last one.
+  """
+  result: dict[str, Any] = {'domains': {}}
+  whole: Any = None
+  for domain in dataset.domains:
+    total: Any = None
+    for batch in domain_batches(dataset, model, split, domain, sequence_length, batch_size):
+      out = jax.tree.map(lambda x: np.asarray(x, np.float64), overlap_step(before, after, batch))
+      total = out if total is None else jax.tree.map(np.add, total, out)
+      on_batch()
+    if total is not None:
+      result['domains'][domain] = _summary(total)
+      whole = total if whole is None else jax.tree.map(np.add, whole, total)
+  return result | _summary(whole)
+
+
+def _summary(overlap: Overlap) -> dict[str, Any]:
+  asked = np.maximum(overlap.before + overlap.after, 1)
+  return {'router/churn': (1 - 2 * overlap.shared / asked).tolist()}

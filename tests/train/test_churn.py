@@ -1,0 +1,104 @@
+"""Churn: what part of the assignments changed between two checkpoints."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.data import eval_batches
+from moe_jax.models.build import build_model
+from moe_jax.models.decoder import forward, init_router_state
+from moe_jax.parallel.mesh import make_mesh
+from moe_jax.train import churn, opening
+from moe_jax.train.state import init_params, params_shardings
+from tests import tiny
+
+LENGTH, BATCH = 16, 16
+
+
+def test_membership_by_hand():
+  # A token that asks for 2 and 0; one that asks for 3 alone; padding.
+  choices = jnp.array([[[2, 0], [3, -1], [-1, -1]]])
+  expected = [[[1, 0, 1, 0], [0, 0, 0, 1], [0, 0, 0, 0]]]
+  np.testing.assert_array_equal(churn.membership(choices, 4), np.array(expected, bool))
+
+
+def test_churn_by_hand():
+  # Layer 0: 10 and 10 assignments, 7 in both: 3 of 10 changed. Layer 1: 4 and 8, 3 in both:
+  # 1 - 2 * 3 / 12. Layer 2: nobody asked for anything.
+  overlap = churn.Overlap(*(np.array(n, float) for n in ([10, 4, 0], [10, 8, 0], [7, 3, 0])))
+  np.testing.assert_allclose(churn._summary(overlap)['router/churn'], [0.3, 0.5, 1.0])
+
+
+@pytest.fixture(scope='module')
+def dataset(text):
+  return opening.dataset_of(tiny.config(text))
+
+
+def model_and_weights(mesh, router='top_k'):
+  """A model whose forward pass says its choices, and weights before and after some change."""
+  overrides = tiny.ROUTERS.get(router, {}) | {'moe.router': router}
+  if router == 'expert_choice':
+    overrides['moe.renormalize'] = 'none'
+  overrides |= {'mesh.data': mesh[0], 'mesh.expert': mesh[1]}
+  model = build_model(
+    tiny.config(overrides), make_mesh(*mesh), tiny.VOCAB_SIZE, 'eval', returns_choices=True
+  )
+  one = build_model(tiny.config(overrides), make_mesh(1, 1), tiny.VOCAB_SIZE, 'eval')
+  state = init_router_state(model.options)
+  shardings = params_shardings(model)
+  weights = []
+  for seed in (0, 1):
+    params = jax.device_get(jax.jit(functools.partial(init_params, one))(jnp.int32(0)))
+    moe = params['layers']['block_0']['moe']
+    noise = np.random.default_rng(seed).normal(size=moe['router'].shape) * 0.02
+    moe['router'] = moe['router'] + np.float32(seed) * noise.astype(np.float32)
+    weights.append(churn.Weights(jax.device_put(params, shardings), state))
+  return model, weights
+
+
+def churn_of(dataset, mesh, router='top_k', same=False):
+  model, weights = model_and_weights(mesh, router)
+  with jax.set_mesh(model.mesh):
+    return churn.churn(
+      churn.make_overlap_step(model),
+      model,
+      weights[0],
+      weights[0] if same else weights[1],
+      dataset,
+      split='test',
+      sequence_length=LENGTH,
+      batch_size=BATCH,
+    )
+
+
+def test_counts_sets_of_experts_token_by_token(dataset):
+  model, weights = model_and_weights((1, 1))
+  read = ('inputs', 'segment_ids', 'positions')
+  choose = jax.jit(lambda params, *rows: forward(model, params, *rows).choices)
+  shared, asked = np.zeros(2), np.zeros(2)
+  windows = dataset.windows('test', LENGTH)
+  for rows in eval_batches(windows, batch_size=1, process_index=0, process_count=1):
+    one, other = (np.asarray(choose(w.params, *(rows[name] for name in read))) for w in weights)
+    assert ((one >= 0).all(-1) == (rows['segment_ids'] > 0)).all()
+    for layer in range(2):
+      for a, b in zip(one[layer].reshape(-1, 2), other[layer].reshape(-1, 2), strict=True):
+        shared[layer] += len({*a.tolist()} & {*b.tolist()} - {-1})
+        asked[layer] += (a >= 0).sum()
+  result = churn_of(dataset, (1, 1))
+  # Domains are packed apart; who is chosen depends on the token's document alone, but for layer 1,
+  # where drops in layer 0 tell.
+  np.testing.assert_allclose(result['router/churn'], 1 - shared / asked, rtol=0, atol=0.01)
+  assert 0.02 < result['router/churn'][0] < 0.98
+  assert list(result['domains']) == ['prose', 'verse']
+
+
+@pytest.mark.parametrize('router', ['top_k', 'expert_choice', 'remoe'])
+def test_is_the_same_on_any_mesh_and_zero_for_the_same_weights(dataset, router):
+  expected = churn_of(dataset, (1, 1), router)
+  assert 0 < expected['router/churn'][0] < 1
+  result = churn_of(dataset, (2, 4), router)
+  np.testing.assert_allclose(result['router/churn'], expected['router/churn'], atol=1e-6)
+  assert churn_of(dataset, (1, 1), router, same=True)['router/churn'] == [0, 0]
