@@ -100,7 +100,9 @@ SCHEMA: dict[str, dict[str, Field]] = {
     ),
     'gate_scale': _positive(1.0, 'Multiplies the gates. The same routers.'),
     'noise_scale': _positive(1.0, 'vmoe: the noise on the logits has deviation noise_scale / E.'),
-    'noise_floor': _non_negative(0.0, 'noisy_top_k: added to the softplus of the noise.'),
+    'noise_floor': _non_negative(
+      0.0, 'noisy_top_k, hierarchical: added to the softplus of the noise.'
+    ),
     'second_choice': _one_of(
       'random',
       ('random', 'threshold', 'all'),

@@ -1,7 +1,12 @@
 """DeepSeekMoE: fine-grained experts and some that every token passes.
 
-Dai et al. 2024, arXiv:2401.06066: experts cut in two, two of the four active ones shared.
-Differs: no device-level loss.
+Dai et al. 2024, arXiv:2401.06066: experts cut in two, two of the four active ones shared; no
+device-level loss, as in its 2B validation models. Differs: all m N experts are routed and the
+shared ones come on top, where the paper routes m N less the shared; all weights start there from
+N(0, 0.006^2).
+
+With 8 experts (16 after the cut) C = S and nothing is dropped, as there; with the 16 of lm_small
+(32) C = S / 2, and tokens can be dropped.
 
 python -m moe_jax.train --config=configs/presets/deepseek_moe.py --workdir=runs/deepseek_moe
 """

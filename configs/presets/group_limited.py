@@ -1,6 +1,8 @@
 """DeepSeek-V3: sigmoid scores, bias, groups, a weak loss in each sequence.
 
-DeepSeek-AI 2024, arXiv:2412.19437. Differs: 2 of 8 experts in 4 groups instead of 8 of 256 in 8.
+DeepSeek-AI 2024, arXiv:2412.19437. Differs: 2 of 8 experts in 4 groups instead of 8 of 256 in 8;
+bias_rate 0.001 to the end, there for 14.3T tokens and then 0 for 500B. The weight of the sequence
+loss, 0.0001, is from a secondary copy of the paper.
 
 python -m moe_jax.train --config=configs/presets/group_limited.py --workdir=runs/group_limited
 """

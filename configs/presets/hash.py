@@ -2,6 +2,9 @@
 
 Roller et al. 2021, arXiv:2106.04426, balanced by the frequency of tokens in the training text.
 
+Differs: a capacity, where ParlAI (13fe067) applies none. With 8 experts C = S / 2, in evaluation
+C = S and nothing is dropped; with the 16 of lm_small S / 4 and S / 2, and tokens can be dropped.
+
 python -m moe_jax.train --config=configs/presets/hash.py --workdir=runs/hash
 """
 

@@ -1,6 +1,7 @@
 """The nearest centroids of the inputs, learned online.
 
-Roy et al. 2021, arXiv:2003.05997; see moe_jax/routing/routers/kmeans.py for what differs.
+Roy et al. 2021, arXiv:2003.05997; see moe_jax/routing/routers/kmeans.py for what differs. The decay
+is that of google-research's routing_transformer (0c1bbe5).
 
 python -m moe_jax.train --config=configs/presets/kmeans.py --workdir=runs/kmeans
 """
@@ -15,7 +16,7 @@ def get_config(arg: str = ''):
     router='kmeans',
     num_selected_experts=2,
     kmeans_update='ema',
-    kmeans_decay=0.99,
+    kmeans_decay=0.999,
     score='softmax',
     softmax_order='before',
     renormalize='none',

@@ -1,6 +1,10 @@
 """Balance without a loss: a bias on the selection follows the load.
 
-Wang et al. 2024, arXiv:2408.15664. Nothing dropped.
+Wang et al. 2024, arXiv:2408.15664. Differs: 2 of 8 experts, where the paper has 6 of 64 and two
+shared ones.
+
+With 8 experts C = S and nothing is dropped; with the 16 of lm_small C = S / 2, and tokens can be
+dropped.
 
 python -m moe_jax.train --config=configs/presets/loss_free.py --workdir=runs/loss_free
 """

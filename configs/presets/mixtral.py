@@ -1,7 +1,11 @@
-"""Mixtral: softmax over the two selected logits, nothing dropped.
+"""Mixtral: softmax over the two selected logits.
 
 Jiang et al. 2024, arXiv:2401.04088. The paper names no auxiliary loss; 0.02 is what is usual with
-its weights; the loss is K at balance, as in Hugging Face's code.
+its weights; the loss is K at balance, as in Hugging Face's code. Differs: that code pools the
+tokens of all layers before it multiplies f and P, here the losses of the layers are averaged.
+
+With 8 experts C = S and nothing is dropped, as there; with the 16 of lm_small C = S / 2, and tokens
+can be dropped.
 
 python -m moe_jax.train --config=configs/presets/mixtral.py --workdir=runs/mixtral
 """

@@ -1,6 +1,7 @@
 """Sparsely-gated mixture of experts: noisy top-k, importance and load losses.
 
-Shazeer et al. 2017, arXiv:1701.06538. Differs: a capacity, where the paper has none.
+Shazeer et al. 2017, arXiv:1701.06538. Differs: a capacity, where the paper has none; K = 2, where
+its flat layers have 4.
 
 python -m moe_jax.train --config=configs/presets/noisy_top_k.py --workdir=runs/noisy_top_k
 """

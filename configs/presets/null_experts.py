@@ -1,6 +1,16 @@
 """Experts that compute nothing, so that a token chooses how much is computed.
 
-Jin et al. 2024, arXiv:2410.07348, zero experts alone (no copy and constant experts).
+Zeng et al. 2024, arXiv:2406.13233 (AdaMoE), experiment 1 of its code (CengZihao/AdaMoE, 180f122):
+loss weight 0.001, gates divided by their sum over the true experts (after_drop, the same if nothing
+is dropped). Differs: the numbers of experts; trained from scratch, where AdaMoE adds the null
+experts to trained models.
+
+With 8 experts C = S and nothing is dropped, as there; with the 16 of lm_small C = S / 2, and tokens
+can be dropped.
+
+Jin et al. 2024, arXiv:2410.07348 (MoE++) has 8 FFN experts, 1 zero, 1 copy and 2 constant ones; a
+loss weight beta of 0.01 on the sum of eta f P, without our factor (E + N) / K; a capacity factor
+gamma of 1.1 and, by default, tau 0.75. Only zero experts are here.
 
 python -m moe_jax.train --config=configs/presets/null_experts.py --workdir=runs/null_experts
 """
@@ -17,12 +27,12 @@ def get_config(arg: str = ''):
     num_null_experts=4,
     score='softmax',
     softmax_order='before',
-    renormalize='none',
+    renormalize='after_drop',
     gate_scale=1.0,
     jitter=0.0,
     priority='token',
-    capacity_factor=1.25,
-    eval_capacity_factor=2.0,
+    capacity_factor=4.0,
+    eval_capacity_factor=4.0,
     balance_scope='global',
     load_balancing_weight=0.0,
     balance_normalization='one',
@@ -30,7 +40,7 @@ def get_config(arg: str = ''):
     router_z_weight=0.0,
     importance_weight=0.0,
     entropy_weight=0.0,
-    router_loss_weight=0.01,
+    router_loss_weight=0.001,
     layer_reduction='sum',
     router_init_scale=0.1,
   )

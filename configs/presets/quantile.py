@@ -1,6 +1,7 @@
 """Quantile balancing: the bias is moved to the quantile that balances.
 
-See moe_jax/routing/routers/quantile.py for what differs.
+Su 2026, https://kexue.fm/archives/11619; see moe_jax/routing/routers/quantile.py for what differs.
+bias_rate 0.1 is the moving average with 0.9 of its part 7; its practical form has 1.
 
 python -m moe_jax.train --config=configs/presets/quantile.py --workdir=runs/quantile
 """

@@ -1,7 +1,13 @@
 """ST-MoE: top-2, renormalised gates, z-loss.
 
-Zoph et al. 2022, arXiv:2202.08906. Differs: every second choice asks for a slot (the paper draws
-them, see the preset gshard). The loss is K at balance, as in Flaxformer.
+Zoph et al. 2022, arXiv:2202.08906, with Mesh TensorFlow (da90793) and Flaxformer (399ea3a). An
+expert has 1.25 S / E slots, 2 S / E in evaluation: their factor leaves out K, so ours is half of
+it. No jitter: the paper tries it on the input, finds that it costs quality, and takes the z-loss;
+Mesh TensorFlow's top-2 has none, in Flaxformer it is an option. The loss is 1 at balance.
+
+Differs: every second choice asks for a slot. The paper has a relative threshold of 1/5 (sec. 3.4);
+Mesh TensorFlow draws them with probability min(1, g2 / 0.2), as does the router gshard with
+second_choice=threshold. The balance loss counts both choices, there the first alone (app. A).
 
 python -m moe_jax.train --config=configs/presets/st_moe.py --workdir=runs/st_moe
 """
@@ -19,13 +25,13 @@ def get_config(arg: str = ''):
     softmax_order='before',
     renormalize='before_drop',
     gate_scale=1.0,
-    jitter=0.01,
+    jitter=0.0,
     priority='choice',
-    capacity_factor=1.25,
-    eval_capacity_factor=2.0,
+    capacity_factor=0.625,
+    eval_capacity_factor=1.0,
     balance_scope='global',
     load_balancing_weight=0.01,
-    balance_normalization='k',
+    balance_normalization='one',
     device_balance_weight=0.0,
     router_z_weight=0.001,
     importance_weight=0.0,

@@ -1,7 +1,10 @@
-"""OLMoE: softmax over all experts, no renormalisation, nothing dropped.
+"""OLMoE: softmax over all experts, no renormalisation.
 
 Muennighoff et al. 2024, arXiv:2409.02060. Differs: 2 of 8 experts instead of 8 of 64; auxiliary
 losses are averaged over layers.
+
+With 8 experts C = S and nothing is dropped, as there; with the 16 of lm_small C = S / 2, and tokens
+can be dropped.
 
 python -m moe_jax.train --config=configs/presets/top_k.py --workdir=runs/top_k
 """

@@ -1,7 +1,9 @@
 """V-MoE: fixed noise on the logits, importance and load losses.
 
-Riquelme et al. 2021, arXiv:2106.05974. Differs: a causal language model instead of images, so the
-preset uses priority=choice and not batch priority.
+Riquelme et al. 2021, arXiv:2106.05974, with its code, google-research/vmoe (942a78b): first choices
+get slots first (priority=choice), its default in training, batch priority being an option; the
+router starts as lecun_normal, of variance 1 / D. Neither order is causal. Differs: a language model
+instead of images.
 
 python -m moe_jax.train --config=configs/presets/vmoe.py --workdir=runs/vmoe
 """
@@ -33,5 +35,5 @@ def get_config(arg: str = ''):
     entropy_weight=0.0,
     router_loss_weight=0.01,
     layer_reduction='sum',
-    router_init_scale=0.1,
+    router_init_scale=1.0,
   )

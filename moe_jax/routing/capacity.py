@@ -26,7 +26,10 @@ def expert_capacity(
     ValueError: if capacity_factor is not a positive finite number, group_size < 1, or not
       1 <= K <= E; names the value.
 
-  Source: Lepikhin et al. 2020, arXiv:2006.16668, sec. 2.2. Differs: K is explicit.
+  Source: Lepikhin et al. 2020, arXiv:2006.16668, sec. 2.2. Differs: K is explicit; GShard's 2 is K.
+  Mesh TensorFlow (da90793) and Flaxformer (399ea3a) leave K out of their factor: theirs is K times
+  ours. They round otherwise: Mesh TensorFlow down, to at least 4; Lingvo (01ededf) down, then up to
+  a multiple of 4; Flaxformer to the nearest; V-MoE's code (942a78b) up to a multiple of 4.
   """
   if not (capacity_factor > 0 and math.isfinite(capacity_factor)):
     raise ValueError(f'capacity_factor={capacity_factor!r}: must be a positive finite number')

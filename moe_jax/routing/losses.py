@@ -22,7 +22,12 @@ def load_balancing_loss(sums: RouterSums, num_selected_experts: int) -> Float[Ar
     num_selected_experts: K; f is divided by it.
 
   Source: Fedus et al. 2021, arXiv:2101.03961, eq. 4. Differs: divided by K, so that the value at
-  perfect balance is 1 for every K. Scope `global`: Qiu et al. 2025, arXiv:2501.11873.
+  perfect balance is 1 for every K; one value per layer, where Hugging Face concatenates the tokens
+  of all layers before it forms f and P.
+
+  Scope `global`: Qiu et al. 2025, arXiv:2501.11873, if train.accumulation_scope is `batch` or there
+  is one micro-batch. With `running` it is their buffer (algorithm 1): all but the last micro-batch
+  see partial counts. With `microbatch` each micro-batch is balanced for itself.
   """
   num_experts = sums.prob_sum.shape[-1]
   tokens = _at_least_one(sums.tokens)[..., None]

@@ -12,7 +12,8 @@ def jitter(
   One key per group, so that the noise does not depend on which device holds the group. Training
   only; the experts see the tokens without noise.
 
-  Source: Fedus et al. 2021, arXiv:2101.03961, sec. 2.4 and Mesh TensorFlow's Switch router.
+  Source: Fedus et al. 2021, arXiv:2101.03961, app. C, and multiplicative_jitter of Mesh TensorFlow
+  (da90793), on the router's input alone and in training alone.
   """
   draw = jax.vmap(
     lambda key: jax.random.uniform(

@@ -168,12 +168,15 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
   The gate is sigmoid(router_logits) of the expert, which is all that the router learns from; no
   gradient passes through the assignment.
 
-  Source: Lewis et al. 2021, arXiv:2103.16716 (balanced assignment by an auction in training, the
-  best expert in evaluation, sigmoid gate). Differs: balance is within the routing groups of the
-  config, whichever devices hold them. The source has each worker first send random tokens to the
-  others and then solves its own share; here nothing is shuffled, so tokens of one group, which
-  are of few sequences, compete with one another. `gate_scale` is not of the source. Padding is
-  ours: see `balanced_assignment`. Equal logits in evaluation go to the lower expert index.
+  Source: Lewis et al. 2021, arXiv:2103.16716, and fairseq's modules/base_layer.py (26d62ae):
+  balanced assignment by an auction in training, the best expert in evaluation, sigmoid gate.
+  Differs: balance is within the routing groups of the config, whichever devices hold them. In
+  fairseq each worker solves its own share, after it has sent random tokens to the others if
+  args.base_shuffle asks for it; here nothing is shuffled, so tokens of one group, which are of few
+  sequences, compete with one another. There the router reads the tokens before the expert's own
+  norm, here after the layer's norm. There non-finite scores become the smallest finite one; for
+  ours, and for padding, see `balanced_assignment`. `gate_scale` is not of the source. Equal logits
+  in evaluation go to the lower expert index.
 
   The assignment leaves each expert at most ceil(S / E) tokens; a capacity below that still drops.
   """

@@ -13,9 +13,10 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
   Assignment e of a token is expert e, whatever the logits; equal logits have equal gates.
 
   Source: Jacobs et al. 1991 (Neural Computation 3); Jordan & Jacobs 1994 (Neural Computation 6),
-  one level of it. Differs: experts are trained through the weighted sum by the model's loss, not by
-  a mixture likelihood, and the gate sees the same input as the experts. `num_selected_experts`,
-  `score`, `renormalize` and `gate_scale` are not read; the gates sum to 1 already.
+  one level of it. Neither paper was reached; both are known from descriptions. Differs: experts
+  are trained through the weighted sum by the model's loss, not by a mixture likelihood, and the
+  gate sees the same input as the experts. `num_selected_experts`, `score`, `renormalize` and
+  `gate_scale` are not read; the gates sum to 1 already.
   """
   del state
   router_logits = router_lib.logits(params, inputs.tokens)

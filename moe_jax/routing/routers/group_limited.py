@@ -7,16 +7,19 @@ gates gate_scale * s / (sum of s over the selected), and a balance loss within e
 What differs, and what is silent in code of this kind:
 - Groups are consecutive experts of equal number, whatever the mesh; in the source they are the
   experts of a node.
-- A group is rated by the sum of its two largest biased scores, by its one biased score if it is one
-  expert. The two are fixed, whatever K and the number of selected groups. Experts of other groups
-  are out (-inf, not 0: a biased score may be negative).
+- A group is rated by the sum of its two largest biased scores, as in DeepSeek's code (DeepSeek-V3,
+  9b4e978, inference/model.py), by its one biased score if it is one expert. The two are fixed. The
+  paper sums the K / M largest affinities, M the number of selected groups (2 for its 8 and 4), as
+  does Megatron-LM (005742f). Experts of other groups are out (-inf, not 0: a biased score may be
+  negative).
 - Equal groups go to the lower group, equal biased scores to the lower expert index.
 - The scores may be any of `options.score` and the division by the sum may be left out
   (`options.renormalize`).
 - The sequence loss counts the K largest scores WITHOUT bias and without limit to groups. Sequences
   are averaged with weight of their valid tokens, so that it adds up over devices; the source
   averages over sequences of equal length, for which the two are the same. Sequences of padding
-  alone count for nothing. At perfect balance the loss is 1, whatever K and E.
+  alone count for nothing. At perfect balance the loss is 1, whatever K and E. It agrees with the
+  paper and with Megatron-LM.
 - The bias moves by the counts of the experts selected with it, before any drop.
 """
 

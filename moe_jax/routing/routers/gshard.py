@@ -27,10 +27,15 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
   evaluation always, and nothing is drawn. Assignments that ask for no slot are not counted as load.
 
   Source: Lepikhin et al. 2020, arXiv:2006.16668, algorithm 1 (`random`). `threshold` is what Mesh
-  TensorFlow and Lingvo (lingvo/core/gshard_layers.py) call `random`, with a threshold of 0.2. They
-  apply their policy in evaluation too, and what Mesh TensorFlow calls `threshold`, a hard limit, is
-  not here. Differs from all: the order in which capacity is given out is `moe.priority`, GShard's
-  is `choice`. `gate_scale` multiplies the gates at last, after the draw.
+  TensorFlow (da90793) calls `random`, with its threshold of 0.2. Lingvo's `random`
+  (lingvo/core/gshard_layers.py, 01ededf) has a free threshold, of which 0.5 is the paper's draw;
+  its default policy is `all`. Both apply their policy in evaluation too, and what Mesh TensorFlow
+  calls `threshold`, a hard limit, is not here.
+
+  In algorithm 1 a second choice that is left out uses up a place all the same, and first choices
+  over capacity go on counting in c_e; in Mesh TensorFlow, Lingvo and here neither does. Differs
+  from all: the order in which capacity is given out is `moe.priority`, GShard's is `choice`.
+  `gate_scale` multiplies the gates at last, after the draw.
   """
   del state
   if options.second_choice not in SECOND_CHOICES:

@@ -56,10 +56,11 @@ def from_counts(
 def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOptions) -> Choice:
   """Looks up the K experts of each token id; gate 1 / K each, so 1 with K = 1.
 
-  Source: Roller et al. 2021, arXiv:2106.04426 (random hash and balanced hash), not re-read here.
-  Differs: K > 1 sends the whole token to K whole experts of equal weight (not parts of a token
-  vector to parts of an expert); the same table in every layer; the table is drawn before training,
-  from `hash_seed` alone; ids that never occur in the text stay random in the balanced table.
+  Source: Roller et al. 2021, arXiv:2106.04426. The random table was checked in ParlAI's
+  hash_ladder.py (13fe067): one expert drawn for each id (there from seed 42), no gate. The balanced
+  one is known from descriptions. Differs: K > 1 sends the whole token to K whole experts of equal
+  weight (not parts of a token vector to parts of an expert); the same table in every layer; ids
+  that never occur in the text stay random in the balanced table.
   `gate_scale` is not read. An id outside the vocabulary takes the experts of the nearest id.
   """
   del params

@@ -37,9 +37,10 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
   token, never the centroids: those are state, which `update` moves.
 
   Source: Roy et al. 2021, arXiv:2003.05997 (k-means with moving averages, for sparse attention),
-  not re-read here. Differs: it routes tokens to experts, each token choosing its centroids rather
-  than each centroid its tokens; centroids have unit length. `score`, `renormalize` and `gate_scale`
-  are not read.
+  checked in google-research's routing_transformer (0c1bbe5). Differs: it routes tokens to experts,
+  each token choosing its centroids rather than each centroid its tokens; centroids have unit
+  length; no commitment loss (there weighted by 1e-4). `score`, `renormalize` and `gate_scale` are
+  not read.
   """
   del params
   centroids = jax.lax.stop_gradient(state['centroids'])
@@ -91,10 +92,12 @@ def update(state: State, sums: Any, options: RouterOptions) -> State:
   most tokens in the batch (equal ones: the lower index), off it by 0.1 in a direction of its own,
   and counts its tokens from 0. A batch of padding alone is not a step.
 
-  Source: `ema`: Roy et al. 2021, arXiv:2003.05997; `minibatch`: Sculley 2010 (Web-scale k-means).
-  Neither was re-read here. Differs: unit length; `minibatch` moves once by the batch mean, not
-  token by token; the re-seeding, which is ours: the token farthest from its centroid would have to
-  be looked for over all devices, which no sum can do.
+  Source: `ema`: Roy et al. 2021, arXiv:2003.05997; google-research's routing_transformer (0c1bbe5)
+  keeps moving averages of the sum and of the count apart and takes their ratio, here the means of
+  the batches are averaged. `minibatch`: Sculley 2010 (Web-scale k-means), who moves token by token;
+  as assignments are cached there, the batch mean is the same. Differs: unit length; the re-seeding,
+  which is ours: the token farthest from its centroid would have to be looked for over all devices,
+  which no sum can do.
   """
   batch_sum, count = sums.own['centroid_sum'], sums.own['centroid_count']
   counts = state['counts'] + count

@@ -1,15 +1,16 @@
 """Balance without a loss: a bias per expert that moves against the load, read in selection only.
 
-Source: Wang et al. 2024, arXiv:2408.15664: select the K largest of score + bias, weigh with the
-score alone, and after each step add bias_rate * sign(mean load - load) to the bias.
+Source: Wang et al. 2024, arXiv:2408.15664, read in a copy of its LaTeX: select the K largest of
+score + bias, weigh with the score alone, and after each step add bias_rate * sign(mean load - load)
+to the bias. Megatron-LM (d98e8a6) and torchtitan (b5bcd76) agree.
 
 What differs, and what is silent in code of this kind:
 - Counts are those of the whole batch (all devices and micro-batches), before any drop. They move
   the bias after the step, so a token is routed by the counts of earlier batches alone: causal.
 - Equal biased scores go to the lower expert index. Selection is on float32 scores, not on logits:
   two logits so large that their scores round to the same number are a tie.
-- `options.score` may be any; the source's is `sigmoid`. `options.renormalize` divides the gates
-  before any drop or never.
+- `options.score` may be any; the source's is `sigmoid`; with softmax it steps by bias_rate * (mean
+  load - load), without the sign. `options.renormalize` divides the gates before any drop or never.
 - Nothing bounds the bias.
 """
 

@@ -36,7 +36,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
   counts the assignments; neither has a gradient.
 
   Source: Shazeer et al. 2017, arXiv:1701.06538, eq. 3-5 (gates), 6-7 (importance), app. A (load,
-  zero start). Differs: `noise_floor` is 0 as in the paper; Tensor2Tensor adds 1e-2.
+  zero start). Differs: `noise_floor` is 0 as in the paper; Tensor2Tensor (bafdc1b) adds 1e-2.
   """
   del state
   num_experts = options.num_experts
@@ -107,8 +107,8 @@ def selection_probability(
 def loss(sums: RouterSums, state: State, options: RouterOptions) -> Float[Array, '']:
   """Returns CV^2(importance) + CV^2(load), over the whole (micro-)batch; 0 at balance.
 
-  CV^2 is the population variance over the squared mean, the latter at least 1e-10. The paper has a
-  weight for each of the two, here they share one.
+  CV^2 is the population variance over the squared mean, the latter at least 1e-10; Tensor2Tensor
+  (bafdc1b) adds 1e-10 to it. The paper has a weight for each of the two, here they share one.
   """
   del state, options
   importance = router_lib.squared_variation(sums.own['importance'])

@@ -31,8 +31,12 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
 
   `null` counts the assignments to null experts.
 
-  Source: the zero experts of Jin et al. 2024, arXiv:2410.07348 (MoE++). Differs: no copy and no
-  constant experts, no gating residuals between layers, one capacity, and the loss below.
+  Source: Zeng et al. 2024, arXiv:2406.13233 (AdaMoE), with its code, CengZihao/AdaMoE (180f122);
+  its gates are `after_drop` where nothing is dropped. Differs: a capacity.
+
+  The zero experts of Jin et al. 2024, arXiv:2410.07348 (MoE++; 7f43967) are the same thing. Differs
+  from these: no copy and no constant experts, no gating residuals between layers, one capacity, and
+  the loss below. MoE++'s code leaves the zero expert out of the sum that gates are divided by.
   """
   del state
   num_experts = options.num_experts
@@ -63,6 +67,10 @@ def loss(sums: RouterSums, state: State, options: RouterOptions) -> Float[Array,
 
   The common load-balancing loss sees real experts alone: it is smallest where every token goes to
   null experts. Use this one in its place.
+
+  Source: the code of AdaMoE (180f122), experiment 1, where each null expert has their mean f: the
+  same value. Differs from MoE++: no tau (there in the weights of the loss and in the capacities),
+  and (E + N) / K times its sum of f P.
   """
   del state
   num_experts, num_null = options.num_experts, options.num_null_experts
@@ -85,7 +93,7 @@ def allowed(options: RouterOptions) -> tuple[str, str] | None:
 
 ROUTER = router_lib.Router(
   name='null_experts',
-  paper='Jin et al. 2024, arXiv:2410.07348',
+  paper='Zeng et al. 2024, arXiv:2406.13233; Jin et al. 2024, arXiv:2410.07348',
   summary='top-k over real and null experts, which compute nothing',
   choose=choose,
   causal=True,

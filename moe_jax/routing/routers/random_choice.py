@@ -30,8 +30,9 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
   in its document and a constant alone: all tokens at one position, of whatever sequence, group or
   layer, go to the same experts, today and tomorrow, in training's evaluation and in decoding.
 
-  A control, of no paper; random routing that never changes for a token id is `hash`. `gate_scale`
-  and `renormalize` are not read.
+  A control, of no paper; random routing that never changes for a token id is `hash`. Nearest is
+  apply_random_logits of Megatron-LM (005742f); THOR draws one expert for all tokens of a layer's
+  call. `gate_scale` and `renormalize` are not read.
   """
   del params, state
   num_tokens = inputs.valid.shape[1]

@@ -22,7 +22,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
   losses that read the logits moves its router. `router_probs` are the gates divided by their sum,
   all 0 for such a token.
 
-  Source: ReMoE, arXiv:2412.14711, formulas as in `loss` and `update`, not re-read here. Differs:
+  Source: ReMoE, arXiv:2412.14711, checked against github.com/thu-ml/ReMoE (463c6af). Differs:
   `router_probs` are ours, for statistics. `score`, `renormalize` and `gate_scale` are not read.
   """
   del state
@@ -54,8 +54,9 @@ def loss(sums: Any, state: State, options: RouterOptions) -> Float[Array, '']:
   experts per token. No gradient through f, which has none anyway, nor into the coefficient. It is
   to be weighted by 1: the coefficient is the weight.
 
-  Source: ReMoE, arXiv:2412.14711. Differs: the sum is one layer's, so adding the layers instead of
-  averaging them multiplies the paper's by their number, which the coefficient makes good.
+  Source: ReMoE, arXiv:2412.14711. Differs: the sum is one layer's, so adding the layers, as the
+  official code (463c6af) does, instead of averaging them multiplies the paper's by their number,
+  which the coefficient makes good. That code forms f in each micro-batch.
   """
   num_tokens, active = _tokens_and_active(sums, options)
   tokens = jnp.maximum(num_tokens, 1)
@@ -73,7 +74,8 @@ def update(state: State, sums: Any, options: RouterOptions) -> State:
 
   Source: ReMoE, arXiv:2412.14711. Differs: S and the coefficient are per layer (the paper's are of
   the mean over the layers), so every layer reaches the target; and the coefficient is kept within
-  1e-20 and 1e20, out of which it could not come back in float32.
+  1e-20 and 1e20, out of which it could not come back in float32. At the target the coefficient
+  stays, as in the paper; the official code (463c6af) divides.
   """
   num_tokens, active = _tokens_and_active(sums, options)
   direction = jnp.sign(jnp.sum(active) - options.num_selected_experts * num_tokens)

@@ -94,13 +94,14 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
 
   The plan is balanced, the selection from it only roughly: experts still need a capacity.
 
-  Source: Clark et al. 2022, arXiv:2202.01169 (S-BASE), with the iteration of Megatron-LM. Differs:
-  one plan for each routing group of the config; padding has no row; each row of the cost is divided
-  by its largest element, see `normalized_cost`; nothing is added to what is divided by, where
-  Megatron-LM adds 1e-8 and so never balances experts that are far less liked; the tolerance is
-  relative to large columns, see `sinkhorn`, and there are at most 500 rounds; the selection is by
-  logits + log(columns), which is the order of the plan within a row without its underflow.
-  `gate_scale` is not of the source.
+  Source: Clark et al. 2022, arXiv:2202.01169 (S-BASE), whose own gate was not checked; iteration,
+  gates and evaluation are those of Megatron-LM (moe/router.py, 005742f). Differs: one plan for each
+  routing group of the config; padding has no row; each row of the cost is divided by its largest
+  element, see `normalized_cost`; nothing is added to what is divided by, where Megatron-LM adds
+  1e-8 and so never balances experts that are far less liked; the tolerance is relative to large
+  columns, see `sinkhorn`, and there are at most 500 rounds; the selection is by logits +
+  log(columns), which is the order of the plan within a row without its underflow; an auxiliary loss
+  may be added, which Megatron-LM refuses. `gate_scale` is not of the source.
   """
   del state
   router_logits = router_lib.logits(params, inputs.tokens)

@@ -37,9 +37,10 @@ def mix(params: Params, state: State, inputs: RouterInputs, options: RouterOptio
   A = l2norm(X) (scale l2norm(phi)), phi normalised over D. dispatch = softmax of A over the valid
   tokens of the group, combine = softmax of A over all E P slots.
 
-  Source: Puigcerver et al. 2023, arXiv:2308.00951, with the normalisation, not re-read here.
-  Differs: 1e-6 under each root, so that a zero token has a gradient; padding has no weight. The
-  mixtures are over a routing group, which may hold more than one sequence.
+  Source: Puigcerver et al. 2023, arXiv:2308.00951, with the normalisation, as in google-research's
+  vmoe/projects/soft_moe/router.py (942a78b), the 1e-6 under each root included, through which a
+  zero token has a gradient. Differs: padding has no weight; the mixtures are over a routing group,
+  which may hold several sequences, there over one image.
   """
   del state
   logits = _slot_logits(params, inputs, options)

@@ -60,7 +60,9 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
   first, so earlier and equal positions only, but a sequence then depends on its neighbours.
   Decoding step by step starts each step with empty experts.
 
-  Source: none; the greedy assignment (router `greedy`) made causal.
+  Source: none; the greedy assignment (router `greedy`) made causal. Nearest is No-Token-Left-Behind
+  (Fedus et al. 2021, arXiv:2101.03961, appendix), which reroutes what overflows in stages; here it
+  is token by token, hence causal.
   """
   del state
   router_logits = router_lib.logits(params, inputs.tokens)

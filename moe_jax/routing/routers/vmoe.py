@@ -26,9 +26,10 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
   (`noisy_top_k` reads that one). Carries gradient, also through eta. Without noise (evaluation, or
   noise_scale 0) load counts the assignments, without gradient.
 
-  Source: Riquelme et al. 2021, arXiv:2106.05974, app. A, and its code, vmoe/nn/routing.py.
-  Differs: V-MoE's batch-prioritised routing sorts by the largest gate, with noise; `priority` here
-  by the largest probability without.
+  Source: Riquelme et al. 2021, arXiv:2106.05974, app. A, and its code, vmoe/nn/routing.py
+  (942a78b), which agree: importance of the softmax without noise, eta the K-th largest h, gates of
+  the softmax with noise. Differs: V-MoE's batch-prioritised routing sorts by the largest gate, with
+  noise; `priority` here by the largest probability without.
   """
   del state
   num_experts = options.num_experts
