@@ -63,9 +63,11 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
   * `threshold`: every expert whose score is above its `threshold` of the state, the moving mean of
     the C-th largest score in training; none, one or all.
 
-  Source: Zhou et al. 2022, arXiv:2202.09368 (softmax over experts, top-C over tokens, gates are the
-  scores). Differs: the tokens are those of one routing group of the config, without its padding;
-  the three evaluations are ours; `gate_scale` is not of the source.
+  Source: Zhou et al. 2022, arXiv:2202.09368, eq. 1 (softmax over experts, top-C over tokens, gates
+  are the scores), as in Flaxformer (399ea3a) and V-MoE's code (942a78b). Differs: the tokens are
+  those of one routing group of the config, without its padding, which Flaxformer sets to zero and
+  can still pick; no noise, V-MoE adds some of deviation 1 / E; decoders too can have it, Flaxformer
+  uses token choice in them; the three evaluations are ours; `gate_scale` is not of the source.
   """
   router_logits = router_lib.logits(params, inputs.tokens)
   scores = jax.nn.softmax(router_logits, axis=-1)

@@ -124,8 +124,10 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
   renormalize `before_drop` divided by the sum over the experts the token got, a sum of fewer than K
   where it got fewer. No gradient passes through the assignment.
 
-  Source: none; the greedy 1/2-approximation of the assignment problem, here as a router. Differs
-  from dropping by priority: a token whose favourite is full goes on to its next best.
+  Source: none found for the same rule; the greedy 1/2-approximation of the assignment problem, here
+  as a router. Nearest is greedy_balanced_assignment of Hunter-DDM/stablemoe (73ea6ef): experts in
+  random order take their top T / E tokens. Differs from dropping by priority: a token whose
+  favourite is full goes on to its next best.
   """
   del state
   router_logits = router_lib.logits(params, inputs.tokens)

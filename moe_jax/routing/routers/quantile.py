@@ -1,18 +1,23 @@
 """Quantile balancing: the bias of an expert is set where it would take its share of the tokens.
 
-Source: Su 2026, https://kexue.fm/archives/11619 (an assignment problem solved by alternating over
-its dual variables, one alternation per step), known here from descriptions of it and not checked
-against the text: with scores s and bias b, alpha_t = (K+1)-th largest of s_t + b, the score that an
-expert must beat to be selected; beta_e = (q+1)-th largest over the tokens of s_te + b_e - alpha_t
-with q = K T / E, so that q tokens lie above it; b_e <- b_e - r beta_e.
+Source: Su 2026, https://kexue.fm/archives/11619, read in translation (an assignment problem solved
+by alternating over its dual variables; one alternation per step, from the last bias, as there):
+with scores s and bias b, alpha_t = (K+1)-th largest of s_t + b, the score that an expert must beat
+to be selected; beta_e = (q+1)-th largest over the tokens of s_te + b_e - alpha_t with q = K T / E,
+so that q tokens lie above it; b_e <- b_e - r beta_e. Megatron-LM's quantile_balancing (d98e8a6) is
+the same up to a constant.
 
 What differs, and what is silent in code of this kind:
 - beta is taken over the valid tokens of each routing group and averaged over groups with weight of
-  their valid tokens, so that it adds up over devices; the source takes it over the whole batch. A
-  mean of quantiles is not the quantile of all: groups should be much larger than E / K tokens.
+  their valid tokens, so that it adds up over devices; that is the source's own compromise for large
+  batches. A mean of quantiles is not the quantile of all: groups should be much larger than E / K
+  tokens.
 - q is rounded down, and at most n - 1 with n valid tokens. With K = E alpha is the K-th largest;
   the bias still moves, but all experts are selected whatever it is.
-- r = bias_rate; 1 is the source's step, below 1 an exponential moving average.
+- s are scores, and the bias is not centred; Megatron-LM and Marin read logits and keep the bias at
+  mean 0.
+- r = bias_rate; 1 in the source's practical form, 0.1 in its part 7, an exponential moving average
+  with 0.9.
 - The bias moves after the step: a token is routed by earlier batches alone, so it is causal.
 - Equal biased scores go to the lower expert index. Gates are the scores without the bias.
 - Nothing is measured in evaluation.
