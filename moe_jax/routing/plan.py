@@ -64,8 +64,8 @@ def make_plan(
     renormalize: `after_drop` divides the kept gates of a token by their sum.
 
   Raises:
-    ValueError: for an unknown `priority` or `renormalize`, capacity < 1, or a group so large that
-      its sort keys leave int32.
+    ValueError: for an unknown `priority` or `renormalize`, capacity < 1, or a group of so many
+      assignments that their numbers leave int32.
 
   Source: `choice`: Lepikhin et al. 2020, arXiv:2006.16668, algorithm 1. `priority`: Riquelme et al.
   2021, arXiv:2106.05974, sec. 4.1 (batch-prioritized routing) within a group. `random`: DeepSpeed's
@@ -79,13 +79,14 @@ def make_plan(
     raise ValueError(f'capacity={capacity!r}: must be at least 1 slot')
   _, group_size, num_experts = choice.router_probs.shape
   num_selected = choice.expert_index.shape[-1]
-  if (num_experts + 1) * group_size * num_selected >= 2**31:
+  if group_size * num_selected >= 2**31:
     raise ValueError(
-      f'group_size={group_size}: (num_experts + 1) * group_size * num_selected_experts must stay '
-      'below 2**31'
+      f'group_size={group_size}: group_size * num_selected_experts must stay below 2**31'
     )
 
   def plan_group(expert_index, router_probs, asked, key):
+    if priority == 'token' and num_selected == num_experts:
+      return _count_slots(expert_index, asked, capacity)
     rank = _priority_rank(priority, router_probs, num_selected, key)
     return _assign_slots(expert_index, rank, asked, num_experts, capacity)
 
@@ -131,14 +132,19 @@ def _assign_slots(
   """Ranks the assignments within each expert by one sort: O(S K log(S K)), no one-hot."""
   num_assignments = expert_index.size
   queue = jnp.where(asked, expert_index, num_experts)
-  sort_key = (queue * num_assignments + rank).ravel()
   assignment = jnp.arange(num_assignments, dtype=jnp.int32)
-  sorted_key, sorted_assignment = jax.lax.sort((sort_key, assignment), num_keys=1)
+  if (num_experts + 1) * num_assignments < 2**31:
+    # One key instead of two: the sort takes half the time.
+    sort_key = (queue * num_assignments + rank).ravel()
+    sorted_key, sorted_assignment = jax.lax.sort((sort_key, assignment), num_keys=1)
+    sorted_queue = sorted_key // num_assignments
+  else:
+    keys = (queue.ravel(), rank.ravel(), assignment)
+    sorted_queue, _, sorted_assignment = jax.lax.sort(keys, num_keys=2)
   # starts[e]: where expert e begins in the sorted order; starts[E]: where those that ask for no
   # slot begin.
-  boundaries = jnp.arange(num_experts + 1, dtype=jnp.int32) * num_assignments
-  starts = jnp.searchsorted(sorted_key, boundaries).astype(jnp.int32)
-  sorted_queue = sorted_key // num_assignments
+  experts = jnp.arange(num_experts + 1, dtype=jnp.int32)
+  starts = jnp.searchsorted(sorted_queue, experts).astype(jnp.int32)
   sorted_slot = jnp.where(sorted_queue < num_experts, assignment - starts[sorted_queue], 0)
   slot_index = (
     jnp.zeros_like(sorted_slot)
@@ -151,4 +157,24 @@ def _assign_slots(
   source_index = jnp.where(
     filled, sorted_assignment[jnp.minimum(place, num_assignments - 1)], num_assignments
   )
+  return slot_index, source_index
+
+
+def _count_slots(
+  expert_index: Int[Array, 'S E'], asked: Bool[Array, 'S E'], capacity: int
+) -> tuple[Int[Array, 'S E'], Int[Array, 'E C']]:
+  """What `_assign_slots` gives by position where every token names every expert, without a sort.
+
+  The slot of an assignment is the number of earlier tokens that ask the same expert: O(S E).
+  """
+  group_size, num_experts = expert_index.shape
+  by_expert = jnp.zeros_like(asked)
+  by_expert = jnp.put_along_axis(by_expert, expert_index, asked, axis=1, inplace=False)
+  before = jnp.cumsum(by_expert, axis=0, dtype=jnp.int32) - by_expert
+  slot_index = jnp.where(asked, jnp.take_along_axis(before, expert_index, axis=1), 0)
+  assignment = jnp.arange(asked.size, dtype=jnp.int32).reshape(asked.shape)
+  # What got no slot goes one past the last, which is cut off.
+  slot = jnp.where(asked, jnp.minimum(slot_index, capacity), capacity)
+  source_index = jnp.full((num_experts, capacity + 1), asked.size, jnp.int32)
+  source_index = source_index.at[expert_index, slot].set(assignment)[:, :capacity]
   return slot_index, source_index

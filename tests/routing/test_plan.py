@@ -238,13 +238,47 @@ def shapes_of_group(group_size, num_experts, num_selected):
   return choice, spec((1, group_size), jnp.bool_), jax.eval_shape(lambda: keys_for(1))
 
 
-def test_refuses_a_group_whose_sort_keys_leave_int32():
-  # (E + 1) S K = 8 * 2**27 * 2 = 2**31 does not fit; with one token less it does.
+def test_refuses_a_group_whose_assignments_leave_int32():
+  # S K = 2**30 * 2 does not fit; with one token less it does.
   make = functools.partial(routing.make_plan, capacity=4)
-  with pytest.raises(ValueError, match=f'group_size={2**27}'):
-    jax.eval_shape(make, *shapes_of_group(2**27, 7, 2))
-  plan = jax.eval_shape(make, *shapes_of_group(2**27 - 1, 7, 2))
+  with pytest.raises(ValueError, match=f'group_size={2**30}'):
+    jax.eval_shape(make, *shapes_of_group(2**30, 7, 2))
+  plan = jax.eval_shape(make, *shapes_of_group(2**30 - 1, 7, 2))
   assert plan.source_index.shape == (1, 7, 4)
+
+
+@pytest.mark.parametrize('num_experts', [5, 2**21])
+def test_slots_where_one_sort_key_would_leave_int32(num_experts):
+  # (E + 1) S K is about 2**32 for the larger E; both sorts against counting one by one.
+  rng = np.random.default_rng(0)
+  size, k = 1024, 2
+  expert_index = (rng.integers(0, 5, (size, k)) * (num_experts // 5)).astype(np.int32)
+  rank = rng.permutation(size * k).astype(np.int32).reshape(size, k)
+  asked = rng.random((size, k)) < 0.8
+  slots, source = plan_lib._assign_slots(
+    *map(jnp.asarray, (expert_index, rank, asked)), num_experts, 1
+  )
+  taken = {}
+  for assignment in np.argsort(rank.ravel()):
+    if asked.ravel()[assignment]:
+      queue = taken.setdefault(int(expert_index.ravel()[assignment]), [])
+      assert slots.ravel()[assignment] == len(queue)
+      queue.append(assignment)
+  assert {int(e) for e in np.flatnonzero(source[:, 0] < size * k)} == set(taken)
+  assert all(source[e, 0] == queue[0] for e, queue in taken.items())
+
+
+@pytest.mark.parametrize('capacity', [1, 3, 40])
+def test_counting_gives_the_slots_of_sorting(capacity):
+  # Every token names every expert, in an order of its own, and asks for some.
+  rng = np.random.default_rng(capacity)
+  expert_index = rng.permuted(np.tile(np.arange(6, dtype=np.int32), (40, 1)), axis=1)
+  rank = np.arange(240, dtype=np.int32).reshape(40, 6)
+  asked = jnp.asarray(rng.random((40, 6)) < 0.4)
+  counted = plan_lib._count_slots(jnp.asarray(expert_index), asked, capacity)
+  sort = plan_lib._assign_slots(jnp.asarray(expert_index), jnp.asarray(rank), asked, 6, capacity)
+  np.testing.assert_array_equal(counted[0], sort[0])
+  np.testing.assert_array_equal(counted[1], sort[1])
 
 
 @pytest.mark.parametrize(
