@@ -9,13 +9,13 @@ from moe_jax.errors import UserError
 
 
 def make_schedule(optim: ml_collections.ConfigDict, num_steps: int) -> optax.Schedule:
-  """Returns step -> learning rate: linear warm-up from 0, then `optim.schedule`.
+  """Returns step -> learning rate as a share of its peak: linear warm-up from 0, then the schedule.
 
   Args:
     optim: the `optim` part of a config.
     num_steps: optimizer steps of the whole run.
   """
-  peak, end = optim.learning_rate, optim.learning_rate * optim.final_fraction
+  peak, end = 1.0, optim.final_fraction
   after = max(1, num_steps - optim.warmup_steps)
   if optim.schedule == 'cosine':
     decay = optax.cosine_decay_schedule(peak, after, alpha=optim.final_fraction)
@@ -40,6 +40,8 @@ def make_optimizer(
   """Returns clipping by global norm followed by the optimizer, decay and schedule of the config.
 
   The gradient that comes in is that of the whole batch: clipping sees the same norm on any mesh.
+  The peak of the learning rate is an argument of `update`, `learning_rate=`; by default it is that
+  of the config. Every rule is linear in it.
   """
   schedule = make_schedule(optim, num_steps)
   if optim.name == 'adamw':
@@ -82,7 +84,17 @@ def make_optimizer(
   else:
     raise UserError('optim.name', optim.name, 'must be adamw, adafactor, muon or sgd')
   clip = optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity()
-  return optax.chain(clip, rule)
+  return optax.chain(clip, rule, _scale_by_learning_rate(optim.learning_rate))
+
+
+def _scale_by_learning_rate(default: float) -> optax.GradientTransformationExtraArgs:
+  """Multiplies updates, whose sign is that of the step, by an argument of `update`."""
+
+  def update(updates, state, params=None, *, learning_rate=default, **extra):
+    del params, extra
+    return jax.tree.map(lambda u: u * learning_rate, updates), state
+
+  return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def is_matrix(params):

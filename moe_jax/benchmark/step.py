@@ -11,7 +11,7 @@ import numpy as np
 from moe_jax import optim
 from moe_jax.data import train_iterator
 from moe_jax.models.build import build_model
-from moe_jax.train import objective
+from moe_jax.train.knobs import knobs_of
 from moe_jax.train.loop import accumulation_scope, next_batch
 from moe_jax.train.opening import dataset_of, mesh_of
 from moe_jax.train.state import init_state
@@ -45,7 +45,7 @@ def shares(config: ml_collections.ConfigDict, rounds: int, steps: int) -> dict[s
     batch_size=config.data.batch_size,
     seed=config.train.seed,
   )
-  weights = objective.loss_weights(config)
+  knobs = knobs_of(config)
   with jax.set_mesh(mesh):
     state = init_state(model, optimizer, config.train.seed)
     batch = put_batch(next(batches), model)
@@ -55,19 +55,19 @@ def shares(config: ml_collections.ConfigDict, rounds: int, steps: int) -> dict[s
     loss = make_loss(model, config.moe.layer_reduction)
     parts = {
       'forward': jax.jit(
-        lambda params: loss(params, router_state, batch, key, weights, 1.0, None)[0]
+        lambda params: loss(params, router_state, batch, key, knobs.weights, 1.0, None)[0]
       )
     }
     gradient = make_gradient(model, *accumulate)
     parts['gradient'] = jax.jit(
-      lambda params: gradient(params, router_state, batch, key, weights)[0]
+      lambda params: gradient(params, router_state, batch, key, knobs.weights)[0]
     )
     step = make_train_step(
       model, optimizer, schedule, *accumulate[:2], layer_reduction=accumulate[2]
     )
     for part in parts.values():
       jax.block_until_ready(part(state.params))
-    state, _ = step(state, batch, weights)
+    state, _ = step(state, batch, knobs)
     seconds: dict[str, list[float]] = {'forward': [], 'gradient': [], 'step': []}
     for _ in range(rounds):
       for name, part in parts.items():
@@ -75,7 +75,7 @@ def shares(config: ml_collections.ConfigDict, rounds: int, steps: int) -> dict[s
         jax.block_until_ready(part(state.params))
         seconds[name].append(time.perf_counter() - start)
       start = time.perf_counter()
-      state, _ = jax.block_until_ready(step(state, batch, weights))
+      state, _ = jax.block_until_ready(step(state, batch, knobs))
       seconds['step'].append(time.perf_counter() - start)
     # As in training: one step is always in flight.
     waited, pending = 0.0, None
@@ -83,7 +83,7 @@ def shares(config: ml_collections.ConfigDict, rounds: int, steps: int) -> dict[s
     for _ in range(steps):
       batch, seconds_waited = next_batch(batches, model, pending and pending.grad_norm)
       waited += seconds_waited
-      state, metrics = step(state, batch, weights)
+      state, metrics = step(state, batch, knobs)
       jax.block_until_ready(pending)
       pending = metrics
     jax.block_until_ready(pending)

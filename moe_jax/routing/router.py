@@ -43,7 +43,7 @@ class RouterOptions:
   noise_scale: float = 1.0
   second_choice: str = 'random'
   bias_update: str = 'sign'
-  bias_rate: float = 0.001
+  bias_rate: float | Float[Array, ''] = 0.001
   num_expert_groups: int = 1
   num_selected_groups: int = 1
   assignment_tolerance: float = 1e-4

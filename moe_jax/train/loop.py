@@ -18,8 +18,9 @@ from moe_jax.errors import UserError, is_refusal
 from moe_jax.models.build import build_model
 from moe_jax.models.decoder import Decoder
 from moe_jax.parallel.distributed import all_or_none
-from moe_jax.train import evaluate, manifest, metrics, objective, opening
+from moe_jax.train import evaluate, manifest, metrics, opening
 from moe_jax.train.checkpoint import Checkpoints
+from moe_jax.train.knobs import knobs_of
 from moe_jax.train.progress import ProgressBar
 from moe_jax.train.signals import Signals
 from moe_jax.train.state import TrainState, abstract_state, init_state, with_token_counts
@@ -260,7 +261,7 @@ def _start(run: _Run, optimizer, checkpoints: Checkpoints):
 def _steps(run, train_step, state, batches, checkpoints, writer, step: int) -> Outcome:
   """Runs the remaining steps. Metrics of a step are fetched while the next one runs."""
   config = run.config
-  weights = objective.loss_weights(config)
+  knobs = knobs_of(config)
   evaluator = _Evaluator(run)
   pending = None
   if _evaluates_at(config, step):
@@ -270,7 +271,7 @@ def _steps(run, train_step, state, batches, checkpoints, writer, step: int) -> O
   with Signals() as signals, contextlib.closing(bar):
     while step < config.train.num_steps:
       batch, waited = next_batch(batches, run.model, pending and pending[1].grad_norm)
-      state, step_metrics = train_step(state, batch, weights)
+      state, step_metrics = train_step(state, batch, knobs)
       step += 1
       if pending is not None:
         _report(run, writer, bar, *pending)

@@ -4,6 +4,7 @@ Gradients are taken outside every `shard_map`, of a loss that is already a globa
 psum is written here.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -215,14 +216,14 @@ def make_train_step(
   layer_reduction: str = 'mean',
   load_decay: float = 0.99,
 ) -> Any:
-  """Returns the compiled (state, batch, weights) -> (state, StepMetrics).
+  """Returns the compiled (state, batch, knobs) -> (state, StepMetrics).
 
   The state that goes in is donated: use only the one that comes out.
 
   Args:
     model: in mode `train`, built for the size of a micro-batch.
     optimizer: clipping included.
-    schedule: step -> learning rate, for the report alone.
+    schedule: step -> learning rate as a share of its peak, for the report alone.
     accumulation_steps: micro-batches; divides the batch.
     accumulation_scope: what the auxiliary losses are formed over, see `make_gradient`.
     layer_reduction: `mean` or `sum` of the auxiliary losses over layers.
@@ -230,13 +231,15 @@ def make_train_step(
   """
   gradient = make_gradient(model, accumulation_steps, accumulation_scope, layer_reduction)
 
-  def step(state, batch, weights):
+  def step(state, batch, knobs):
     key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-    grads, parts = gradient(state.params, state.router_state, batch, key, weights)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    grads, parts = gradient(state.params, state.router_state, batch, key, knobs.weights)
+    updates, opt_state = optax.with_extra_args_support(optimizer).update(
+      grads, state.opt_state, state.params, learning_rate=knobs.learning_rate
+    )
     params = optax.apply_updates(state.params, updates)
     sums = None if parts.router_sums is None else over_scopes(parts.router_sums)
-    router_state = _update_routers(model, state.router_state, sums)
+    router_state = _update_routers(model, state.router_state, sums, knobs.bias_rate)
     average_load = _average(state.average_load, sums, load_decay)
     metrics = StepMetrics(
       tokens=jnp.sum(batch['segment_ids'] > 0).astype(jnp.float32),
@@ -246,7 +249,7 @@ def make_train_step(
       router_sums=sums,
       average_load=average_load.get('experts'),
       grad_norm=optax.tree.norm(grads),
-      learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
+      learning_rate=jnp.asarray(knobs.learning_rate * schedule(state.step), jnp.float32),
     )
     new = TrainState(state.step + 1, params, opt_state, router_state, average_load, state.seed)
     return new, metrics
@@ -263,7 +266,10 @@ def make_train_step(
 
 
 def _update_routers(
-  model: Decoder, router_state: dict[str, Array], sums: routing.RouterSums | None
+  model: Decoder,
+  router_state: dict[str, Array],
+  sums: routing.RouterSums | None,
+  bias_rate: Float[Array, ''],
 ) -> dict[str, Array]:
   """Returns the routers' state after a step, from the sums over the whole batch."""
   moe = model.options.moe
@@ -272,7 +278,8 @@ def _update_routers(
   update = routing.ROUTERS[moe.router].update
   if update is None:
     return router_state
-  return jax.vmap(lambda state, sums: update(state, sums, moe.choice))(
+  options = dataclasses.replace(moe.choice, bias_rate=bias_rate)
+  return jax.vmap(lambda state, sums: update(state, sums, options))(
     router_state, jax.lax.stop_gradient(sums)
   )
 

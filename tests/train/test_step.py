@@ -136,6 +136,35 @@ def test_scope_running_takes_the_loads_of_the_micro_batches_so_far():
   np.testing.assert_allclose(np.sum(np.asarray(auxiliary) * direction), slope, rtol=2e-2)
 
 
+def test_rates_and_weights_are_arguments_of_one_program():
+  config = {'moe.router': 'loss_free', 'optim.name': 'adamw', 'optim.warmup_steps': 0}
+  rows = tiny.batch(16, 16)
+  one = tiny.trainer(config)
+  for changes in ({'optim.learning_rate': 0.05}, {'moe.bias_rate': 0.5}):
+    other = tiny.trainer({**config, **changes})
+    other(rows, LARGE_WEIGHTS)
+    one.reset()
+    one(rows, LARGE_WEIGHTS)
+    unchanged = jax.device_get(one.state)
+    one.reset()
+    known, one.knobs = one.knobs, other.knobs
+    one(rows, LARGE_WEIGHTS)
+    one.knobs = known
+    # The first step's program, told the other's numbers, does what the other's does.
+    tiny.assert_equal(one.state, other.state)
+    moved = 'params' if 'optim.learning_rate' in changes else 'router_state'
+    differs = [
+      np.array_equal(a, b)
+      for a, b in zip(
+        jax.tree.leaves(getattr(unchanged, moved)),
+        jax.tree.leaves(getattr(one.state, moved)),
+        strict=True,
+      )
+    ]
+    assert not all(differs)
+  assert one.step._cache_size() == 1
+
+
 def test_the_average_load_is_a_moving_average_over_steps():
   trainer = tiny.trainer({'train.load_decay': 0.75})
   average = 0.0
@@ -245,7 +274,7 @@ def test_experts_stay_sharded_with_their_optimizer_state(optimizer, kept):
   old = trainer.state
   before = jax.tree.map(lambda x: x.sharding, old)
   compiled = trainer.step.lower(
-    old, put_batch(tiny.batch(16, 16), trainer.model), NO_WEIGHTS
+    old, put_batch(tiny.batch(16, 16), trainer.model), trainer.knobs
   ).compile()
   _assert_no_experts_gathered(compiled.as_text())
   trainer(tiny.batch(16, 16), NO_WEIGHTS)

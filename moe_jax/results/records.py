@@ -1,0 +1,101 @@
+"""What is known of one trial of a study, as plain values: one line of results.jsonl."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+from moe_jax.errors import DamagedError
+
+# How a trial ended. Only finished ones are averaged, and none is left out of a table.
+FINISHED = 'finished'
+DIVERGED = 'diverged'
+FAILED = 'failed'
+UNFINISHED = 'unfinished'
+MISSING = 'missing'
+DAMAGED = 'damaged'
+STATUSES = (FINISHED, DIVERGED, FAILED, UNFINISHED, MISSING, DAMAGED)
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+  """One trial.
+
+  Attributes:
+    trial: its id, a hash of its resolved config.
+    arm: what the study calls its point.
+    seed: of initial values, data order and noise.
+    status: one of `STATUSES`.
+    reason: why it is not finished; empty if it is.
+    step: optimizer steps done.
+    num_steps: of its config.
+    changes: config fields of the arm with their values, as the study gives them.
+    config: resolved.
+    data: name, fingerprint and tokenizer of the text; {} if it never began.
+    git_commit: of the checkout it ran in; None if unknown.
+    git_dirty: whether that had uncommitted changes.
+    devices: platform, kind and count.
+    mesh: devices along each axis.
+    parameters: `total` and `active`.
+    flops_per_token: of training, forward and backward.
+    tokens: trained on.
+    metrics: finite numbers by name: 'EVALUATION/METRIC', as 'dropless/bits_per_byte'; lists over
+      MoE layers for router metrics.
+    domains: {evaluation: {domain: {metric: number or list}}}.
+    curve: [step, loss] of training, thinned.
+    load: [step, [[share of each expert] of each MoE layer]], thinned.
+    command: that makes this trial again.
+  """
+
+  trial: str
+  arm: str
+  seed: int
+  status: str
+  reason: str = ''
+  step: int = 0
+  num_steps: int = 0
+  changes: dict[str, Any] = dataclasses.field(default_factory=dict)
+  config: dict[str, Any] = dataclasses.field(default_factory=dict)
+  data: dict[str, Any] = dataclasses.field(default_factory=dict)
+  git_commit: str | None = None
+  git_dirty: bool | None = None
+  devices: dict[str, Any] = dataclasses.field(default_factory=dict)
+  mesh: dict[str, int] = dataclasses.field(default_factory=dict)
+  parameters: dict[str, int] = dataclasses.field(default_factory=dict)
+  flops_per_token: int = 0
+  tokens: int = 0
+  metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
+  domains: dict[str, Any] = dataclasses.field(default_factory=dict)
+  curve: list = dataclasses.field(default_factory=list)
+  load: list = dataclasses.field(default_factory=list)
+  command: str = ''
+
+  def __post_init__(self):
+    if self.status not in STATUSES:
+      raise ValueError(f'status={self.status!r}: must be one of {STATUSES}')
+
+
+def write_records(path: str | pathlib.Path, records: Iterable[Record]) -> None:
+  """Writes results.jsonl, whole or not at all."""
+  path = pathlib.Path(path)
+  temporary = path.with_suffix('.tmp')
+  lines = (json.dumps(dataclasses.asdict(record), sort_keys=True) for record in records)
+  temporary.write_text(''.join(f'{line}\n' for line in lines), encoding='utf-8')
+  temporary.replace(path)
+
+
+def read_records(path: str | pathlib.Path) -> list[Record]:
+  """Returns the records of a results.jsonl.
+
+  Raises:
+    DamagedError: naming the first line that is no record.
+  """
+  records = []
+  lines = pathlib.Path(path).read_text(encoding='utf-8').splitlines()
+  for number, line in enumerate(lines, 1):
+    try:
+      records.append(Record(**json.loads(line)))
+    except (ValueError, TypeError) as error:
+      raise DamagedError(f'{path}:{number} is no record of a trial: {error}') from error
+  return records
