@@ -76,9 +76,7 @@ def chain(*grids: Grid) -> Grid:
 
 def where(grid: Grid, keep: Callable[[dict[str, Any]], bool], reason: str) -> Grid:
   """Drops the arms whose changes do not satisfy `keep`; they stay in the study with the reason."""
-  return tuple(
-    p if p.dropped or keep(p.changes) else p._replace(dropped=reason) for p in grid
-  )
+  return tuple(p if p.dropped or keep(p.changes) else p._replace(dropped=reason) for p in grid)
 
 
 def _merged(points: Sequence[Point]) -> Point:
