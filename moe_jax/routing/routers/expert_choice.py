@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from moe_jax.routing import router as router_lib
+from moe_jax.routing import selection
 from moe_jax.routing.router import Choice, Params, RouterInputs, RouterOptions, State
 
 EVALUATIONS = ('same', 'token_choice', 'threshold')
@@ -27,17 +28,11 @@ def take_best(
     threshold: the C-th largest score of each expert; 0 where there are fewer valid tokens than C,
       since any token would have been taken.
   """
-  num_tokens, num_experts = scores.shape[1:]
-
-  def take(group_scores, group_valid):
-    # Below any score, so that padding comes last.
-    masked = jnp.where(group_valid[:, None], group_scores, -1)
-    best, token = jax.lax.top_k(masked.T, min(capacity, num_tokens))
-    taken = jnp.zeros((num_experts, num_tokens), bool)
-    taken = taken.at[jnp.arange(num_experts)[:, None], token].set(True, unique_indices=True)
-    return taken.T & group_valid[:, None], jnp.maximum(best[:, -1], 0)
-
-  return router_lib.per_group(take, scores, valid)
+  capacity = min(capacity, scores.shape[1])
+  # Below any score, so that padding comes last.
+  masked = jnp.where(valid[..., None], scores, -1)
+  best, last = selection.k_largest(masked, capacity)
+  return best & valid[..., None], jnp.maximum(last[:, 0], 0)
 
 
 def best_experts(
@@ -135,7 +130,7 @@ ROUTER = router_lib.Router(
   causal=False,
   learns=True,
   balance='assignment',
-  cost='D E products, top-C of the S tokens for each expert',
+  cost='D E products, 32 + log S counts of the tokens for each expert',
   state=initial_state,
   update=update,
   num_assignments=lambda options: options.num_experts,

@@ -7,15 +7,25 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.routing import router as router_lib
+from moe_jax.routing import selection
 from moe_jax.routing.router import Choice, Params, RouterInputs, RouterOptions, State
 from moe_jax.routing.routers.top_k import RENORMALIZATIONS, choose_top_k
 
 
 class _Matching(NamedTuple):
-  """One group between two rounds: what the experts have said no to for good."""
+  """All groups between two rounds.
 
-  rejected: Bool[Array, 'S E']
+  Attributes:
+    key: the scores as integers; `_REJECTED` where the expert has said no to the token for good.
+    changed: whether it said no to anyone in the last round.
+  """
+
+  key: Int[Array, 'G S E']
   changed: Bool[Array, '']
+
+
+# Below every score.
+_REJECTED = selection.SMALLEST
 
 
 def greedy_assignment(
@@ -34,62 +44,79 @@ def greedy_assignment(
   experts with C tokens each, none of them t. The other valid tokens fill at most K (T - 1) places.
   So everyone gets K experts if (E - K + 1) C > K (T - 1), or C >= T; K T <= E C is not enough.
 
+  It is found by few rounds in which all tokens and experts act at once. In a round each token
+  proposes to its K best experts that have not rejected it, of equals the lower ones, and each
+  expert rejects all but the best C of its proposals, of equals the lower tokens. It ends when no
+  one is rejected.
+
+  Why that is the same. The order of all pairs is only ever asked for two pairs of one token, where
+  it is the order in which the token proposes, or for two pairs of one expert, where it is the order
+  in which the expert rejects. Greedy takes a pair exactly if fewer than K better pairs of its token
+  and fewer than C better pairs of its expert are taken; by induction along the order of all pairs,
+  only one set of pairs M satisfies this. Let M be the pairs proposed in the last round. A token
+  proposes to at most K, and an expert that rejects no one has at most C, so each pair of M has
+  fewer than K and C better ones. Take a pair not in M. If its expert rejected it, the expert had C
+  better proposals then and has C better ones at the end, since a proposal it did not reject is made
+  again and it replaces one only by a better one. If it was never rejected, the token proposes to K
+  better ones. So the condition fails for every pair that is not in M.
+
+  Each round but the last rejects someone, so there are at most S E + 1; as a rule a few.
+
   Returns:
     expert_index: the experts of each token, best first.
     chosen: False for what a token did not get.
   """
-  num_tokens, num_experts = scores.shape[1:]
+  num_groups, num_tokens, num_experts = scores.shape
   capacity = min(capacity, num_tokens)
+  # Zeros are equal. So are NaNs, below -inf.
+  key = selection.to_key(jnp.where(scores == 0, 0, scores))
+  key = jnp.where(jnp.isnan(scores), _REJECTED + 1, key)
+  key = jnp.where(valid[..., None], key, _REJECTED)
 
-  def assign(group_scores, group_valid):
-    # The place of each pair in the order of the definition. From here on no two are equal.
-    order = jnp.argsort(-group_scores.ravel(), stable=True)
-    place = jnp.arange(order.size, dtype=jnp.int32)
-    rank = jnp.zeros_like(place).at[order].set(place, unique_indices=True)
-    rank = rank.reshape(num_tokens, num_experts)
-    return _deferred_acceptance(rank, group_valid, num_selected_experts, capacity)
+  def play(matching: _Matching) -> _Matching:
+    best, expert_index = _best_experts(matching.key, num_selected_experts)
+    expert = jnp.where(best > _REJECTED, expert_index, num_experts)
+    # By expert, best first; stable, so of equals the lower token.
+    token = jax.lax.broadcasted_iota(jnp.int32, expert.shape, 1)
+    pairs = tuple(pair.reshape(num_groups, -1) for pair in (expert, ~best, token))
+    expert, _, token = jax.lax.sort(pairs, dimension=1, is_stable=True, num_keys=2)
+    # An expert rejects whom it prefers C others to: the pair C places before is its own too.
+    late, group = expert[:, capacity:], jnp.arange(num_groups)[:, None]
+    rejects = (late == expert[:, : late.shape[1]]) & (late < num_experts)
+    place = group, token[:, capacity:], jnp.where(rejects, late, num_experts)
+    return _Matching(matching.key.at[place].set(_REJECTED, mode='drop'), jnp.any(rejects))
 
-  return router_lib.per_group(assign, scores, valid)
+  start = _Matching(key, router_lib.varying_like(jnp.bool_(True), key))
+  last = jax.lax.while_loop(lambda matching: matching.changed, play, start)
+  best, expert_index = _best_experts(last.key, num_selected_experts)
+  return expert_index, best > _REJECTED
 
 
-def _deferred_acceptance(
-  rank: Int[Array, 'S E'], valid: Bool[Array, 'S'], num_selected_experts: int, capacity: int
-) -> tuple[Int[Array, 'S K'], Bool[Array, 'S K']]:
-  """Returns the greedy assignment by few rounds in which all tokens and experts act at once.
+def _best_experts(
+  key: Int[Array, 'G S E'], num_selected_experts: int
+) -> tuple[Int[Array, 'G S K'], Int[Array, 'G S K']]:
+  """Returns the K largest of each token and their experts, of equals the lower first.
 
-  In a round each token proposes to its K best experts that have not rejected it, and each expert
-  rejects all but the best C of its proposals. It ends when no one is rejected.
-
-  Why that is the greedy assignment. Greedy takes a pair exactly if fewer than K better pairs of its
-  token and fewer than C better pairs of its expert are taken; by induction along the order of all
-  pairs, only one set of pairs M satisfies this. Let M be the pairs proposed in the last round. A
-  token proposes to at most K, and an expert that rejects no one has at most C, so each pair of M
-  has fewer than K and C better ones. Take a pair not in M. If its expert rejected it, the expert
-  had C better proposals then and has C better ones at the end, since a proposal it did not reject
-  is made again and it replaces one only by a better one. If it was never rejected, the token
-  proposes to K better ones. So the condition fails for every pair that is not in M.
-
-  Each round but the last rejects someone, so there are at most S E + 1; as a rule a few.
+  What `jax.lax.top_k` does, which sorts whole rows if they are integers.
   """
-  num_pairs = rank.size
+  num_experts = key.shape[-1]
+  expert = jax.lax.broadcasted_iota(jnp.int32, (1, 1, num_experts), 2)
 
-  def proposals(rejected: Bool[Array, 'S E']) -> tuple[Int[Array, 'S K'], Bool[Array, 'S K']]:
-    best, expert_index = jax.lax.top_k(jnp.where(rejected, -num_pairs, -rank), num_selected_experts)
-    return expert_index.astype(jnp.int32), best > -num_pairs
+  def find(
+    found: tuple[Int[Array, 'G S 1'], Int[Array, 'G S 1']], _: None
+  ) -> tuple[tuple[Int[Array, 'G S 1'], Int[Array, 'G S 1']], tuple[Array, Array]]:
+    best, expert_index = found
+    left = (key < best) | ((key == best) & (expert > expert_index))
+    best = jnp.max(jnp.where(left, key, _REJECTED), axis=-1, keepdims=True)
+    wanted = left & (key == best)
+    expert_index = jnp.min(jnp.where(wanted, expert, num_experts), axis=-1, keepdims=True)
+    return (best, expert_index), (best[..., 0], expert_index[..., 0])
 
-  def play(state: _Matching) -> _Matching:
-    expert_index, made = proposals(state.rejected)
-    token = jnp.arange(rank.shape[0])[:, None]
-    proposed = jnp.zeros(rank.shape, bool).at[token, expert_index].set(made, unique_indices=True)
-    standing = jnp.where(proposed, rank, num_pairs)
-    # The rank of the C-th best proposal of each expert; num_pairs if it has fewer.
-    last = jnp.sort(standing, axis=0)[capacity - 1]
-    rejects = proposed & (standing > last[None, :])
-    return _Matching(state.rejected | rejects, jnp.any(rejects))
-
-  start = _Matching(jnp.broadcast_to(~valid[:, None], rank.shape), jnp.bool_(True))
-  start = router_lib.varying_like(start, valid)
-  return proposals(jax.lax.while_loop(lambda state: state.changed, play, start).rejected)
+  shape = (*key.shape[:2], 1)
+  start = jnp.full(shape, selection.LARGEST, jnp.int32), jnp.full(shape, -1, jnp.int32)
+  start = router_lib.varying_like(start, key)
+  best, expert_index = jax.lax.scan(find, start, None, length=num_selected_experts)[1]
+  return jnp.moveaxis(best, 0, -1), jnp.moveaxis(expert_index, 0, -1)
 
 
 def taken_gates(
@@ -167,6 +194,6 @@ ROUTER = router_lib.Router(
   causal=False,
   learns=True,
   balance='assignment',
-  cost='D E products, a sort of S E, some rounds of top-k of E and a sort of S for each expert',
+  cost='D E products, some rounds of top-k of E and a sort of S K',
   allowed=allowed,
 )

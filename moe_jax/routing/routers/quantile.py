@@ -25,9 +25,10 @@ What differs, and what is silent in code of this kind:
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.routing import router as router_lib
+from moe_jax.routing import selection
 from moe_jax.routing.router import Choice, Params, RouterInputs, RouterOptions, State
 from moe_jax.routing.routers import loss_free
 from moe_jax.routing.routers.top_k import gates_of, scores_and_probs
@@ -44,17 +45,31 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
   """Selects the K largest of score + bias and, in training, measures how far the bias is off."""
   router_logits = router_lib.logits(params, inputs.tokens)
   scores, router_probs = scores_and_probs(router_logits, options.score)
-  selection = loss_free.biased_scores(scores, state['bias'], 'sign')
+  biased = loss_free.biased_scores(scores, state['bias'], 'sign')
   num_selected = options.num_selected_experts
-  top, expert_index = jax.lax.top_k(selection, min(num_selected + 1, options.num_experts))
-  expert_index = expert_index[..., :num_selected]
+  expert_index = jax.lax.top_k(biased, num_selected)[1]
   gates = gates_of(scores, expert_index, options.renormalize) * options.gate_scale
   if options.training:
-    threshold = group_threshold(selection - top[..., -1:], inputs.valid, num_selected)
+    margin = biased - to_beat(biased, expert_index)
+    threshold = group_threshold(margin, inputs.valid, num_selected)
   else:
-    threshold = jnp.zeros((len(selection), options.num_experts), jnp.float32)
+    threshold = jnp.zeros((len(biased), options.num_experts), jnp.float32)
   chosen: Bool[Array, 'G S K'] = jnp.ones(expert_index.shape, bool)
   return Choice(expert_index, gates, chosen, router_probs, router_logits, {'threshold': threshold})
+
+
+def to_beat(
+  biased: Float[Array, 'G S E'], expert_index: Int[Array, 'G S K']
+) -> Float[Array, 'G S 1']:
+  """Returns the (K+1)-th largest of each token, from its K largest; the K-th with K = E."""
+  key = selection.to_key(biased)
+  # Not a slice of a top-k: XLA on CPUs then sorts whole rows instead.
+  if expert_index.shape[-1] == biased.shape[-1]:
+    return selection.from_key(jnp.min(key, axis=-1, keepdims=True))
+  experts = jnp.arange(biased.shape[-1])[None, None, None, :]
+  selected = jnp.any(expert_index[..., None] == experts, axis=2)
+  left_out = jnp.where(selected, selection.SMALLEST, key)
+  return selection.from_key(jnp.max(left_out, axis=-1, keepdims=True))
 
 
 def group_threshold(
@@ -71,11 +86,8 @@ def group_threshold(
   num_experts = margin.shape[-1]
   tokens = jnp.sum(valid, axis=-1, dtype=jnp.int32)[:, None]
   quota = jnp.clip(tokens * num_selected_experts // num_experts, 0, jnp.maximum(tokens - 1, 0))
-  # No group has a larger quota than one without padding, so the rest need not be sorted.
-  largest_quota = min(valid.shape[1] * num_selected_experts // num_experts, valid.shape[1] - 1)
-  by_expert = jnp.where(valid[..., None], margin, -jnp.inf).swapaxes(1, 2)
-  in_order = jax.lax.top_k(by_expert, largest_quota + 1)[0]
-  beta = jnp.take_along_axis(in_order, quota[:, None, :], axis=-1)[..., 0]
+  masked = jnp.where(valid[..., None], margin, -jnp.inf)
+  beta = selection.kth_largest(masked, quota[..., None] + 1)[:, 0]
   return jnp.where(tokens > 0, tokens * beta, 0).astype(jnp.float32)
 
 
@@ -93,7 +105,7 @@ ROUTER = router_lib.Router(
   causal=True,
   learns=True,
   balance='state',
-  cost='D E products, top-k of E; in training a sort of the tokens for each expert',
+  cost='D E products, top-k of E; in training 32 counts of the tokens for each expert',
   state=state,
   update=update,
   allowed=loss_free.gates_allowed,

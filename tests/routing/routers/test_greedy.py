@@ -31,11 +31,16 @@ def choose(logits, valid, options):
 
 
 def serial(scores, valid, k, capacity):
-  """Returns the experts of each token in the order in which it got them."""
+  """Returns the experts of each token in the order in which it got them; NaN is below -inf."""
   size, num_experts = scores.shape
-  pairs = [(-scores[s, e], s, e) for s in range(size) if valid[s] for e in range(num_experts)]
+  pairs = [
+    (bool(np.isnan(scores[s, e])), 0 if np.isnan(scores[s, e]) else -scores[s, e], s, e)
+    for s in range(size)
+    if valid[s]
+    for e in range(num_experts)
+  ]
   experts, count = [[] for _ in range(size)], [0] * num_experts
-  for _, s, e in sorted(pairs):
+  for _, _, s, e in sorted(pairs):
     if len(experts[s]) < k and count[e] < capacity:
       experts[s].append(e)
       count[e] += 1
@@ -85,6 +90,20 @@ def test_matches_the_oracle_over_many_rounds():
   for g in range(2):
     expected = serial(scores[g], valid[g], 2, 10)
     assert taken(np.asarray(expert_index[g]), np.asarray(chosen[g])) == expected
+
+
+@hypothesis.given(groups(), st.integers(0, 50))
+def test_scores_that_are_not_finite(drawn, seed):
+  scores, valid, k, capacity = drawn
+  rng = np.random.default_rng(seed)
+  odd = np.array([np.nan, -np.nan, np.inf, -np.inf, -0.0, 0.0], np.float32)
+  scores = np.where(rng.random(scores.shape) < 0.6, rng.choice(odd, scores.shape), scores)
+  expert_index, chosen = assign(scores, valid, num_selected_experts=k, capacity=capacity)
+  for g in range(2):
+    expected = serial(scores[g], valid[g], k, capacity)
+    assert taken(np.asarray(expert_index[g]), np.asarray(chosen[g])) == expected
+  # Also what is not chosen is a different expert each.
+  assert np.all(np.diff(np.sort(expert_index, axis=-1), axis=-1) > 0)
 
 
 def test_by_hand():

@@ -94,6 +94,17 @@ def test_by_hand():
   np.testing.assert_array_equal(index[jnp.array([0, 1, 3])], [0, 0, 1])
 
 
+@pytest.mark.parametrize('k', [1, 3, 5])
+def test_what_must_be_beaten(k):
+  rng = np.random.default_rng(0)
+  # Few values, so that the K-th is often equal to the (K+1)-th.
+  biased_scores = rng.integers(-2, 2, size=(2, 40, 5)).astype(np.float32)
+  biased_scores[0, :3, 1:3] = -np.inf
+  index = jax.lax.top_k(biased_scores, k)[1]
+  expected = -np.sort(-biased_scores, axis=-1)[..., min(k, 4), None]
+  np.testing.assert_array_equal(quantile.to_beat(jnp.asarray(biased_scores), index), expected)
+
+
 def test_groups_count_by_their_valid_tokens():
   logits, valid, bias = biased.random_case()
   valid[0], valid[1] = [True] * 6, [True] + [False] * 5
