@@ -1,10 +1,13 @@
 """A training run from start, or from where it stopped, to its end."""
 
 import contextlib
+import copy
+import functools
 import json
 import math
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +23,7 @@ from moe_jax.models.decoder import Decoder
 from moe_jax.parallel.distributed import all_or_none
 from moe_jax.train import evaluate, manifest, metrics, opening
 from moe_jax.train.checkpoint import Checkpoints
-from moe_jax.train.knobs import knobs_of
+from moe_jax.train.knobs import knob_fields, knobs_of
 from moe_jax.train.progress import ProgressBar
 from moe_jax.train.signals import Signals
 from moe_jax.train.state import TrainState, abstract_state, init_state, with_token_counts
@@ -60,6 +63,18 @@ class DivergedError(UserError):
     )
 
 
+class Listener(NamedTuple):
+  """Who is told of a run in place of the terminal.
+
+  Attributes:
+    say: takes what would be printed, a line at a time.
+    on_step: takes the number of each step that was done.
+  """
+
+  say: Callable[[str], None]
+  on_step: Callable[[int], None]
+
+
 class _Run(NamedTuple):
   """What a run is made of."""
 
@@ -68,7 +83,8 @@ class _Run(NamedTuple):
   mesh: Mesh
   dataset: Dataset
   model: Decoder
-  say: Any
+  say: Callable[[str], None]
+  listener: Listener | None
 
 
 def accumulation_scope(config: ml_collections.ConfigDict) -> str:
@@ -81,12 +97,15 @@ def accumulation_scope(config: ml_collections.ConfigDict) -> str:
   return config.train.accumulation_scope
 
 
-def train(config: ml_collections.ConfigDict, workdir: str) -> Outcome:
+def train(
+  config: ml_collections.ConfigDict, workdir: str, listener: Listener | None = None
+) -> Outcome:
   """Trains a config in a directory, from its newest good checkpoint if there is one.
 
   Args:
     config: validated.
     workdir: new, empty, or of the same run.
+    listener: told what would be shown on the terminal.
 
   Raises:
     UserError: for whatever the user can mend; nothing was changed then.
@@ -96,7 +115,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Outcome:
   first = jax.process_index() == 0
 
   def say(line: str) -> None:
-    if first:
+    if first and listener:
+      listener.say(line)
+    elif first:
       print(line, flush=True)
 
   try:
@@ -113,7 +134,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Outcome:
         opening.check_splits(config, dataset)
       microbatch = config.data.batch_size // config.train.accumulation_steps
       model = build_model(config, mesh, dataset.tokenizer.vocab_size, 'train', microbatch)
-      run = _Run(config, workdir, mesh, dataset, model, say)
+      run = _Run(config, workdir, mesh, dataset, model, say, listener)
       if old and old['status'] == 'finished':
         if first:
           opening.keep_tokenizer(run.workdir, run.dataset.tokenizer)
@@ -157,7 +178,6 @@ def _train(run: _Run, old: dict[str, Any] | None) -> Outcome:
     facts['resumed_from'] = [*old.get('resumed_from', []), _provenance(old)]
   _announce(run, facts)
   with jax.set_mesh(run.mesh):
-    schedule = optim.make_schedule(config.optim, config.train.num_steps)
     optimizer = optim.make_optimizer(config.optim, config.train.num_steps)
     checkpoints = Checkpoints(run.workdir, config.train.keep_checkpoints)
     state, step, position = _start(run, optimizer, checkpoints)
@@ -176,15 +196,8 @@ def _train(run: _Run, old: dict[str, Any] | None) -> Outcome:
     )
     if position is not None:
       batches.set_state(position)
-    train_step = make_train_step(
-      run.model,
-      optimizer,
-      schedule,
-      config.train.accumulation_steps,
-      accumulation_scope(config),
-      config.moe.layer_reduction,
-      config.train.load_decay,
-    )
+    train_step = _train_step(_program(config), run.mesh, run.dataset.tokenizer.vocab_size)
+    compiled_before = train_step._cache_size()
     again = _evaluates_at(config, step)
     writer = metrics.MetricsWriter(run.workdir, step, enabled=first, drop_last_valid=again)
     with contextlib.closing(checkpoints), contextlib.closing(writer):
@@ -198,11 +211,38 @@ def _train(run: _Run, old: dict[str, Any] | None) -> Outcome:
   facts |= {
     'step': outcome.step,
     'status': 'finished' if outcome.finished else 'interrupted',
-    'compilations': train_step._cache_size(),
+    'compilations': train_step._cache_size() - compiled_before,
   }
   if first:
     manifest.write(run.workdir, facts)
   return outcome
+
+
+def _program(config: ml_collections.ConfigDict) -> str:
+  """Returns what of a config decides the program of its step, as JSON."""
+  program = copy.deepcopy(config)
+  defaults = config_lib.get_config()
+  for field in knob_fields(config):
+    room, name = field.split('.')
+    program[room][name] = defaults[room][name]
+  return program.to_json(sort_keys=True)
+
+
+@functools.lru_cache(maxsize=2)
+def _train_step(program: str, mesh: Mesh, vocab_size: int):
+  """Returns the step of a program; runs in one process that share it compile it once."""
+  config = config_lib.get_config()
+  config.update(json.loads(program))
+  microbatch = config.data.batch_size // config.train.accumulation_steps
+  return make_train_step(
+    build_model(config, mesh, vocab_size, 'train', microbatch),
+    optim.make_optimizer(config.optim, config.train.num_steps),
+    optim.make_schedule(config.optim, config.train.num_steps),
+    config.train.accumulation_steps,
+    accumulation_scope(config),
+    config.moe.layer_reduction,
+    config.train.load_decay,
+  )
 
 
 def _provenance(old: dict[str, Any]) -> dict[str, Any]:
@@ -267,12 +307,15 @@ def _steps(run, train_step, state, batches, checkpoints, writer, step: int) -> O
   if _evaluates_at(config, step):
     # The interruption came between this step's checkpoint and its evaluation, or may have.
     writer.write(step, 'valid', evaluator(state))
-  bar = ProgressBar(config.train.num_steps, step)
+  bar = ProgressBar(config.train.num_steps, step, shown=run.listener is None)
+  compiled_before = train_step._cache_size()
   with Signals() as signals, contextlib.closing(bar):
     while step < config.train.num_steps:
       batch, waited = next_batch(batches, run.model, pending and pending[1].grad_norm)
       state, step_metrics = train_step(state, batch, knobs)
       step += 1
+      if run.listener:
+        run.listener.on_step(step)
       if pending is not None:
         _report(run, writer, bar, *pending)
       pending = (step, step_metrics, waited)
@@ -286,8 +329,8 @@ def _steps(run, train_step, state, batches, checkpoints, writer, step: int) -> O
         writer.write(step, 'valid', evaluator(state))
       if stop:
         break
-  if train_step._cache_size() > 1:
-    run.say(f'warning: the step was compiled {train_step._cache_size()} times')
+  if train_step._cache_size() - compiled_before > 1:
+    run.say(f'warning: the step was compiled {train_step._cache_size() - compiled_before} times')
   finished = step == config.train.num_steps
   if not finished:
     run.say(f'interrupted: saving step {step}')

@@ -11,14 +11,14 @@ import tqdm
 class ProgressBar:
   """The progress bar: loss, tokens per second, drop share, time left."""
 
-  def __init__(self, num_steps: int, step: int):
+  def __init__(self, num_steps: int, step: int, shown: bool = True):
     """Shows `step` of `num_steps` as done; only the first process shows anything."""
     terminal = sys.stderr.isatty()
     self._bar = tqdm.tqdm(
       total=num_steps,
       initial=step,
       unit='step',
-      disable=jax.process_index() != 0,
+      disable=not shown or jax.process_index() != 0,
       mininterval=0.2 if terminal else 10.0,
       dynamic_ncols=True,
     )
