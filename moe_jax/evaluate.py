@@ -47,7 +47,10 @@ def main() -> None:
       run.config.data.name,
       f'is not the text and tokenizer that {workdir} was trained on',
     )
-  length, microbatch = run.config.data.sequence_length, _batch_size(run)
+  length, microbatch = (
+    run.config.data.sequence_length,
+    evaluate_room.batch_size_of(run.config, run.mesh),
+  )
   model = build_model(run.config, run.mesh, run.tokenizer.vocab_size, 'eval')
   batches = evaluate_room.num_batches(dataset, _SPLIT.value, length, microbatch)
   earlier = _earlier(workdir, run)
@@ -115,16 +118,6 @@ def _add_churn(result: dict[str, Any], changed: dict[str, Any], step: int) -> No
   result |= {'compare_step': step, 'router/churn': changed['router/churn']}
   for domain, summary in changed['domains'].items():
     result['domains'][domain] |= summary
-
-
-def _batch_size(run) -> int:
-  """Returns the micro-batch of the run, filled up to what the mesh and the routing groups divide.
-
-  Rows that fill up are padding: the size of a batch changes no number.
-  """
-  microbatch = run.config.data.batch_size // run.config.train.accumulation_steps
-  unit = run.mesh.size * (run.config.moe.group_size if run.config.moe.num_experts else 1)
-  return -(-microbatch // unit) * unit
 
 
 def _add_baselines(result: dict[str, Any], dataset: Dataset, split: str) -> None:

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
+from jax.sharding import Mesh
 
 from moe_jax import routing
 from moe_jax.data import Dataset, eval_batches
@@ -124,6 +126,16 @@ def _add(one: Any, other: Any) -> Any:
   """Adds (nats, tokens, router sums) of two parts."""
   sums = None if one[2] is None else jax.tree.map(np.asarray, routing.add_sums(one[2], other[2]))
   return one[0] + other[0], one[1] + other[1], sums
+
+
+def batch_size_of(config: ml_collections.ConfigDict, mesh: Mesh) -> int:
+  """Returns the micro-batch of a config, filled up to what the mesh and the routing groups divide.
+
+  Rows that fill up are padding: the size of a batch changes no number.
+  """
+  microbatch = config.data.batch_size // config.train.accumulation_steps
+  unit = mesh.size * (config.moe.group_size if config.moe.num_experts else 1)
+  return -(-microbatch // unit) * unit
 
 
 def num_batches(dataset: Dataset, split: str, sequence_length: int, batch_size: int) -> int:

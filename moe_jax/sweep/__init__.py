@@ -1,0 +1,1 @@
+"""From a study to its trials on disk: which they are, running them, and what became of them."""

@@ -1,0 +1,140 @@
+"""Runs a study: python -m moe_jax.sweep --study=experiments/NAME/study.py --workdir=DIR."""
+
+import os
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tqdm
+from absl import flags
+
+from moe_jax import cli
+from moe_jax import config as config_lib
+from moe_jax.errors import UserError
+from moe_jax.study import Study
+from moe_jax.sweep import runner
+from moe_jax.sweep.trials import Trial, load_study, trials_of
+from moe_jax.train import accounting
+from moe_jax.train.manifest import FREE_FIELDS
+
+_STUDY = flags.DEFINE_string('study', None, 'File that defines get_study().')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Of the sweep; shared by all its workers.')
+_DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Print every trial and run none.')
+_SHARD = flags.DEFINE_string('shard', '0/1', 'i/n: every n-th trial, from the i-th.')
+_TRIAL = flags.DEFINE_string('trial', None, 'Run the trial with this id alone.')
+_SET = flags.DEFINE_multi_string(
+  'set', [], 'FIELD=VALUE of what changes no result, as mesh.data=2 or data.data_dir=DIR.'
+)
+
+
+def main() -> int:
+  """Runs what is not done yet; 1 if a trial failed, 128 + signal if interrupted."""
+  study = load_study(cli.required(_STUDY))
+  trials = _of_shard(_chosen(trials_of(study, _free_fields())))
+  if _DRY_RUN.value:
+    _print_plan(study, trials)
+    return 0
+  workdir = cli.required(_WORKDIR)
+  try:
+    os.makedirs(workdir, exist_ok=True)
+  except OSError as error:
+    raise UserError('--workdir', workdir, f'cannot be written: {error.strerror}') from error
+  # Programs that were compiled once are not compiled again by the next worker or after a kill.
+  jax.config.update('jax_compilation_cache_dir', os.path.join(workdir, 'compilation_cache'))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+  try:
+    counts = runner.run(study, trials, workdir, lambda line: tqdm.tqdm.write(line))
+  except runner.Interrupted as interrupted:
+    print('interrupted; the same command goes on from here', flush=True)
+    return 128 + interrupted.signal
+  print(
+    f'\n{len(trials)} trials: {counts.finished} finished, {counts.diverged} diverged, '
+    f'{counts.failed} failed, {counts.elsewhere} held by other workers'
+  )
+  return 1 if counts.failed else 0
+
+
+def _free_fields() -> dict[str, Any]:
+  """Returns {field: value} of --set.
+
+  Raises:
+    UserError: for a field that decides the results, or a value of the wrong type.
+  """
+  result: dict[str, Any] = {}
+  for text in _SET.value:
+    field, _, value = text.partition('=')
+    if field not in FREE_FIELDS:
+      raise UserError('--set', text, f'must be FIELD=VALUE with one of {", ".join(FREE_FIELDS)}')
+    room, _, name = field.partition('.')
+    kind = type(config_lib.SCHEMA[room][name].default)
+    try:
+      result[field] = kind(value)
+    except ValueError as error:
+      raise UserError('--set', text, f'must be of type {kind.__name__}') from error
+  return result
+
+
+def _chosen(trials: list[Trial]) -> list[Trial]:
+  if _TRIAL.value is None:
+    return trials
+  chosen = [trial for trial in trials if trial.id == _TRIAL.value]
+  if not chosen:
+    raise UserError('--trial', _TRIAL.value, 'is no trial of the study; --dry_run lists them')
+  return chosen
+
+
+def _of_shard(trials: list[Trial]) -> list[Trial]:
+  index, _, count = _SHARD.value.partition('/')
+  if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+    raise UserError('--shard', _SHARD.value, 'must read i/n with 0 <= i < n')
+  return trials[int(index) :: int(count)]
+
+
+def _print_plan(study: Study, trials: list[Trial]) -> None:
+  """Prints each trial with its size, and what all of them cost."""
+  print(f'{study.name}: {study.question}')
+  print(
+    f'{"trial":<14}{"total":>12}{"active":>12}{"tokens":>13}{"FLOPs":>10}{"about":>8}  arm, seed'
+  )
+  rate = _products_per_second()
+  total = 0.0
+  for trial in trials:
+    config = trial.config
+    counts = accounting.parameter_counts(config, runner.vocab_size_of(config))
+    tokens = config.train.num_steps * config.data.batch_size * config.data.sequence_length
+    flops = runner.training_flops(config)
+    total += flops
+    print(
+      f'{trial.id:<14}{counts["total"]:>12,}{counts["active"]:>12,}{tokens:>13,}{flops:>10.1e}'
+      f'{_duration(flops / rate):>8}  {trial.arm}, {trial.seed}'
+    )
+  for arm in study.arms:
+    if arm.dropped:
+      print(f'{"dropped":<14}{arm.name}: {arm.dropped}')
+  print(
+    f'{len(trials)} trials, {total:.1e} FLOPs, about {_duration(total / rate)} here if training '
+    'ran at a third of the speed of a matrix product'
+  )
+
+
+def _products_per_second() -> float:
+  """Returns a third of the floating-point operations a second of a large matrix product here."""
+  x = jnp.ones((1024, 1024))
+  product = jax.jit(lambda x: x @ x)
+  product(x).block_until_ready()
+  seconds = []
+  for _ in range(5):
+    start = time.perf_counter()
+    product(x).block_until_ready()
+    seconds.append(time.perf_counter() - start)
+  return 2 * 1024**3 / sorted(seconds)[2] / 3
+
+
+def _duration(seconds: float) -> str:
+  minutes = round(seconds / 60)
+  return f'{minutes // 60}h{minutes % 60:02}m' if minutes >= 60 else f'{max(minutes, 1)}m'
+
+
+if __name__ == '__main__':
+  cli.run(main)

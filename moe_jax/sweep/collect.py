@@ -1,0 +1,132 @@
+"""What became of the trials of a study, read from disk: one record for each."""
+
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from moe_jax import config as config_lib
+from moe_jax.errors import DamagedError, UserError
+from moe_jax.results import records
+from moe_jax.results.records import Record
+from moe_jax.study import Study
+from moe_jax.sweep import outcome
+from moe_jax.sweep.trials import Trial, trial_id, trials_of
+from moe_jax.train import manifest
+from moe_jax.train.metrics import read_metrics
+
+_POINTS_OF_CURVE = 200
+_POINTS_OF_LOAD = 40
+# Lists over experts: kept by domain and over time, not among the numbers.
+_OF_EXPERTS = ('router/load', 'router/load_kept')
+
+
+def records_of(study: Study, workdir: str | os.PathLike, command: str = '') -> list[Record]:
+  """Returns a record of every trial of a study, whatever became of it.
+
+  Args:
+    study: whose trials are looked for.
+    workdir: of the sweep.
+    command: that runs the sweep; a trial's own adds its id.
+  """
+  return [_record(trial, workdir, command) for trial in trials_of(study)]
+
+
+def _record(trial: Trial, workdir: str | os.PathLike, command: str) -> Record:
+  known: dict[str, Any] = {
+    'trial': trial.id,
+    'arm': trial.arm,
+    'seed': trial.seed,
+    'changes': trial.changes,
+    'config': trial.config.to_dict(),
+    'num_steps': trial.config.train.num_steps,
+    'command': f'{command} --trial={trial.id}' if command else '',
+  }
+  folder = trial.folder(workdir)
+  try:
+    ended = outcome.read(workdir, trial.id)
+    facts = manifest.read(folder) if manifest.exists(folder) else None
+    if facts:
+      known |= _of_manifest(trial, facts)
+    if ended is None and facts is None:
+      return Record(status=records.MISSING, reason='was not begun', **known)
+    if ended is None:
+      return Record(status=records.UNFINISHED, reason=_how_far(facts), **known)
+    if ended['status'] != records.FINISHED:
+      return Record(status=ended['status'], reason=ended['reason'], **known)
+    if facts is None:
+      raise DamagedError(f'{folder}/{manifest.MANIFEST} is missing')
+    if facts['status'] != 'finished':
+      raise DamagedError(f'{folder}/{manifest.MANIFEST} says {facts["status"]!r}, not finished')
+    path = folder / 'metrics.jsonl'
+    if not path.exists() or outcome.file_digest(path) != ended['metrics_digest']:
+      raise DamagedError(f'{path} is not what was written')
+    return Record(
+      status=records.FINISHED, **known, **_results(ended['evaluations']), **_history(path)
+    )
+  except (DamagedError, UserError) as error:
+    again = f'to run it again, remove {folder} and {outcome.path_of(workdir, trial.id)}'
+    return Record(status=records.DAMAGED, reason=f'{error}; {again}', **known)
+
+
+def _how_far(facts: dict[str, Any] | None) -> str:
+  assert facts is not None
+  if facts['status'] == 'finished':
+    return 'not evaluated yet'
+  return f'{facts["status"]} at step {facts["step"]}'
+
+
+def _of_manifest(trial: Trial, facts: dict[str, Any]) -> dict[str, Any]:
+  config = config_lib.get_config()
+  config.update(facts['config'])
+  if trial_id(config) != trial.id:
+    raise DamagedError(f'the manifest of trial {trial.id} is that of another config')
+  data = config.data
+  return {
+    'step': facts['step'],
+    'config': facts['config'],
+    'data': {key: facts['data'].get(key) for key in ('name', 'fingerprint', 'tokenizer')},
+    'git_commit': facts['git_commit'],
+    'git_dirty': facts['git_dirty'],
+    'devices': facts['devices'],
+    'mesh': facts['mesh'],
+    'parameters': facts['parameters'],
+    'flops_per_token': facts['training_flops_per_token'],
+    'tokens': facts['step'] * data.batch_size * data.sequence_length,
+  }
+
+
+def _results(evaluations: dict[str, Any]) -> dict[str, Any]:
+  """Returns `metrics` and `domains` of a record."""
+  metrics: dict[str, Any] = {}
+  domains: dict[str, Any] = {}
+  for name, result in evaluations.items():
+    for key, value in result.items():
+      if key not in ('domains', 'split', *_OF_EXPERTS):
+        metrics[f'{name}/{key}'] = value
+    domains[name] = {
+      domain: {key: value for key, value in summary.items() if key != 'router/load_kept'}
+      for domain, summary in result['domains'].items()
+    }
+  return {'metrics': metrics, 'domains': domains}
+
+
+def _history(path: pathlib.Path) -> dict[str, Any]:
+  """Returns `curve` and `load` of a record from the lines of training."""
+  lines = [line for line in read_metrics(path) if line['split'] == 'train']
+  loads = [line for line in lines if 'router/load' in line]
+  return {
+    'curve': [[line['step'], line['loss']] for line in _thinned(lines, _POINTS_OF_CURVE)],
+    'load': [
+      [line['step'], np.round(line['router/load'], 5).tolist()]
+      for line in _thinned(loads, _POINTS_OF_LOAD)
+    ],
+  }
+
+
+def _thinned(lines: list, most: int) -> list:
+  """Returns at most so many of the lines, evenly spread, first and last among them."""
+  if len(lines) <= most:
+    return lines
+  return [lines[i] for i in np.linspace(0, len(lines) - 1, most).round().astype(int)]

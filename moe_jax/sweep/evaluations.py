@@ -1,0 +1,37 @@
+"""The ways in which a finished trial is evaluated, by name."""
+
+import copy
+from collections.abc import Callable
+
+import ml_collections
+
+
+def _capacity(config: ml_collections.ConfigDict) -> None:
+  config.moe.eval_capacity_factor = config.moe.capacity_factor
+
+
+def _dropless(config: ml_collections.ConfigDict) -> None:
+  config.moe.eval_capacity_factor = config.moe.num_experts / config.moe.num_selected_experts
+
+
+def _causal(config: ml_collections.ConfigDict) -> None:
+  config.moe.eval_capacity_factor = config.moe.capacity_factor
+  config.moe.priority = 'token'
+
+
+# `capacity`: at the capacity of training. `dropless`: every expert can take every token. `causal`:
+# at the capacity of training, slots given in order of position, as no later token can take one in
+# decoding. All are the same for a dense model.
+EVALUATIONS: dict[str, Callable[[ml_collections.ConfigDict], None]] = {
+  'capacity': _capacity,
+  'dropless': _dropless,
+  'causal': _causal,
+}
+
+
+def config_for(config: ml_collections.ConfigDict, evaluation: str) -> ml_collections.ConfigDict:
+  """Returns the config of a trial as one of `EVALUATIONS` has it."""
+  result = copy.deepcopy(config)
+  if config.moe.num_experts:
+    EVALUATIONS[evaluation](result)
+  return result

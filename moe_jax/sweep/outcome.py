@@ -1,0 +1,54 @@
+"""What is kept of a trial beside its run: how it ended, and its evaluations, under a digest."""
+
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any
+
+from moe_jax.errors import DamagedError
+
+
+def path_of(workdir: str | os.PathLike, trial_id: str) -> pathlib.Path:
+  """Returns where the outcome of a trial is kept."""
+  return pathlib.Path(workdir) / 'outcomes' / f'{trial_id}.json'
+
+
+def write(workdir: str | os.PathLike, trial_id: str, outcome: dict[str, Any]) -> None:
+  """Writes an outcome whole or not at all, with its digest."""
+  path = path_of(workdir, trial_id)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_suffix('.tmp')
+  with open(temporary, 'w', encoding='utf-8') as file:
+    json.dump(outcome | {'digest': _digest(outcome)}, file, indent=1, sort_keys=True)
+    file.flush()
+    os.fsync(file.fileno())
+  temporary.replace(path)
+
+
+def read(workdir: str | os.PathLike, trial_id: str) -> dict[str, Any] | None:
+  """Returns the outcome of a trial, None if there is none yet.
+
+  Raises:
+    DamagedError: if the file is not what was written.
+  """
+  path = path_of(workdir, trial_id)
+  try:
+    outcome = json.loads(path.read_text(encoding='utf-8'))
+    digest = outcome.pop('digest')
+  except FileNotFoundError:
+    return None
+  except (ValueError, KeyError, AttributeError, TypeError) as error:
+    raise DamagedError(f'{path} is damaged: {error}') from error
+  if digest != _digest(outcome):
+    raise DamagedError(f'{path} is not what was written: its digest differs')
+  return outcome
+
+
+def file_digest(path: str | os.PathLike) -> str:
+  """Returns the SHA-256 of a file."""
+  return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
+
+
+def _digest(outcome: dict[str, Any]) -> str:
+  return hashlib.sha256(json.dumps(outcome, sort_keys=True).encode()).hexdigest()

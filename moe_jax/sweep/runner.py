@@ -1,0 +1,262 @@
+"""Running the trials of a study: each once, whatever is killed, however many workers there are."""
+
+import contextlib
+import fcntl
+import functools
+import json
+import pathlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import tqdm
+from jax.sharding import Mesh
+
+from moe_jax import config as config_lib
+from moe_jax.data import ByteTokenizer
+from moe_jax.errors import DamagedError, UserError
+from moe_jax.models.build import build_model
+from moe_jax.models.decoder import Decoder
+from moe_jax.results.records import DIVERGED, FAILED, FINISHED
+from moe_jax.study import Study
+from moe_jax.sweep import outcome
+from moe_jax.sweep.evaluations import config_for
+from moe_jax.sweep.trials import Trial
+from moe_jax.train import accounting, evaluate, manifest
+from moe_jax.train.knobs import knob_fields
+from moe_jax.train.loop import DivergedError, Listener, train
+from moe_jax.train.opening import dataset_of
+from moe_jax.train.restore import restore_run
+
+
+class Interrupted(Exception):  # noqa: N818
+  """A signal ended a trial, which was saved.
+
+  Attributes:
+    signal: its number.
+  """
+
+  def __init__(self, signal: int):
+    self.signal = signal
+    super().__init__(f'signal {signal}')
+
+
+class Counts(NamedTuple):
+  """How many trials of a sweep are in which state when it ends."""
+
+  finished: int
+  diverged: int
+  failed: int
+  elsewhere: int
+
+
+def run(study: Study, trials: list[Trial], workdir: str, say: Callable[[str], None]) -> Counts:
+  """Runs what is not done yet of the trials, one after the other.
+
+  A trial that fails is recorded with its reason, and the next one runs; a later call tries it
+  again. One that diverged would diverge again and is done. A trial that another worker holds is
+  left to it.
+
+  Args:
+    study: of the trials.
+    trials: in order.
+    workdir: of the sweep, shared by all its workers.
+    say: takes a line of text at a time.
+
+  Raises:
+    Interrupted: after saving the trial that was running.
+  """
+  failed: set[str] = set()
+  with _Progress(trials, workdir) as progress:
+    while True:
+      elsewhere = 0
+      ran = False
+      for trial in trials:
+        if trial.id in failed or _is_done(trial, workdir):
+          continue
+        with _claimed(trial, workdir) as mine:
+          if not mine:
+            elsewhere += 1
+            continue
+          # Another worker may have done it between the look and the claim.
+          if _is_done(trial, workdir):
+            continue
+          ran = True
+          status = _run_one(study, trial, workdir, progress, say)
+          if status == FAILED:
+            failed.add(trial.id)
+      if not ran:
+        break
+  ends = [_status(trial, workdir) for trial in trials]
+  return Counts(ends.count(FINISHED), ends.count(DIVERGED), len(failed), elsewhere)
+
+
+def _status(trial: Trial, workdir: str) -> str:
+  try:
+    found = outcome.read(workdir, trial.id)
+  except DamagedError:
+    return ''
+  return found['status'] if found else ''
+
+
+def _is_done(trial: Trial, workdir: str) -> bool:
+  """Whether nothing is left to do; a damaged outcome is made again from the run."""
+  return _status(trial, workdir) in (FINISHED, DIVERGED)
+
+
+@contextlib.contextmanager
+def _claimed(trial: Trial, workdir: str) -> Iterator[bool]:
+  """Holds a trial, if no other worker does. The lock of a killed worker is free at once."""
+  folder = pathlib.Path(workdir) / 'locks'
+  folder.mkdir(parents=True, exist_ok=True)
+  with open(folder / trial.id, 'w') as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+      yield False
+      return
+    yield True
+
+
+def _run_one(
+  study: Study, trial: Trial, workdir: str, progress: '_Progress', say: Callable[[str], None]
+) -> str:
+  """Trains and evaluates a trial, writes its outcome and returns its status."""
+  name = f'{trial.id} {trial.arm}, seed {trial.seed}'
+  facts = {'study': study.name, 'arm': trial.arm, 'seed': trial.seed}
+  log = pathlib.Path(workdir) / 'logs' / f'{trial.id}.txt'
+  log.parent.mkdir(parents=True, exist_ok=True)
+
+  def note(line: str) -> None:
+    with open(log, 'a', encoding='utf-8') as file:
+      file.write(f'{line}\n')
+
+  progress.begin(trial)
+  try:
+    folder = str(trial.folder(workdir))
+    done = train(trial.config, folder, Listener(note, progress.at))
+    if not done.finished:
+      raise Interrupted(done.interrupted_by or 0)
+    evaluations = _evaluate(study, trial, folder)
+    digest = outcome.file_digest(trial.folder(workdir) / 'metrics.jsonl')
+    facts |= {'evaluations': evaluations, 'metrics_digest': digest}
+    status, reason = FINISHED, ''
+  except DivergedError as error:
+    status, reason = DIVERGED, str(error)
+  except (Interrupted, KeyboardInterrupt):
+    raise
+  except Exception as error:
+    # Whatever it is must not cost the other trials; it stands in the outcome and in the report.
+    status, reason = FAILED, f'{type(error).__name__}: {" ".join(str(error).split())}'
+    note(reason)
+  outcome.write(workdir, trial.id, facts | {'status': status, 'reason': reason})
+  progress.end(trial)
+  say(f'{status}: {name}{": " + reason if reason else ""}')
+  return status
+
+
+def _evaluate(study: Study, trial: Trial, folder: str) -> dict[str, Any]:
+  """Returns every evaluation of the study at the trial's last checkpoint."""
+  restored = restore_run(folder, trial.config.train.num_steps)
+  dataset = dataset_of(trial.config)
+  results = {}
+  for name in study.evaluations:
+    config = config_for(trial.config, name)
+    program = _program(config)
+    model, step = _eval_step(program, restored.mesh, restored.tokenizer.vocab_size)
+    with jax.set_mesh(restored.mesh):
+      results[name] = evaluate.evaluate(
+        step,
+        model,
+        restored.params,
+        restored.router_state,
+        dataset,
+        split=study.split,
+        sequence_length=config.data.sequence_length,
+        batch_size=evaluate.batch_size_of(config, restored.mesh),
+      )
+  return results
+
+
+def _program(config: ml_collections.ConfigDict) -> str:
+  """Returns what of a config decides the program of an evaluation, as JSON."""
+  fields = config.to_dict()
+  defaults = config_lib.get_config().to_dict()
+  for field in knob_fields(config):
+    room, name = field.split('.')
+    fields[room][name] = defaults[room][name]
+  fields |= {'train': defaults['train'], 'optim': defaults['optim']}
+  return json.dumps(fields, sort_keys=True)
+
+
+@functools.lru_cache(maxsize=4)
+def _eval_step(program: str, mesh: Mesh, vocab_size: int) -> tuple[Decoder, evaluate.EvalStep]:
+  config = config_lib.get_config()
+  config.update(json.loads(program))
+  model = build_model(config, mesh, vocab_size, 'eval')
+  return model, evaluate.make_eval_step(model)
+
+
+def vocab_size_of(config: ml_collections.ConfigDict) -> int:
+  """Returns the vocabulary of a config before its text was looked at."""
+  return config.data.vocab_size or ByteTokenizer().vocab_size
+
+
+def training_flops(config: ml_collections.ConfigDict) -> int:
+  """Returns the floating-point operations of a whole training run."""
+  tokens = config.train.num_steps * config.data.batch_size * config.data.sequence_length
+  return tokens * accounting.training_flops_per_token(config, vocab_size_of(config))
+
+
+class _Progress:
+  """One bar over all trials. Time left is judged by floating-point operations, not by steps."""
+
+  def __init__(self, trials: list[Trial], workdir: str):
+    self._workdir = workdir
+    self._cost = {t.id: training_flops(t.config) / t.config.train.num_steps for t in trials}
+    self._done = {t.id: self._steps_done(t) for t in trials}
+    total = sum(self._cost[t.id] * t.config.train.num_steps for t in trials)
+    self._bar = tqdm.tqdm(
+      total=total,
+      initial=sum(self._cost[id_] * steps for id_, steps in self._done.items()),
+      bar_format='{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}',
+      mininterval=0.5 if sys.stderr.isatty() else 30.0,
+      dynamic_ncols=True,
+    )
+    self._num_trials = len(trials)
+    self._number = 0
+    self._trial: Trial | None = None
+
+  def _steps_done(self, trial: Trial) -> int:
+    """Returns the steps of the last checkpoint of a trial that the manifest knows of."""
+    if _is_done(trial, self._workdir):
+      return trial.config.train.num_steps
+    try:
+      return int(manifest.read(trial.folder(self._workdir))['step'])
+    except (UserError, DamagedError):
+      return 0
+
+  def begin(self, trial: Trial) -> None:
+    """Shows the trial that runs now."""
+    self._trial = trial
+    self._bar.set_postfix_str(f' {trial.arm}, seed {trial.seed}')
+
+  def at(self, step: int) -> None:
+    """Shows a step of the trial that runs."""
+    assert self._trial is not None
+    new = max(0, step - self._done[self._trial.id])
+    self._done[self._trial.id] += new
+    self._bar.update(self._cost[self._trial.id] * new)
+
+  def end(self, trial: Trial) -> None:
+    """Counts what a trial that ended early did not do as done."""
+    self._trial = trial
+    self.at(trial.config.train.num_steps)
+
+  def __enter__(self) -> '_Progress':
+    return self
+
+  def __exit__(self, *details) -> None:
+    self._bar.close()

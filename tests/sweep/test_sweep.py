@@ -1,0 +1,267 @@
+"""A sweep: which trials there are, each run once whatever happens, and what is read from disk."""
+
+import dataclasses
+import json
+import os
+import signal
+import time
+
+import jax
+import pytest
+
+from moe_jax.errors import UserError
+from moe_jax.study import Comparison, Metric, Study, chain, point, product
+from moe_jax.sweep import collect, outcome, runner, trials
+from moe_jax.train import loop
+from moe_jax.train.metrics import read_metrics
+from tests import tiny
+
+BALANCED, FREE = 'load_balancing_weight=0.01', 'load_balancing_weight=0'
+
+
+def make_study(text, more=(), **changes):
+  base = tiny.config({**text, 'train.num_steps': 4})
+  arms = chain(product({'moe.load_balancing_weight': (0, 0.01)}), *more)
+  study = Study('test', 'does it?', base, arms, (0, 1))
+  return dataclasses.replace(study, **changes)
+
+
+STUDY_FILE = """
+from moe_jax import config
+from moe_jax.study import Comparison, Study, chain, point, product
+
+def get_study():
+  base = config.get_config()
+  base.update({base!r})
+  arms = chain(product({{'moe.load_balancing_weight': (0, 0.01)}}){more})
+  return Study('test', 'does it?', base, arms, (0, 1))
+"""
+
+
+def study_file(folder, text, more='', **overrides):
+  base = tiny.config({**text, 'train.num_steps': 4, **overrides}).to_dict()
+  path = folder / 'study.py'
+  path.write_text(STUDY_FILE.format(base=base, more=f', {more}' if more else ''))
+  return path
+
+
+@pytest.fixture(autouse=True)
+def no_cache_afterwards():
+  """The command turns the persistent compilation cache on, for its process."""
+  before = jax.config.jax_compilation_cache_dir
+  yield
+  jax.config.update('jax_compilation_cache_dir', before)
+
+
+def test_an_id_is_the_config_but_for_what_changes_no_result(text):
+  study = make_study(text)
+  found = trials.trials_of(study)
+  assert [(t.arm, t.seed) for t in found] == [(FREE, 0), (FREE, 1), (BALANCED, 0), (BALANCED, 1)]
+  assert len({t.id for t in found}) == 4
+  elsewhere = trials.trials_of(study, {'mesh.data': 1, 'mesh.expert': 8, 'train.log_every': 2})
+  assert [t.id for t in elsewhere] == [t.id for t in found]
+  assert elsewhere[0].config.mesh.expert == 8
+  longer = dataclasses.replace(study, base=tiny.config({**text, 'train.num_steps': 5}))
+  assert not {t.id for t in trials.trials_of(longer)} & {t.id for t in found}
+  # An int where a float belongs is that float: the same trial.
+  same = make_study(text, arms=product({'moe.load_balancing_weight': (0.0, 0.01)}))
+  assert [t.id for t in trials.trials_of(same)] == [t.id for t in found]
+
+
+@pytest.mark.parametrize(
+  ('changes', 'words'),
+  [
+    ({'arms': point('a', {'moe.num_expert': 4})}, ('moe.num_expert=4', "arm 'a'")),
+    ({'arms': point('a', {'moe.num_experts': 'four'})}, ("moe.num_experts='four'", 'int')),
+    ({'arms': point('a', {'moe.num_selected_experts': 9})}, ("study.arms='a'", 'experts=9')),
+    ({'arms': point('a', {}) + point('b', {'moe.num_experts': 8})}, ("'b'", "as arm 'a'")),
+    ({'arms': point('a', {}) + point('a', {'moe.every': 2})}, ("study.arms='a'", 'unique')),
+    ({'arms': ()}, ('study.arms', 'none is left')),
+    ({'seeds': (1, 1)}, ('study.seeds=(1, 1)',)),
+    ({'baseline': 'dense'}, ("'dense'", 'no arm')),
+    ({'comparisons': (Comparison(BALANCED, 'none'),)}, ("'none'", 'no arm')),
+    ({'metric': Metric('valid/loss')}, ("study.metric='valid/loss'",)),
+    ({'evaluations': ('all',)}, ("study.evaluations='all'", 'dropless')),
+    ({'may_differ': ('luck',)}, ("study.may_differ='luck'",)),
+  ],
+)
+def test_refuses(text, changes, words):
+  with pytest.raises(UserError) as caught:
+    trials.trials_of(make_study(text, **changes))
+  for word in words:
+    assert word in str(caught.value)
+
+
+@pytest.fixture(scope='module')
+def swept(text, tmp_path_factory):
+  """(study, workdir) of a sweep with an arm that fails and one that diverges."""
+  study = make_study(
+    text,
+    more=(
+      point('absent', {'data.name': 'text:/nowhere'}),
+      point('wild', {'optim.learning_rate': 1e30}),
+    ),
+  )
+  workdir = str(tmp_path_factory.mktemp('sweep'))
+  said = []
+  before = loop._train_step.cache_info()
+  counts = runner.run(study, trials.trials_of(study), workdir, said.append)
+  after = loop._train_step.cache_info()
+  return study, workdir, counts, said, after.misses - before.misses
+
+
+def records_by_arm(study, workdir):
+  found = {}
+  for record in collect.records_of(study, workdir, 'sweep --study=s'):
+    found.setdefault(record.arm, []).append(record)
+  return found
+
+
+def test_a_broken_arm_does_not_stop_the_rest(swept):
+  study, workdir, counts, said, _ = swept
+  assert counts == runner.Counts(finished=4, diverged=2, failed=2, elsewhere=0)
+  assert len(said) == 8
+  arms = records_by_arm(study, workdir)
+  assert [r.status for r in arms[FREE] + arms[BALANCED]] == ['finished'] * 4
+  assert {r.status for r in arms['absent']} == {'failed'}
+  assert 'does not exist' in arms['absent'][0].reason
+  assert {r.status for r in arms['wild']} == {'diverged'}
+  assert 'gradient norm' in arms['wild'][0].reason
+  assert arms[FREE][0].command == f'sweep --study=s --trial={arms[FREE][0].trial}'
+
+
+def test_trials_of_one_program_compile_it_once(swept):
+  # Seeds, weights and the learning rate are arguments of one step.
+  assert swept[-1] == 1
+
+
+def test_a_trial_is_what_training_and_evaluation_alone_give(swept, tmp_path):
+  study, workdir, *_ = swept
+  trial = trials.trials_of(study)[3]
+  config = trial.config
+  loop.train(config, str(tmp_path / 'alone'))
+  alone = read_metrics(tmp_path / 'alone' / 'metrics.jsonl')
+  record = records_by_arm(study, workdir)[BALANCED][1]
+  assert record.curve == [[line['step'], line['loss']] for line in alone]
+  assert len(record.load) == 4 and len(record.load[0][1]) == 2
+  result = tiny.command('evaluate', f'--workdir={tmp_path / "alone"}', '--nofigure')
+  assert result.code == 0, result.err
+  whole = json.loads((tmp_path / 'alone' / 'evaluation_test.json').read_text())
+  # The command evaluates at eval_capacity_factor=2, which here drops next to nothing.
+  dropless = record.metrics['dropless/bits_per_byte']
+  assert abs(dropless - whole['bits_per_byte']) < 1e-2
+  assert record.metrics['dropless/router/drop_share'] == 0
+  assert record.metrics['capacity/router/drop_share'] > 0
+  assert list(record.domains['dropless']) == ['prose', 'verse']
+  assert record.parameters['active'] < record.parameters['total']
+
+
+def test_done_trials_are_left_alone_and_failed_ones_tried_again(swept):
+  study, workdir, *_ = swept
+  before = tiny.snapshot(os.path.join(workdir, 'trials'))
+  said = []
+  counts = runner.run(study, trials.trials_of(study), workdir, said.append)
+  assert counts.finished == 4 and counts.failed == 2
+  assert len(said) == 2 and all('absent' in line for line in said)
+  assert tiny.snapshot(os.path.join(workdir, 'trials')) == before
+
+
+@pytest.mark.parametrize('what', ['outcome', 'cut outcome', 'metrics', 'manifest', 'other config'])
+def test_what_was_tampered_with_is_named_and_not_averaged(swept, what):
+  study, workdir, *_ = swept
+  trial = trials.trials_of(study)[0]
+  folder = trial.folder(workdir)
+  path = {'metrics': folder / 'metrics.jsonl', 'manifest': folder / 'manifest.json'}.get(
+    what, outcome.path_of(workdir, trial.id)
+  )
+  if what == 'other config':
+    path = folder / 'manifest.json'
+  good = path.read_text()
+  bad = {
+    'outcome': good.replace('"loss": ', '"loss": 0'),
+    'cut outcome': good[: len(good) // 2],
+    'metrics': good[: len(good) // 2],
+    'manifest': '',
+    'other config': good.replace('"num_experts": 8', '"num_experts": 4'),
+  }[what]
+  assert bad != good
+  path.write_text(bad)
+  try:
+    record = collect.records_of(study, workdir)[0]
+    assert record.status == 'damaged' and not record.metrics
+    assert (trial.id if what == 'other config' else str(path)) in record.reason
+  finally:
+    path.write_text(good)
+  assert collect.records_of(study, workdir)[0].status == 'finished'
+
+
+def test_what_was_not_run_or_not_finished_is_said(text, tmp_path):
+  study = make_study(text)
+  first = trials.trials_of(study)[0]
+  assert {r.status for r in collect.records_of(study, tmp_path)} == {'missing'}
+  loop.train(first.config, str(first.folder(tmp_path)))
+  record = collect.records_of(study, tmp_path)[0]
+  assert (record.status, record.reason) == ('unfinished', 'not evaluated yet')
+
+
+def test_the_command_plans_runs_and_refuses(text, tmp_path):
+  path = study_file(tmp_path, text, "point('few', {'moe.num_experts': 4})")
+  study = f'--study={path}'
+  plan = tiny.command('sweep', study, '--dry_run')
+  assert plan.code == 0, plan.err
+  ids = [line.split()[0] for line in plan.out.splitlines()[2:8]]
+  assert len(set(ids)) == 6 and '6 trials' in plan.out
+  workdir = f'--workdir={tmp_path / "w"}'
+  assert not (tmp_path / 'w').exists()
+  result = tiny.command('sweep', study, workdir, '--shard=1/3', '--set=mesh.data=1')
+  assert result.code == 0, result.err
+  assert '2 finished' in result.out
+  done = {p.stem for p in (tmp_path / 'w' / 'outcomes').iterdir()}
+  assert done == {ids[1], ids[4]}
+  result = tiny.command('sweep', study, workdir, f'--trial={ids[0]}')
+  assert '1 finished' in result.out
+  for flags, words in (
+    (['--shard=3/3'], ('--shard=', '3/3')),
+    (['--trial=abc'], ('--trial=', 'dry_run')),
+    (['--set=moe.num_experts=4'], ('--set=', 'mesh.data')),
+    (['--set=mesh.data=two'], ('--set=', 'int')),
+  ):
+    tiny.command('sweep', study, workdir, *flags).assert_error(*words)
+  tiny.command('sweep', '--study=nowhere.py', workdir).assert_error('--study=', 'does not exist')
+  path.write_text('def get_study():\n  return 1 / 0\n')
+  tiny.command('sweep', study, workdir).assert_error('--study=', 'ZeroDivisionError')
+
+
+@pytest.mark.slow
+def test_two_workers_and_kill_9_give_each_trial_once_and_the_same_results(text, tmp_path):
+  overrides = {'train.num_steps': 60, 'train.checkpoint_every': 5}
+  path = study_file(tmp_path, text, **overrides)
+  workdir, undisturbed = tmp_path / 'w', tmp_path / 'undisturbed'
+  command = 'sweep', f'--study={path}', f'--workdir={workdir}'
+  workers = [tiny.start(*command) for _ in range(2)]
+  # Until one trial is in the middle: then its worker is killed, and the other goes on.
+  started = time.time()
+  while time.time() - started < 120:
+    logs = list(workdir.glob('trials/*/metrics.jsonl'))
+    if len(logs) >= 2 and all(log.read_bytes().count(b'\n') > 8 for log in logs):
+      break
+    time.sleep(0.02)
+  workers[0].kill()
+  assert tiny.finish(workers[0]).code == -signal.SIGKILL
+  assert tiny.finish(workers[1]).code == 0
+  result = tiny.finish(tiny.start(*command))
+  assert result.code == 0 and '4 finished' in result.out, result.err
+  study = trials.load_study(str(path))
+  runner.run(study, trials.trials_of(study), str(undisturbed), lambda line: None)
+  killed, whole = (collect.records_of(study, folder) for folder in (workdir, undisturbed))
+  assert [r.status for r in killed] == ['finished'] * 4
+  for one, other in zip(killed, whole, strict=True):
+    assert one.curve == other.curve
+    for name, value in other.metrics.items():
+      assert one.metrics[name] == pytest.approx(value, rel=1e-6), name
+  # No trial was trained by two workers: no step stands twice, at most the killed one was resumed.
+  resumed = 0
+  for log in workdir.glob('trials/*/metrics.jsonl'):
+    assert [line['step'] for line in read_metrics(log)] == list(range(1, 61))
+    resumed += len(json.loads((log.parent / 'manifest.json').read_text()).get('resumed_from', []))
+  assert resumed <= 1
