@@ -23,6 +23,9 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'Of the sweep; shared by all its
 _DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Print every trial and run none.')
 _SHARD = flags.DEFINE_string('shard', '0/1', 'i/n: every n-th trial, from the i-th.')
 _TRIAL = flags.DEFINE_string('trial', None, 'Run the trial with this id alone.')
+_PACK = flags.DEFINE_integer(
+  'pack', 1, 'Train up to so many trials as one program, if they differ in numbers alone.'
+)
 _SET = flags.DEFINE_multi_string(
   'set', [], 'FIELD=VALUE of what changes no result, as mesh.data=2 or data.data_dir=DIR.'
 )
@@ -31,6 +34,8 @@ _SET = flags.DEFINE_multi_string(
 def main() -> int:
   """Runs what is not done yet; 1 if a trial failed, 128 + signal if interrupted."""
   study = load_study(cli.required(_STUDY))
+  if _PACK.value < 1:
+    raise UserError('--pack', _PACK.value, 'must be at least 1')
   trials = _of_shard(_chosen(trials_of(study, _free_fields())))
   if _DRY_RUN.value:
     _print_plan(study, trials)
@@ -44,7 +49,7 @@ def main() -> int:
   jax.config.update('jax_compilation_cache_dir', os.path.join(workdir, 'compilation_cache'))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
   try:
-    counts = runner.run(study, trials, workdir, lambda line: tqdm.tqdm.write(line))
+    counts = runner.run(study, trials, workdir, lambda line: tqdm.tqdm.write(line), _PACK.value)
   except runner.Interrupted as interrupted:
     print('interrupted; the same command goes on from here', flush=True)
     return 128 + interrupted.signal

@@ -3,7 +3,9 @@
 import contextlib
 import fcntl
 import functools
+import hashlib
 import json
+import math
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
@@ -24,9 +26,9 @@ from moe_jax.study import Study
 from moe_jax.sweep import outcome
 from moe_jax.sweep.evaluations import config_for
 from moe_jax.sweep.trials import Trial
-from moe_jax.train import accounting, evaluate, manifest
+from moe_jax.train import accounting, evaluate, manifest, packed
 from moe_jax.train.knobs import knob_fields
-from moe_jax.train.loop import DivergedError, Listener, train
+from moe_jax.train.loop import DivergedError, Listener, program_of, train
 from moe_jax.train.opening import dataset_of
 from moe_jax.train.restore import restore_run
 
@@ -52,8 +54,10 @@ class Counts(NamedTuple):
   elsewhere: int
 
 
-def run(study: Study, trials: list[Trial], workdir: str, say: Callable[[str], None]) -> Counts:
-  """Runs what is not done yet of the trials, one after the other.
+def run(
+  study: Study, trials: list[Trial], workdir: str, say: Callable[[str], None], pack: int = 1
+) -> Counts:
+  """Runs what is not done yet of the trials, one after the other or in packs.
 
   A trial that fails is recorded with its reason, and the next one runs; a later call tries it
   again. One that diverged would diverge again and is done. A trial that another worker holds is
@@ -64,6 +68,7 @@ def run(study: Study, trials: list[Trial], workdir: str, say: Callable[[str], No
     trials: in order.
     workdir: of the sweep, shared by all its workers.
     say: takes a line of text at a time.
+    pack: at most so many trials that share a program are trained as one.
 
   Raises:
     Interrupted: after saving the trial that was running.
@@ -73,20 +78,19 @@ def run(study: Study, trials: list[Trial], workdir: str, say: Callable[[str], No
     while True:
       elsewhere = 0
       ran = False
-      for trial in trials:
-        if trial.id in failed or _is_done(trial, workdir):
+      for unit in _units(trials, pack):
+        if all(t.id in failed or _is_done(t, workdir) for t in unit):
           continue
-        with _claimed(trial, workdir) as mine:
+        with contextlib.ExitStack() as claims:
+          mine = [t for t in unit if claims.enter_context(_claimed(t, workdir))]
+          elsewhere += len(unit) - len(mine)
+          # Another worker may have done one between the look and the claim.
+          mine = [t for t in mine if t.id not in failed and not _is_done(t, workdir)]
           if not mine:
-            elsewhere += 1
-            continue
-          # Another worker may have done it between the look and the claim.
-          if _is_done(trial, workdir):
             continue
           ran = True
-          status = _run_one(study, trial, workdir, progress, say)
-          if status == FAILED:
-            failed.add(trial.id)
+          ends = _run_unit(study, mine, workdir, progress, say)
+          failed |= {t.id for t, status in zip(mine, ends, strict=True) if status == FAILED}
       if not ran:
         break
   ends = [_status(trial, workdir) for trial in trials]
@@ -120,12 +124,57 @@ def _claimed(trial: Trial, workdir: str) -> Iterator[bool]:
     yield True
 
 
-def _run_one(
-  study: Study, trial: Trial, workdir: str, progress: '_Progress', say: Callable[[str], None]
-) -> str:
-  """Trains and evaluates a trial, writes its outcome and returns its status."""
-  name = f'{trial.id} {trial.arm}, seed {trial.seed}'
-  facts = {'study': study.name, 'arm': trial.arm, 'seed': trial.seed}
+def _units(trials: list[Trial], pack: int) -> list[list[Trial]]:
+  """Returns the trials in packs: consecutive ones of a program, at most so many together."""
+  by_program: dict[str, list[Trial]] = {}
+  for trial in trials:
+    by_program.setdefault(program_of(trial.config), []).append(trial)
+  return [
+    group[first : first + pack]
+    for group in by_program.values()
+    for first in range(0, len(group), pack)
+  ]
+
+
+def _run_unit(
+  study: Study,
+  unit: list[Trial],
+  workdir: str,
+  progress: '_Progress',
+  say: Callable[[str], None],
+) -> list[str]:
+  """Runs trials, together if they can be, and returns the status of each."""
+  # A run that went some way alone goes on alone.
+  new = [t for t in unit if not _has_checkpoints(t, workdir)]
+  if len(new) > 1 and not new[0].config.train.eval_every:
+    _train_pack(new, workdir, progress)
+  return [_run_one(study, trial, workdir, progress, say) for trial in unit]
+
+
+def _has_checkpoints(trial: Trial, workdir: str) -> bool:
+  folder = trial.folder(workdir) / 'checkpoints'
+  return folder.is_dir() and any(p.name.isdecimal() for p in folder.iterdir())
+
+
+def _train_pack(unit: list[Trial], workdir: str, progress: '_Progress') -> None:
+  """Trains trials together; each is then a run that has finished or diverged."""
+  ids = ' '.join(trial.id for trial in unit)
+  pack_dir = pathlib.Path(workdir) / 'packs' / hashlib.sha256(ids.encode()).hexdigest()[:12]
+  note = _logger(unit[0], workdir)
+  progress.begin(*unit)
+  members = [packed.Member(trial.config, str(trial.folder(workdir))) for trial in unit]
+  try:
+    done = packed.train_packed(members, pack_dir, Listener(note, progress.at))
+  except Exception as error:
+    # What is wrong with a member alone shows when it runs alone, which it does next.
+    note(f'the pack failed, its trials run alone: {type(error).__name__}: {error}')
+    tqdm.tqdm.write(f'a pack of {len(unit)} failed, its trials run alone: {_one_line(error)}')
+    return
+  if done.interrupted_by is not None:
+    raise Interrupted(done.interrupted_by)
+
+
+def _logger(trial: Trial, workdir: str) -> Callable[[str], None]:
   log = pathlib.Path(workdir) / 'logs' / f'{trial.id}.txt'
   log.parent.mkdir(parents=True, exist_ok=True)
 
@@ -133,9 +182,35 @@ def _run_one(
     with open(log, 'a', encoding='utf-8') as file:
       file.write(f'{line}\n')
 
+  return note
+
+
+def _one_line(error: Exception) -> str:
+  return f'{type(error).__name__}: {" ".join(str(error).split())}'
+
+
+def _diverged_before(trial: Trial, workdir: str) -> int | None:
+  """Returns the step at which a run diverged, None if it did not."""
+  folder = trial.folder(workdir)
+  if not manifest.exists(folder):
+    return None
+  facts = manifest.read(folder)
+  return facts['step'] if facts['status'] == 'diverged' else None
+
+
+def _run_one(
+  study: Study, trial: Trial, workdir: str, progress: '_Progress', say: Callable[[str], None]
+) -> str:
+  """Trains and evaluates a trial, writes its outcome and returns its status."""
+  name = f'{trial.id} {trial.arm}, seed {trial.seed}'
+  facts = {'study': study.name, 'arm': trial.arm, 'seed': trial.seed}
+  note = _logger(trial, workdir)
   progress.begin(trial)
   try:
     folder = str(trial.folder(workdir))
+    step = _diverged_before(trial, workdir)
+    if step is not None:
+      raise DivergedError(step, math.nan, math.nan)
     done = train(trial.config, folder, Listener(note, progress.at))
     if not done.finished:
       raise Interrupted(done.interrupted_by or 0)
@@ -149,7 +224,7 @@ def _run_one(
     raise
   except Exception as error:
     # Whatever it is must not cost the other trials; it stands in the outcome and in the report.
-    status, reason = FAILED, f'{type(error).__name__}: {" ".join(str(error).split())}'
+    status, reason = FAILED, _one_line(error)
     note(reason)
   outcome.write(workdir, trial.id, facts | {'status': status, 'reason': reason})
   progress.end(trial)
@@ -225,9 +300,7 @@ class _Progress:
       mininterval=0.5 if sys.stderr.isatty() else 30.0,
       dynamic_ncols=True,
     )
-    self._num_trials = len(trials)
-    self._number = 0
-    self._trial: Trial | None = None
+    self._trials: tuple[Trial, ...] = ()
 
   def _steps_done(self, trial: Trial) -> int:
     """Returns the steps of the last checkpoint of a trial that the manifest knows of."""
@@ -238,21 +311,22 @@ class _Progress:
     except (UserError, DamagedError):
       return 0
 
-  def begin(self, trial: Trial) -> None:
-    """Shows the trial that runs now."""
-    self._trial = trial
-    self._bar.set_postfix_str(f' {trial.arm}, seed {trial.seed}')
+  def begin(self, *trials: Trial) -> None:
+    """Shows the trials that run now."""
+    self._trials = trials
+    first = f' {trials[0].arm}, seed {trials[0].seed}'
+    self._bar.set_postfix_str(f'{first} and {len(trials) - 1} more' if trials[1:] else first)
 
   def at(self, step: int) -> None:
-    """Shows a step of the trial that runs."""
-    assert self._trial is not None
-    new = max(0, step - self._done[self._trial.id])
-    self._done[self._trial.id] += new
-    self._bar.update(self._cost[self._trial.id] * new)
+    """Shows a step of the trials that run."""
+    for trial in self._trials:
+      new = max(0, step - self._done[trial.id])
+      self._done[trial.id] += new
+      self._bar.update(self._cost[trial.id] * new)
 
   def end(self, trial: Trial) -> None:
     """Counts what a trial that ended early did not do as done."""
-    self._trial = trial
+    self._trials = (trial,)
     self.at(trial.config.train.num_steps)
 
   def __enter__(self) -> '_Progress':

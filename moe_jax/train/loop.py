@@ -166,14 +166,7 @@ def _is_intact(run: _Run) -> bool:
 
 def _train(run: _Run, old: dict[str, Any] | None) -> Outcome:
   config, first = run.config, jax.process_index() == 0
-  data = {
-    'name': config.data.name,
-    'fingerprint': run.dataset.fingerprint,
-    'tokenizer': run.dataset.tokenizer.fingerprint,
-    'domains': list(run.dataset.domains),
-    'provenance': run.dataset.provenance,
-  }
-  facts = manifest.new_manifest(config, run.mesh, run.dataset.tokenizer.vocab_size, data)
+  facts = first_manifest(config, run.mesh, run.dataset)
   if old:
     facts['resumed_from'] = [*old.get('resumed_from', []), _provenance(old)]
   _announce(run, facts)
@@ -196,7 +189,7 @@ def _train(run: _Run, old: dict[str, Any] | None) -> Outcome:
     )
     if position is not None:
       batches.set_state(position)
-    train_step = _train_step(_program(config), run.mesh, run.dataset.tokenizer.vocab_size)
+    train_step = step_of(program_of(config), run.mesh, run.dataset.tokenizer.vocab_size)
     compiled_before = train_step._cache_size()
     again = _evaluates_at(config, step)
     writer = metrics.MetricsWriter(run.workdir, step, enabled=first, drop_last_valid=again)
@@ -218,7 +211,21 @@ def _train(run: _Run, old: dict[str, Any] | None) -> Outcome:
   return outcome
 
 
-def _program(config: ml_collections.ConfigDict) -> str:
+def first_manifest(
+  config: ml_collections.ConfigDict, mesh: Mesh, dataset: Dataset
+) -> dict[str, Any]:
+  """Returns the manifest of a run that begins."""
+  data = {
+    'name': config.data.name,
+    'fingerprint': dataset.fingerprint,
+    'tokenizer': dataset.tokenizer.fingerprint,
+    'domains': list(dataset.domains),
+    'provenance': dataset.provenance,
+  }
+  return manifest.new_manifest(config, mesh, dataset.tokenizer.vocab_size, data)
+
+
+def program_of(config: ml_collections.ConfigDict) -> str:
   """Returns what of a config decides the program of its step, as JSON."""
   program = copy.deepcopy(config)
   defaults = config_lib.get_config()
@@ -229,7 +236,7 @@ def _program(config: ml_collections.ConfigDict) -> str:
 
 
 @functools.lru_cache(maxsize=2)
-def _train_step(program: str, mesh: Mesh, vocab_size: int):
+def step_of(program: str, mesh: Mesh, vocab_size: int, packed: bool = False) -> Any:
   """Returns the step of a program; runs in one process that share it compile it once."""
   config = config_lib.get_config()
   config.update(json.loads(program))
@@ -242,6 +249,7 @@ def _train_step(program: str, mesh: Mesh, vocab_size: int):
     accumulation_scope(config),
     config.moe.layer_reduction,
     config.train.load_decay,
+    packed,
   )
 
 

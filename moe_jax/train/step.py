@@ -215,6 +215,7 @@ def make_train_step(
   accumulation_scope: str = 'microbatch',
   layer_reduction: str = 'mean',
   load_decay: float = 0.99,
+  packed: bool = False,
 ) -> Any:
   """Returns the compiled (state, batch, knobs) -> (state, StepMetrics).
 
@@ -228,6 +229,8 @@ def make_train_step(
     accumulation_scope: what the auxiliary losses are formed over, see `make_gradient`.
     layer_reduction: `mean` or `sum` of the auxiliary losses over layers.
     load_decay: of the moving average of the load, per step.
+    packed: whether state, batch, knobs and metrics have a leading dimension of trials, each of
+      which is trained as if it were alone.
   """
   gradient = make_gradient(model, accumulation_steps, accumulation_scope, layer_reduction)
 
@@ -257,12 +260,19 @@ def make_train_step(
   shardings = state_shardings(model, optimizer)
   by_sequence = {name: batch_sharding(model.mesh) for name in BATCH_FIELDS}
   everywhere = replicated(model.mesh)
+  if packed:
+    shardings, by_sequence = packed_shardings((shardings, by_sequence))
   return jax.jit(
-    step,
+    jax.vmap(step) if packed else step,
     in_shardings=(shardings, by_sequence, everywhere),
     out_shardings=(shardings, everywhere),
     donate_argnums=0,
   )
+
+
+def packed_shardings(shardings: Any) -> Any:
+  """Returns the shardings of arrays with a dimension of trials in front, which is not split."""
+  return jax.tree.map(lambda s: NamedSharding(s.mesh, PartitionSpec(None, *s.spec)), shardings)
 
 
 def _update_routers(

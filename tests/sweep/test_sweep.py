@@ -104,9 +104,9 @@ def swept(text, tmp_path_factory):
   )
   workdir = str(tmp_path_factory.mktemp('sweep'))
   said = []
-  before = loop._train_step.cache_info()
+  before = loop.step_of.cache_info()
   counts = runner.run(study, trials.trials_of(study), workdir, said.append)
-  after = loop._train_step.cache_info()
+  after = loop.step_of.cache_info()
   return study, workdir, counts, said, after.misses - before.misses
 
 
@@ -265,3 +265,23 @@ def test_two_workers_and_kill_9_give_each_trial_once_and_the_same_results(text, 
     assert [line['step'] for line in read_metrics(log)] == list(range(1, 61))
     resumed += len(json.loads((log.parent / 'manifest.json').read_text()).get('resumed_from', []))
   assert resumed <= 1
+
+
+def test_a_packed_sweep_gives_the_records_of_one_that_is_not(swept, tmp_path):
+  study, workdir, *_ = swept
+  said = []
+  counts = runner.run(study, trials.trials_of(study), str(tmp_path), said.append, pack=8)
+  assert counts == runner.Counts(finished=4, diverged=2, failed=2, elsewhere=0)
+  # The learning rate of the wild arm is a knob too: six trials in one program.
+  packed = [
+    json.loads((t.folder(tmp_path) / 'manifest.json').read_text()).get('packed_with')
+    for t in trials.trials_of(study)
+    if t.arm != 'absent'
+  ]
+  assert packed == [5] * 6
+  alone = collect.records_of(study, workdir)
+  for one, other in zip(collect.records_of(study, tmp_path), alone, strict=True):
+    assert (one.trial, one.status) == (other.trial, other.status)
+    for name, value in other.metrics.items():
+      assert one.metrics[name] == pytest.approx(value, rel=1e-3, abs=1e-3), name
+  assert not list((tmp_path / 'packs').iterdir())

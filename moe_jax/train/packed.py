@@ -1,0 +1,246 @@
+"""Several runs trained as one program: the same step, mapped over a dimension of trials.
+
+For runs that differ only in `knob_fields`. Each has its own initial values, data order and numbers,
+and gets what it would get alone, but for rounding.
+"""
+
+import contextlib
+import math
+import os
+import pathlib
+import shutil
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moe_jax import optim
+from moe_jax.data import Dataset, train_iterator
+from moe_jax.errors import UserError
+from moe_jax.models.build import build_model
+from moe_jax.parallel.mesh import BATCH_AXES
+from moe_jax.train import loop, manifest, metrics, opening
+from moe_jax.train.checkpoint import Checkpoints
+from moe_jax.train.knobs import knobs_of
+from moe_jax.train.signals import Signals
+from moe_jax.train.state import (
+  TrainState,
+  init_state,
+  state_shardings,
+  with_shardings,
+  with_token_counts,
+)
+from moe_jax.train.step import BATCH_FIELDS, StepMetrics, packed_shardings
+
+
+class Member(NamedTuple):
+  """One run of a pack: its config, validated, and its directory, new or of the same run."""
+
+  config: ml_collections.ConfigDict
+  workdir: str
+
+
+class PackOutcome(NamedTuple):
+  """How a pack ended.
+
+  Attributes:
+    diverged: for each member, what its DivergedError says; '' if it did not.
+    interrupted_by: the signal that ended it, if one did.
+  """
+
+  diverged: list[str]
+  interrupted_by: int | None
+
+
+def train_packed(
+  members: Sequence[Member], pack_dir: str | os.PathLike, listener: loop.Listener
+) -> PackOutcome:
+  """Trains the members together and leaves each as a finished run of its own.
+
+  Until the end there are checkpoints of the pack alone, in `pack_dir`, which is removed then. A
+  member that diverges is marked so and costs the others nothing.
+
+  Raises:
+    UserError: if the members are not of one program, evaluate during training, or are run by
+      several processes; or for what `train` refuses.
+  """
+  _check(members)
+  first = members[0].config
+  mesh = opening.mesh_of(first)
+  with contextlib.ExitStack() as stack:
+    for member in members:
+      stack.enter_context(manifest.claimed(member.workdir))
+    dataset = opening.dataset_of(first)
+    opening.check_splits(first, dataset)
+    stack.enter_context(jax.set_mesh(mesh))
+    pack = _Pack(members, pathlib.Path(pack_dir), mesh, dataset)
+    stack.callback(pack.close)
+    outcome = pack.run(listener)
+    if outcome.interrupted_by is None:
+      pack.finish()
+  return outcome
+
+
+def _check(members: Sequence[Member]) -> None:
+  programs = {loop.program_of(member.config) for member in members}
+  if len(programs) != 1:
+    raise UserError('--pack', len(members), 'the runs of a pack must differ in knobs alone')
+  if members[0].config.train.eval_every:
+    value = members[0].config.train.eval_every
+    raise UserError('train.eval_every', value, 'must be 0 in packed runs')
+  if jax.process_count() > 1:
+    raise UserError('--pack', len(members), 'is not supported with several processes')
+
+
+class _Pack:
+  """The members with their joint state."""
+
+  def __init__(
+    self, members: Sequence[Member], pack_dir: pathlib.Path, mesh: Mesh, dataset: Dataset
+  ):
+    self._members, self._pack_dir = members, pack_dir
+    self._dataset, self._mesh = dataset, mesh
+    self._config = members[0].config
+    config, vocab_size = self._config, dataset.tokenizer.vocab_size
+    microbatch = config.data.batch_size // config.train.accumulation_steps
+    self._model = build_model(config, mesh, vocab_size, 'train', microbatch)
+    self._optimizer = optim.make_optimizer(config.optim, config.train.num_steps)
+    self._shardings = packed_shardings(state_shardings(self._model, self._optimizer))
+    self._step_function = loop.step_of(loop.program_of(config), mesh, vocab_size, packed=True)
+    self._knobs = jax.tree.map(lambda *x: jnp.stack(x), *(knobs_of(m.config) for m in members))
+    self._iterators = [
+      train_iterator(
+        dataset.windows('train', config.data.sequence_length),
+        batch_size=config.data.batch_size,
+        seed=member.config.train.seed,
+        process_index=0,
+        process_count=1,
+      )
+      for member in members
+    ]
+    self._diverged = [''] * len(members)
+    self._checkpoints = Checkpoints(str(pack_dir), config.train.keep_checkpoints)
+    self._state, self._step = self._start()
+    self._facts = [
+      loop.first_manifest(member.config, mesh, dataset)
+      | {'step': self._step, 'packed_with': len(members) - 1}
+      for member in members
+    ]
+
+  def _start(self) -> tuple[TrainState, int]:
+    """Returns the joint state and the steps done: restored, or new."""
+    abstract = with_shardings(jax.eval_shape(self._new_state), self._shardings)
+    restored = self._checkpoints.restore(abstract) if self._checkpoints.steps() else None
+    self._checkpoints.set_damaged_aside()
+    if restored is None:
+      return self._new_state(), 0
+    step, state, positions = restored
+    for iterator, position in zip(self._iterators, positions['members'], strict=True):
+      iterator.set_state(position)
+    self._diverged = positions['diverged']
+    return state, step
+
+  def _new_state(self) -> TrainState:
+    states = []
+    for member in self._members:
+      state = init_state(self._model, self._optimizer, member.config.train.seed)
+      counts = lambda: self._dataset.token_counts('train')  # noqa: E731
+      states.append(with_token_counts(state, self._model, counts))
+    stack = jax.jit(
+      lambda *s: jax.tree.map(lambda *x: jnp.stack(x), *s), out_shardings=self._shardings
+    )
+    return stack(*states)
+
+  def run(self, listener: loop.Listener) -> PackOutcome:
+    """Does the remaining steps."""
+    config = self._config
+    with contextlib.ExitStack() as stack:
+      writers = []
+      for member, facts in zip(self._members, self._facts, strict=True):
+        opening.keep_tokenizer(member.workdir, self._dataset.tokenizer)
+        manifest.write(member.workdir, facts)
+        writer = metrics.MetricsWriter(member.workdir, self._step)
+        writers.append(stack.enter_context(contextlib.closing(writer)))
+      signals = stack.enter_context(Signals())
+      pending = None
+      stop = False
+      while self._step < config.train.num_steps and not stop:
+        self._state, step_metrics = self._step_function(
+          self._state, self._next_batch(), self._knobs
+        )
+        self._step += 1
+        listener.on_step(self._step)
+        if pending is not None:
+          self._report(writers, *pending)
+        pending = (self._step, step_metrics)
+        stop = signals.should_stop(self._step, config.train.log_every)
+        last = self._step == config.train.num_steps or stop
+        if last or self._step % config.train.checkpoint_every == 0:
+          self._report(writers, *pending)
+          pending = None
+          self._save()
+      self._checkpoints.wait()
+    stopped = self._step < config.train.num_steps
+    for member, facts, why in zip(self._members, self._facts, self._diverged, strict=True):
+      if stopped and not why:
+        manifest.write(member.workdir, facts | {'step': self._step, 'status': 'interrupted'})
+    return PackOutcome(self._diverged, signals.received if stopped else None)
+
+  def _next_batch(self) -> dict[str, jax.Array]:
+    rows = [next(iterator) for iterator in self._iterators]
+    sharding = NamedSharding(self._mesh, PartitionSpec(None, BATCH_AXES))
+    return {
+      name: jax.device_put(np.stack([row[name] for row in rows]), sharding) for name in BATCH_FIELDS
+    }
+
+  def _save(self) -> None:
+    positions = {
+      'members': [iterator.get_state() for iterator in self._iterators],
+      'diverged': self._diverged,
+    }
+    self._checkpoints.save(self._step, self._state, positions, self._config.to_dict())
+
+  def _report(self, writers: list[metrics.MetricsWriter], step: int, joint: StepMetrics) -> None:
+    """Writes a step's metrics of every member that has not diverged."""
+    train = self._config.train
+    joint = jax.device_get(joint)
+    for i, member in enumerate(self._members):
+      if self._diverged[i]:
+        continue
+      of_member = jax.tree.map(lambda x, i=i: x[i], joint)
+      record = metrics.step_metrics(of_member, self._mesh.shape['expert'])
+      if not (math.isfinite(record['objective']) and math.isfinite(record['grad_norm'])):
+        error = loop.DivergedError(step, record['objective'], record['grad_norm'])
+        self._diverged[i] = str(error)
+        manifest.write(member.workdir, self._facts[i] | {'step': step, 'status': 'diverged'})
+      elif step % train.log_every == 0 or step == train.num_steps:
+        writers[i].write(step, 'train', record)
+
+  def finish(self) -> None:
+    """Gives each member its last checkpoint and its manifest, then removes the pack's own."""
+    shardings = state_shardings(self._model, self._optimizer)
+    for i, member in enumerate(self._members):
+      if self._diverged[i]:
+        continue
+      state = jax.tree.map(lambda x, i=i: x[i], jax.device_get(self._state))
+      checkpoints = Checkpoints(member.workdir, member.config.train.keep_checkpoints)
+      with contextlib.closing(checkpoints):
+        position = self._iterators[i].get_state()
+        checkpoints.save(
+          self._step, jax.device_put(state, shardings), position, member.config.to_dict()
+        )
+        checkpoints.wait()
+      manifest.write(
+        member.workdir,
+        self._facts[i] | {'step': self._step, 'status': 'finished', 'compilations': 1},
+      )
+    self.close()
+    shutil.rmtree(self._pack_dir)
+
+  def close(self) -> None:
+    """Ends what writes checkpoints; may be called twice."""
+    self._checkpoints.close()

@@ -1,0 +1,129 @@
+"""Runs trained as one program against each of them trained alone."""
+
+import contextlib
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax import optim
+from moe_jax.errors import UserError
+from moe_jax.models.build import build_model
+from moe_jax.parallel.mesh import make_mesh
+from moe_jax.train import loop, manifest, packed
+from moe_jax.train.checkpoint import Checkpoints
+from moe_jax.train.metrics import read_metrics
+from moe_jax.train.state import abstract_state
+from tests import tiny
+
+# Whatever a pack may differ in.
+KNOBS = (
+  {'train.seed': 0, 'optim.learning_rate': 0.01, 'moe.bias_rate': 0.001},
+  {'train.seed': 1, 'optim.learning_rate': 0.01, 'moe.load_balancing_weight': 0.5},
+  {'train.seed': 0, 'optim.learning_rate': 0.03, 'moe.router_z_weight': 0.1},
+  {'train.seed': 2, 'optim.learning_rate': 0.003, 'moe.bias_rate': 0.1},
+)
+COMMON = {'optim.name': 'adamw', 'train.num_steps': 8, 'train.checkpoint_every': 3}
+NOBODY = loop.Listener(lambda line: None, lambda step: None)
+
+
+def configs_of(text, router):
+  common = {**text, **COMMON, 'moe.router': router}
+  if router == 'noisy_top_k':
+    common['moe.softmax_order'] = 'after'
+    common['moe.renormalize'] = 'none'
+  return [tiny.config({**common, **knobs}) for knobs in KNOBS]
+
+
+def final_state(workdir, config):
+  mesh = make_mesh(config.mesh.data, config.mesh.expert)
+  model = build_model(config, mesh, tiny.VOCAB_SIZE, 'eval')
+  optimizer = optim.make_optimizer(config.optim, config.train.num_steps)
+  with contextlib.closing(Checkpoints(str(workdir), read_only=True)) as checkpoints:
+    step, state, position = checkpoints.restore(abstract_state(model, optimizer))
+  return step, jax.device_get(state), position
+
+
+def assert_same_runs(one, other, config):
+  """Same metrics and state within rounding; same position in the data, to the bit."""
+  lines = [read_metrics(folder / 'metrics.jsonl') for folder in (one, other)]
+  assert [line['step'] for line in lines[0]] == [line['step'] for line in lines[1]]
+  for line, wanted in zip(*lines, strict=True):
+    assert line['tokens'] == wanted['tokens']
+    for name in ('loss', 'objective', 'grad_norm', 'learning_rate', 'router/load_cv'):
+      np.testing.assert_allclose(line[name], wanted[name], rtol=1e-4, err_msg=name)
+  step, state, position = final_state(one, config)
+  wanted_step, wanted_state, wanted_position = final_state(other, config)
+  assert (step, position) == (wanted_step, wanted_position)
+  tiny.assert_close(state.params, wanted_state.params, 1e-4)
+  assert state.seed == wanted_state.seed
+  for folder in (one, other):
+    assert manifest.read(folder)['status'] == 'finished'
+
+
+@pytest.mark.parametrize('router', ['loss_free', 'noisy_top_k'])
+def test_each_member_gets_what_it_gets_alone(text, tmp_path, router):
+  configs = configs_of(text, router)
+  members = [packed.Member(c, str(tmp_path / f'packed{i}')) for i, c in enumerate(configs)]
+  done = packed.train_packed(members, tmp_path / 'pack', NOBODY)
+  assert done == packed.PackOutcome([''] * 4, None)
+  assert not (tmp_path / 'pack').exists()
+  losses = set()
+  for i, config in enumerate(configs):
+    loop.train(config, str(tmp_path / f'alone{i}'), NOBODY)
+    assert_same_runs(tmp_path / f'packed{i}', tmp_path / f'alone{i}', config)
+    losses.add(read_metrics(tmp_path / f'packed{i}' / 'metrics.jsonl')[-1]['loss'])
+  assert len(losses) == 4
+
+
+def test_a_pack_that_was_stopped_goes_on_to_the_same_bits(text, tmp_path, monkeypatch):
+  configs = configs_of(text, 'loss_free')[:2]
+
+  def members(name):
+    return [packed.Member(c, str(tmp_path / f'{name}{i}')) for i, c in enumerate(configs)]
+
+  packed.train_packed(members('whole'), tmp_path / 'pack', NOBODY)
+
+  class Killed(Exception):
+    pass
+
+  def kill(step):
+    if step == 5:
+      raise Killed
+
+  with pytest.raises(Killed):
+    packed.train_packed(members('cut'), tmp_path / 'pack', NOBODY._replace(on_step=kill))
+  assert manifest.read(tmp_path / 'cut0')['status'] == 'running'
+  first = []
+  packed.train_packed(members('cut'), tmp_path / 'pack', NOBODY._replace(on_step=first.append))
+  assert first[0] == 4  # from the checkpoint after step 3
+  for i, config in enumerate(configs):
+    one, other = tmp_path / f'cut{i}', tmp_path / f'whole{i}'
+    tiny.assert_equal(final_state(one, config)[1], final_state(other, config)[1])
+    assert read_metrics(one / 'metrics.jsonl') == read_metrics(other / 'metrics.jsonl')
+
+
+def test_a_member_that_diverges_costs_the_others_nothing(text, tmp_path):
+  configs = configs_of(text, 'top_k')[:2]
+  configs[1].optim.learning_rate = 1e30
+  members = [packed.Member(c, str(tmp_path / f'packed{i}')) for i, c in enumerate(configs)]
+  done = packed.train_packed(members, tmp_path / 'pack', NOBODY)
+  assert not done.diverged[0] and 'diverged at step' in done.diverged[1]
+  assert manifest.read(tmp_path / 'packed1')['status'] == 'diverged'
+  loop.train(configs[0], str(tmp_path / 'alone'), NOBODY)
+  assert_same_runs(tmp_path / 'packed0', tmp_path / 'alone', configs[0])
+
+
+def test_refuses_what_cannot_be_one_program(text, tmp_path):
+  configs = configs_of(text, 'top_k')[:2]
+  configs[1].moe.capacity_factor = 3.0
+  members = [packed.Member(c, str(tmp_path / f'{i}')) for i, c in enumerate(configs)]
+  with pytest.raises(UserError, match='knobs'):
+    packed.train_packed(members, tmp_path / 'pack', NOBODY)
+  configs[1] = configs[0]
+  for config in configs:
+    config.train.eval_every = 2
+  with pytest.raises(UserError, match=r'train\.eval_every=2'):
+    packed.train_packed(members[:1], tmp_path / 'pack', NOBODY)
+  assert not list(tmp_path.iterdir()), json.dumps([str(p) for p in tmp_path.iterdir()])
