@@ -47,6 +47,9 @@ def _parse(argv: Sequence[str]) -> list[str]:
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, ImportError) as error:
     raise _UsageError(_describe(error, argv)) from error
   except OSError as error:
+    path = next((w.partition('=')[2] for w in argv if w.lstrip('-').startswith('config=')), '')
+    if not os.path.exists(path.partition(':')[0]):
+      raise _UsageError(f'--config={path!r}: does not exist') from error
     raise _UsageError(f'--config: cannot be read: {error}') from error
   except SyntaxError as error:
     raise _UsageError(f'--config: {error.filename}:{error.lineno}: {error.msg}') from error
@@ -57,7 +60,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 def _describe(error: Exception, argv: Sequence[str]) -> str:
   """Finds the override a parsing error is about, as ml_collections does not always name it."""
-  if isinstance(error, UserError):
+  if isinstance(error, UserError) and 'Traceback' not in str(error):
     return str(error)
   text = ' '.join(str(error).split())
   overrides = [word for word in argv if word.startswith(('--config.', '-config.'))]
@@ -76,7 +79,8 @@ def _describe(error: Exception, argv: Sequence[str]) -> str:
   if 'Traceback' in text:
     # ml_collections puts what the config file raised, traceback and all, into its message.
     flag = next((word for word in argv if word.lstrip('-').startswith('config=')), '--config')
-    return f'{flag}: {str(error).strip().splitlines()[-1].strip()}'
+    last = str(error).strip().splitlines()[-1].strip()
+    return f'{flag}: {last.removeprefix("moe_jax.errors.UserError: ")}'
   return text
 
 

@@ -54,11 +54,13 @@ class UserError(ValueError):
     allowed: what is allowed there, and where it helps, what to do.
   """
 
-  def __init__(self, field: str, value: Any, allowed: str):
+  def __init__(self, field: str, value: Any = None, allowed: str = ''):
     self.field = field
     self.value = value
     self.allowed = allowed
-    super().__init__(f'{field}={value!r}: {allowed}'.replace('\n', ' '))
+    # ml_collections makes a new error from the text of one that a config file raised.
+    text = f'{field}={value!r}: {allowed}' if allowed else field
+    super().__init__(text.replace('\n', ' ') if allowed else text)
 
 
 class DamagedError(RuntimeError):

@@ -9,7 +9,7 @@ import tqdm
 from absl import flags
 
 from moe_jax import cli
-from moe_jax.data import Dataset, compression_baselines
+from moe_jax.data import SPLITS, Dataset, compression_baselines
 from moe_jax.errors import UserError
 from moe_jax.models.build import build_model
 from moe_jax.results import load_figure
@@ -35,6 +35,8 @@ def main() -> None:
   workdir = cli.required(_WORKDIR)
   if os.path.isdir(workdir) and not os.access(workdir, os.W_OK):
     raise UserError('--workdir', workdir, 'cannot be written: results are kept there')
+  if _SPLIT.value not in SPLITS:
+    raise UserError('--split', _SPLIT.value, f'must be one of {", ".join(SPLITS)}')
   run = restore_run(workdir, _STEP.value, _MESH.value)
   if _DATA_DIR.value:
     if not os.path.isdir(_DATA_DIR.value):

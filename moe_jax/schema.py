@@ -114,7 +114,12 @@ SCHEMA: dict[str, dict[str, Field]] = {
       ('sign', 'proportional', 'multiplicative', 'centred'),
       'loss_free, group_limited: how the selection bias follows the load.',
     ),
-    'bias_rate': _positive(0.001, 'loss_free, group_limited, quantile: size of such a step.'),
+    'bias_rate': Field(
+      0.001,
+      'loss_free, group_limited, quantile: size of such a step.',
+      'must be above 0 and at most 1000',
+      lambda v: 0 < v <= 1000,
+    ),
     'num_expert_groups': _at_least(
       1, 1, 'group_limited, hierarchical: equal groups of experts; divides num_experts.'
     ),

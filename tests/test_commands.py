@@ -106,6 +106,18 @@ def test_train_refuses_text(path, tmp_path, content, words):
     assert tiny.snapshot(folder) == before
 
 
+@pytest.mark.parametrize(
+  ('config', 'words'),
+  [
+    ('configs/presets/top_k.py:nonsense', ("--config='nonsense'", 'quickstart')),
+    ('configs/presets/soft.py', ('configs/presets/soft.py', 'does not exist')),
+  ],
+)
+def test_a_preset_that_is_not_there(tmp_path, config, words):
+  flags = f'--config={config}', f'--workdir={tmp_path / "run"}', '--config.train.num_steps=3'
+  tiny.command('train', *flags).assert_error(*words)
+
+
 def test_overrides_may_stand_before_the_config(path, tmp_path):
   workdir = f'--workdir={tmp_path / "run"}'
   result = tiny.command('train', workdir, '--config.moe.num_experts=6', f'--config={path}')

@@ -175,6 +175,7 @@ def test_zero_is_an_error_where_it_means_nothing(room, name):
     ({'train.accumulation_steps': 5}, 'train.accumulation_steps', 5),
     ({'train.accumulation_steps': 8, 'mesh.expert': 8}, 'data.batch_size', 32),
     ({'moe.balance_scope': 'device', 'moe.balance_devices': 5}, 'moe.balance_devices', 5),
+    ({'moe.bias_rate': 1e38}, 'moe.bias_rate', 1e38),
     (
       {'moe.balance_scope': 'sequence', 'train.accumulation_scope': 'running'},
       'train.accumulation_scope',

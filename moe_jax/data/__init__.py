@@ -9,13 +9,14 @@ Knows texts, tokenizers and NumPy arrays; nothing of models, devices or configs.
 
 from moe_jax.data.baselines import compression_baselines
 from moe_jax.data.dataset import Dataset
-from moe_jax.data.documents import Document
+from moe_jax.data.documents import SPLITS, Document
 from moe_jax.data.iterators import eval_batches, train_iterator
 from moe_jax.data.prepare import open_dataset
 from moe_jax.data.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 from moe_jax.data.windows import Example, PackedWindows
 
 __all__ = [
+  'SPLITS',
   'BpeTokenizer',
   'ByteTokenizer',
   'Dataset',

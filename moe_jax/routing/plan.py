@@ -168,9 +168,10 @@ def _count_slots(
   The slot of an assignment is the number of earlier tokens that ask the same expert: O(S E).
   """
   group_size, num_experts = expert_index.shape
-  by_expert = jnp.zeros_like(asked)
-  by_expert = jnp.put_along_axis(by_expert, expert_index, asked, axis=1, inplace=False)
-  before = jnp.cumsum(by_expert, axis=0, dtype=jnp.int32) - by_expert
+  token = jnp.arange(group_size)[:, None]
+  # Added, not set: an expert may also be named by an assignment that asks for no slot.
+  by_expert = jnp.zeros(asked.shape, jnp.int32).at[token, expert_index].add(asked)
+  before = jnp.cumsum(by_expert, axis=0) - by_expert
   slot_index = jnp.where(asked, jnp.take_along_axis(before, expert_index, axis=1), 0)
   assignment = jnp.arange(asked.size, dtype=jnp.int32).reshape(asked.shape)
   # What got no slot goes one past the last, which is cut off.

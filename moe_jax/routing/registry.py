@@ -10,8 +10,12 @@ from moe_jax.routing.router import Router
 def _find() -> dict[str, Router]:
   found = {}
   for module in pkgutil.iter_modules(routers.__path__):
-    router = importlib.import_module(f'{routers.__name__}.{module.name}').ROUTER
-    assert router.name == module.name, f'{module.name}.py holds the router {router.name}'
+    router = getattr(importlib.import_module(f'{routers.__name__}.{module.name}'), 'ROUTER', None)
+    if not isinstance(router, Router) or router.name != module.name:
+      raise ImportError(
+        f'routing/routers/{module.name}.py must define ROUTER, a Router with name={module.name!r}; '
+        f'it has {getattr(router, "name", None)!r}'
+      )
     found[router.name] = router
   return dict(sorted(found.items()))
 

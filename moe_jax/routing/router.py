@@ -87,8 +87,8 @@ class Choice(NamedTuple):
   K is the number of assignments of a token, all E where a token may ask for any number of experts.
 
   Attributes:
-    expert_index: the expert of each assignment, none twice for one token; best first where the
-      router has an order.
+    expert_index: the expert of each assignment, none twice among the chosen ones of a token; best
+      first where the router has an order.
     gates: the weight of each selected expert's output, before any drop. Carries gradient.
     chosen: whether the assignment asks for a slot at all. What it says of padding is ignored.
     router_probs: what losses and statistics read, non-negative, summing to at most 1. Carries

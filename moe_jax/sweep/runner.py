@@ -210,7 +210,7 @@ def _run_one(
     folder = str(trial.folder(workdir))
     step = _diverged_before(trial, workdir)
     if step is not None:
-      raise DivergedError(step, math.nan, math.nan)
+      raise DivergedError(step, 'loss', math.nan)
     done = train(trial.config, folder, Listener(note, progress.at))
     if not done.finished:
       raise Interrupted(done.interrupted_by or 0)

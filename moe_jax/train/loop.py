@@ -21,13 +21,14 @@ from moe_jax.errors import UserError, is_refusal
 from moe_jax.models.build import build_model
 from moe_jax.models.decoder import Decoder
 from moe_jax.parallel.distributed import all_or_none
+from moe_jax.routing import ROUTERS
 from moe_jax.train import evaluate, manifest, metrics, opening
 from moe_jax.train.checkpoint import Checkpoints
 from moe_jax.train.knobs import knob_fields, knobs_of
 from moe_jax.train.progress import ProgressBar
 from moe_jax.train.signals import Signals
 from moe_jax.train.state import TrainState, abstract_state, init_state, with_token_counts
-from moe_jax.train.step import Batch, make_train_step, put_batch
+from moe_jax.train.step import Batch, StepMetrics, make_train_step, put_batch
 
 _MANY_PASSES = 50
 
@@ -53,13 +54,14 @@ class DivergedError(UserError):
     step: whose metrics said so.
   """
 
-  def __init__(self, step: int, objective: float, grad_norm: float):
+  def __init__(self, step: int, what: str, value: float):
     self.step = step
     super().__init__(
-      'loss',
-      objective,
-      f'diverged at step {step} with gradient norm {grad_norm}: lower optim.learning_rate or raise '
-      'optim.warmup_steps, in another --workdir; earlier checkpoints are kept',
+      what,
+      value,
+      f'diverged at step {step}: lower optim.learning_rate, raise optim.warmup_steps, or look for '
+      'a number of the config that is out of proportion; in another --workdir; earlier checkpoints '
+      'are kept',
     )
 
 
@@ -275,12 +277,14 @@ def _announce(run: _Run, facts: dict[str, Any]) -> None:
       'by heart; take more text or a smaller train.num_steps'
     )
   if routing:
+    # A router that assigns tokens to experts with room drops none, or by a rule of its own.
+    assigned = ROUTERS[run.config.moe.router].balance == 'assignment'
+    floor = f'; random routing would drop {routing["drop_share_of_random_routing"]:.2%}'
     run.say(
       f'{routing["tokens_per_expert"]:.0f} tokens per expert and group, capacity '
-      f'{routing["expert_capacity"]}; random routing would drop '
-      f'{routing["drop_share_of_random_routing"]:.2%}'
+      f'{routing["expert_capacity"]}{"" if assigned else floor}'
     )
-    if routing['tokens_per_expert'] < 16:
+    if routing['tokens_per_expert'] < 16 and not assigned:
       run.say('warning: below 16 tokens per expert and group even balanced routing drops many')
   if not facts['causal']:
     run.say(
@@ -375,11 +379,22 @@ def _report(run, writer, bar, step: int, step_metrics, waited: float) -> None:
     DivergedError: if the loss is not finite. No checkpoint is made of such a state.
   """
   record = metrics.step_metrics(step_metrics, run.mesh.shape['expert'])
-  if not (math.isfinite(record['objective']) and math.isfinite(record['grad_norm'])):
-    raise DivergedError(step, record['objective'], record['grad_norm'])
+  culprit = not_finite(step_metrics, record)
+  if culprit:
+    raise DivergedError(step, *culprit)
   rate = bar.update(step, record)
   if step % run.config.train.log_every == 0 or step == run.config.train.num_steps:
     writer.write(step, 'train', record | {'tokens_per_second': rate, 'data_wait': waited})
+
+
+def not_finite(step_metrics: StepMetrics, record: dict[str, Any]) -> tuple[str, float] | None:
+  """Returns what of a step is not finite, and its value; None if all is."""
+  for name, what in (('objective', 'loss'), ('grad_norm', 'gradient norm')):
+    if not math.isfinite(record[name]):
+      return what, record[name]
+  if not bool(step_metrics.router_state_finite):
+    return 'router_state', math.nan
+  return None
 
 
 class _Evaluator:

@@ -26,7 +26,8 @@ def router_metrics(sums: routing.RouterSums, num_ranks: int = 1) -> dict[str, An
       router/load: share of assignments of each expert before any drop [L][E].
       router/load_kept: share of assignments each expert kept, of all assignments [L][E].
       router/drop_share_per_layer: share of assignments that got no slot.
-      router/token_drop_share: share of tokens that lost all their K experts.
+      router/token_drop_share: share of tokens that no expert works on: they lost all their K
+        experts, or none was asked for (expert choice, ReMoE, null experts).
       router/max_violation: largest load over mean load, minus 1 (0 at balance): MaxVio of the batch
         in training, of all batches together in evaluation.
       router/load_cv: deviation of the load over its mean (0 at balance).

@@ -5,7 +5,6 @@ and gets what it would get alone, but for rounding.
 """
 
 import contextlib
-import math
 import os
 import pathlib
 import shutil
@@ -213,8 +212,9 @@ class _Pack:
         continue
       of_member = jax.tree.map(lambda x, i=i: x[i], joint)
       record = metrics.step_metrics(of_member, self._mesh.shape['expert'])
-      if not (math.isfinite(record['objective']) and math.isfinite(record['grad_norm'])):
-        error = loop.DivergedError(step, record['objective'], record['grad_norm'])
+      culprit = loop.not_finite(of_member, record)
+      if culprit:
+        error = loop.DivergedError(step, *culprit)
         self._diverged[i] = str(error)
         manifest.write(member.workdir, self._facts[i] | {'step': step, 'status': 'diverged'})
       elif step % train.log_every == 0 or step == train.num_steps:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax import routing
 from moe_jax.models.decoder import Decoder, DecoderOutput, forward
@@ -37,6 +37,7 @@ class StepMetrics(NamedTuple):
     average_load: of the state after the step; None for a dense model.
     grad_norm: global norm before clipping.
     learning_rate: of this step.
+    router_state_finite: whether all numbers are that the routers carry on.
   """
 
   tokens: Float[Array, '']
@@ -47,6 +48,7 @@ class StepMetrics(NamedTuple):
   average_load: Float[Array, 'L E'] | None
   grad_norm: Float[Array, '']
   learning_rate: Float[Array, '']
+  router_state_finite: Bool[Array, '']
 
 
 class _Parts(NamedTuple):
@@ -253,6 +255,9 @@ def make_train_step(
       average_load=average_load.get('experts'),
       grad_norm=optax.tree.norm(grads),
       learning_rate=jnp.asarray(knobs.learning_rate * schedule(state.step), jnp.float32),
+      router_state_finite=jnp.all(
+        jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(router_state)], bool)
+      ),
     )
     new = TrainState(state.step + 1, params, opt_state, router_state, average_load, state.seed)
     return new, metrics

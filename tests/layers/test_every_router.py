@@ -155,6 +155,24 @@ def test_numbers_are_finite_and_tokens_are_counted(name, one_device):
 
 
 @pytest.mark.parametrize('name', ROUTERS)
+@pytest.mark.parametrize('training', [True, False])
+def test_a_choice_names_experts_that_exist_none_twice(name, training):
+  options = options_of(name)
+  inputs, state = drawn(options)
+  info = small_layer.info_of(inputs.valid)
+  router = routing.ROUTERS[name]
+  numbers = dataclasses.replace(options.choice, capacity=4, training=training)
+  seen = routing.RouterInputs(inputs.x, *info, jax.random.split(jax.random.key(0), len(inputs.x)))
+  choice = jax.jit(lambda params: router.choose(params, state, seen, numbers))(inputs.params.router)
+  index = np.asarray(choice.expert_index)
+  assert index.shape == (*inputs.valid.shape, router.num_assignments(numbers))
+  assert choice.router_probs.shape == (*inputs.valid.shape, 8)
+  assert ((index >= 0) & (index < 8)).all()
+  asked = np.sort(np.where(choice.chosen, index, -1), axis=-1)
+  assert ((asked[..., 1:] != asked[..., :-1]) | (asked[..., 1:] < 0)).all()
+
+
+@pytest.mark.parametrize('name', ROUTERS)
 def test_learns_as_the_registry_says(name):
   """The task loss alone reaches the router's weights, with one expert too if that is allowed."""
   router = routing.ROUTERS[name]

@@ -1,0 +1,126 @@
+"""From a sweep to a table: python -m moe_jax.report --study=FILE --workdir=DIR --out=DIR."""
+
+import os
+import pathlib
+from typing import Any
+
+from absl import flags
+
+from moe_jax import cli
+from moe_jax.errors import UserError
+from moe_jax.results import figures, tables
+from moe_jax.results.page import Cell, write_page
+from moe_jax.results.records import Record, read_records, write_records
+from moe_jax.results.statistics import Interval
+from moe_jax.results.summary import ArmSummary, Summary, summarize
+from moe_jax.study import Study
+from moe_jax.sweep.collect import records_of
+from moe_jax.sweep.trials import load_study
+
+_STUDY = flags.DEFINE_string('study', None, 'File that defines get_study().')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Of the sweep.')
+_RESULTS = flags.DEFINE_string(
+  'results', None, 'A results.jsonl in place of --workdir: the report of runs kept elsewhere.'
+)
+_OUT = flags.DEFINE_string('out', None, 'Where the report is put.')
+_FIGURES = flags.DEFINE_bool('figures', True, 'Draw figures too.')
+
+# Beside the metric that decides, where an arm has them: names as in `ArmSummary.metrics`.
+COLUMNS = {
+  'capacity/router/drop_share': 'drop share',
+  'capacity/router/max_violation/mean': 'MaxVio',
+  'capacity/router/dead_experts/mean': 'dead experts',
+}
+
+
+def main() -> None:
+  """Writes results.jsonl, tables, figures, index.html, methods.tex and cite.bib."""
+  study = load_study(cli.required(_STUDY))
+  out = pathlib.Path(cli.required(_OUT))
+  records = _records(study)
+  try:
+    out.mkdir(parents=True, exist_ok=True)
+    write_records(out / 'results.jsonl', records)
+    write_report(study, records, out, _FIGURES.value)
+  except OSError as error:
+    raise UserError('--out', str(out), f'cannot be written: {error.strerror}') from error
+  print((out / 'table.md').read_text(encoding='utf-8'))
+  print(f'report: {out / "index.html"}')
+
+
+def _records(study: Study) -> list[Record]:
+  if _RESULTS.value:
+    if not os.path.isfile(_RESULTS.value):
+      raise UserError('--results', _RESULTS.value, 'does not exist')
+    return read_records(_RESULTS.value)
+  workdir = cli.required(_WORKDIR)
+  if not os.path.isdir(workdir):
+    raise UserError('--workdir', workdir, 'does not exist')
+  command = f'python -m moe_jax.sweep --study={_STUDY.value} --workdir={workdir}'
+  return records_of(study, workdir, command)
+
+
+def write_report(
+  study: Study, records: list[Record], out: pathlib.Path, with_figures: bool
+) -> Summary:
+  """Writes everything but results.jsonl, and returns what tables are made of.
+
+  Raises:
+    UserError: if the runs must not be compared.
+  """
+  summary = summarize(study, records)
+  known = {name for arm in summary.arms for name in arm.metrics}
+  columns = [name for name in COLUMNS if name in known]
+  for name, text in (
+    ('table.md', tables.markdown(summary, columns)),
+    ('table.tex', tables.latex(summary, columns)),
+    ('table.csv', tables.csv_text(summary)),
+    ('methods.tex', tables.methods(summary)),
+    ('cite.bib', tables.bibtex(summary)),
+  ):
+    (out / name).write_text(text, encoding='utf-8')
+  if with_figures:
+    figures.save_all(study, records, out / 'figures')
+  titles = {
+    'arm': 'arm',
+    'metric': f'{study.metric.name}, {study.metric.unit}',
+    'difference': f'minus {study.baseline}' if study.baseline else '',
+    'seeds': 'seeds',
+    **{name: COLUMNS[name] for name in columns},
+    'active': 'active parameters',
+    'total': 'parameters',
+    'per_expert': 'tokens per expert',
+    'state': 'trials',
+  }
+  titles = {key: title for key, title in titles.items() if title}
+  rows = [_row(arm, columns) for arm in summary.arms]
+  write_page(study, records, titles, rows, out / 'index.html')
+  return summary
+
+
+def _row(arm: ArmSummary, columns: list[str]) -> dict[str, Any]:
+  """Returns what the page's table says of an arm."""
+  row: dict[str, Any] = {
+    'arm': arm.name,
+    'metric': _cell(arm.interval),
+    'difference': _cell(arm.difference.interval if arm.difference else None, '+'),
+    'seeds': len(arm.values),
+    'active': arm.parameters.get('active'),
+    'total': arm.parameters.get('total'),
+    'per_expert': arm.tokens_per_expert,
+    'state': arm.dropped or ', '.join(f'{n} {status}' for status, n in arm.statuses.items()),
+  }
+  return row | {name: _cell(arm.metrics.get(name)) for name in columns}
+
+
+def _cell(interval: Interval | None, sign: str = '') -> Cell:
+  if interval is None or not interval.num:
+    return Cell('-', None)
+  text = f'{interval.mean:{sign}.4f}'
+  if interval.num > 1:
+    text += f' [{interval.low:{sign}.4f}, {interval.high:{sign}.4f}]'
+  return Cell(text, interval.mean)
+
+
+if __name__ == '__main__':
+  cli.run(main)

@@ -1,0 +1,502 @@
+"""From the records of a study to its statistics: what tables show, and what they must not hide."""
+
+import collections
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeGuard
+
+import ml_collections
+import numpy as np
+
+from moe_jax import config as config_lib
+from moe_jax import routing
+from moe_jax.errors import UserError
+from moe_jax.results.records import DIVERGED, FINISHED, MISSING, Record
+from moe_jax.results.statistics import (
+  Difference,
+  Interval,
+  bootstrap_interval,
+  holm,
+  mean_interval,
+  paired_difference,
+)
+from moe_jax.study import MAY_DIFFER, Metric, Point, Study
+
+# Of adjusted p-values: below, a comparison has a winner.
+SIGNIFICANCE = 0.05
+# How far tokens and FLOPs of trials may be apart. Padding makes tokens depend on the order of the
+# data, and widths are whole numbers: arms made for equal compute meet it to a fraction of this.
+TOLERANCE = 0.01
+# Seeds below which a summary warns: the quantile of t falls from 12.7 with 2 to 4.3 with 3.
+MIN_SEEDS = 3
+
+# What a planned comparison says of its arm. Open: the interval is all that can be said. Untested:
+# fewer than 2 pairs, or differences that do not vary.
+BETTER = 'better'
+WORSE = 'worse'
+OPEN = 'open'
+UNTESTED = 'untested'
+VERDICTS = (BETTER, WORSE, OPEN, UNTESTED)
+
+
+@dataclasses.dataclass(frozen=True)
+class Absent:
+  """A trial without a value of the deciding metric: shown, never averaged.
+
+  Attributes:
+    seed: of the trial.
+    status: of its record; `missing` if there is none.
+    reason: why it has no value.
+    step: optimizer steps done.
+    num_steps: of its config; 0 if unknown.
+  """
+
+  seed: int
+  status: str
+  reason: str
+  step: int = 0
+  num_steps: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ArmSummary:
+  """An arm over its seeds.
+
+  Attributes:
+    name: of the arm.
+    changes: config fields with their values.
+    dropped: why the study does not run it; empty if it does.
+    values: the deciding metric by seed, of finished trials.
+    interval: of their mean, by Student's t.
+    bootstrap: the same by the bootstrap; it decides nothing.
+    statuses: number of trials by status.
+    absent: trials that `values` lacks, by seed.
+    metrics: of finished trials, any metric by its name; of a list over layers the mean and the
+      maximum over layers, as 'NAME/mean' and 'NAME/max'. Loads, lists of lists, are not in it.
+    parameters: `total` and `active`; {} if no trial began.
+    flops_per_token: of training; None if no trial began.
+    tokens: trained on, mean over finished trials; None without one.
+    tokens_per_expert: of these, what an expert of a MoE layer gets under balance: tokens * K / E;
+      all of them if the model is dense, or the router sends every token to every expert.
+    difference: to the baseline of the study; None if it has none, of itself and of dropped arms.
+  """
+
+  name: str
+  changes: dict[str, Any]
+  dropped: str
+  values: dict[int, float]
+  interval: Interval
+  bootstrap: Interval
+  statuses: dict[str, int]
+  absent: tuple[Absent, ...]
+  metrics: dict[str, Interval]
+  parameters: dict[str, int]
+  flops_per_token: int | None
+  tokens: float | None
+  tokens_per_expert: float | None
+  difference: Difference | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ComparisonSummary:
+  """A planned comparison.
+
+  Attributes:
+    arm: compared.
+    baseline: subtracted.
+    difference: in the unit of the metric.
+    adjusted_p_value: Holm's, over all planned comparisons.
+    verdict: of `VERDICTS`; the arm is better or worse if that is below `SIGNIFICANCE`.
+  """
+
+  arm: str
+  baseline: str
+  difference: Difference
+  adjusted_p_value: float
+  verdict: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+  """Where the numbers come from: of finished trials, each value once.
+
+  Attributes:
+    commits: of the checkouts, sorted; 'unknown' for a trial without.
+    dirty: whether one had uncommitted changes.
+    devices: as 'COUNT x KIND (PLATFORM)', sorted.
+    data: name, fingerprint and tokenizer of the texts.
+    config: the fields that all trials agree on, as 'model.num_layers', with their values.
+    not_causal: {arm: the field by which a token can see later ones}.
+  """
+
+  commits: tuple[str, ...]
+  dirty: bool
+  devices: tuple[str, ...]
+  data: tuple[dict[str, Any], ...]
+  config: dict[str, Any]
+  not_causal: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+  """A study with its statistics.
+
+  Attributes:
+    study: summarized.
+    arms: in its order, dropped ones too.
+    comparisons: planned, in its order.
+    provenance: of finished trials.
+    warnings: what a reader should know, a sentence each.
+  """
+
+  study: Study
+  arms: tuple[ArmSummary, ...]
+  comparisons: tuple[ComparisonSummary, ...]
+  provenance: Provenance
+  warnings: tuple[str, ...]
+
+
+def summarize(study: Study, records: Sequence[Record]) -> Summary:
+  """Returns the statistics of a study.
+
+  A seed of the study without a record counts as missing. Only finished trials have values.
+
+  Args:
+    study: the question.
+    records: of its trials, in any order.
+
+  Raises:
+    UserError: for a trial twice, one that is not of the study, a comparison with an arm that is
+      not, or what `check_comparable` says.
+  """
+  _check_records(study, records)
+  _check_arms(study)
+  check_comparable(study, records)
+  by_arm: dict[str, list[Record]] = {arm.name: [] for arm in study.arms}
+  for record in sorted(records, key=lambda record: record.seed):
+    by_arm[record.arm].append(record)
+  arms = [_summarize_arm(study, arm, by_arm[arm.name]) for arm in study.arms]
+  values = {arm.name: arm.values for arm in arms}
+  if study.baseline:
+    arms = [
+      arm
+      if arm.dropped or arm.name == study.baseline
+      else dataclasses.replace(
+        arm, difference=paired_difference(arm.values, values[study.baseline])
+      )
+      for arm in arms
+    ]
+  comparisons = _compare(study, values)
+  provenance = _provenance(records, by_arm)
+  warnings = _warnings(study, arms, comparisons, provenance)
+  return Summary(study, tuple(arms), comparisons, provenance, warnings)
+
+
+def check_comparable(study: Study, records: Sequence[Record]) -> None:
+  """Checks that finished trials differ in nothing but what the study asks.
+
+  All of them, since they stand in one table: at the end of their schedule, with the same number of
+  steps and of tokens ('horizon'), text ('data'), tokenizer ('tokenizer') and training FLOPs
+  ('compute'), each unless `study.may_differ` names it. A finished trial that is not at its last
+  step, and another split evaluated than the study's, are nothing that a study can ask.
+
+  Raises:
+    UserError: naming the field, two trials and their values.
+  """
+  for name in study.may_differ:
+    if name not in MAY_DIFFER:
+      raise UserError('study.may_differ', name, f'must be one of {", ".join(MAY_DIFFER)}')
+  finished = [record for record in records if record.status == FINISHED]
+  for record in finished:
+    if record.step != record.num_steps:
+      raise UserError(
+        'step',
+        {_label(record): record.step},
+        f'finished means step {record.num_steps}; trials are compared at the end of their schedule',
+      )
+    split = record.data.get('split', study.split)
+    if split != study.split:
+      raise UserError(
+        'split', {_label(record): split, 'study': study.split}, 'the same split must be evaluated'
+      )
+  if 'horizon' not in study.may_differ:
+    _check_equal(finished, 'train.num_steps', lambda record: record.num_steps, 'horizon')
+    _check_close(finished, 'tokens', lambda record: record.tokens, 'horizon')
+  if 'tokenizer' not in study.may_differ:
+    _check_equal(finished, 'tokenizer', lambda record: record.data.get('tokenizer'), 'tokenizer')
+  if 'data' not in study.may_differ:
+    _check_same_data(study, finished)
+  if 'compute' not in study.may_differ:
+    _check_close(
+      finished, 'training FLOPs', lambda record: record.flops_per_token * record.tokens, 'compute'
+    )
+
+
+def _check_same_data(study: Study, finished: Sequence[Record]) -> None:
+  """The fingerprint is of text and tokenizer, so it can be compared under one tokenizer alone."""
+  if 'tokenizer' in study.may_differ:
+    _check_equal(finished, 'data.name', lambda record: record.data.get('name'), 'data')
+  groups: dict[Any, list[Record]] = {}
+  for record in finished:
+    groups.setdefault(record.data.get('tokenizer'), []).append(record)
+  for group in groups.values():
+    _check_equal(group, 'data fingerprint', lambda record: record.data.get('fingerprint'), 'data')
+
+
+def _check_equal(
+  records: Sequence[Record], field: str, value: Callable[[Record], Any], excuse: str
+) -> None:
+  for record in records:
+    if value(record) != value(records[0]):
+      raise UserError(
+        field,
+        {_label(records[0]): value(records[0]), _label(record): value(record)},
+        f'compared trials must agree; if the study asks this, add {excuse!r} to its may_differ',
+      )
+
+
+def _check_close(
+  records: Sequence[Record], field: str, value: Callable[[Record], int], excuse: str
+) -> None:
+  if not records:
+    return
+  least, most = min(records, key=value), max(records, key=value)
+  if value(most) > (1 + TOLERANCE) * value(least):
+    raise UserError(
+      field,
+      {_label(least): value(least), _label(most): value(most)},
+      f'compared trials must agree to {TOLERANCE:.0%}; if the study asks this, add {excuse!r} to '
+      'its may_differ',
+    )
+
+
+def _label(record: Record) -> str:
+  return f'{record.arm} (seed {record.seed})'
+
+
+def _check_records(study: Study, records: Sequence[Record]) -> None:
+  arms = {arm.name: arm for arm in study.arms}
+  seen = set()
+  for record in records:
+    if record.arm not in arms:
+      raise UserError('arm', record.arm, f'of a record is none of study {study.name}')
+    if arms[record.arm].dropped:
+      raise UserError(
+        'arm',
+        record.arm,
+        f'has a record, but study {study.name} drops it: {arms[record.arm].dropped}',
+      )
+    if record.seed not in study.seeds:
+      raise UserError('seed', record.seed, f'of a record of {record.arm} is none of {study.seeds}')
+    if (record.arm, record.seed) in seen:
+      raise UserError('trial', _label(record), 'has two records')
+    if record.status == FINISHED and _plain(record.changes) != _plain(arms[record.arm].changes):
+      raise UserError(
+        'changes',
+        record.changes,
+        f'of the record of {_label(record)} are not those of the study, {arms[record.arm].changes}',
+      )
+    seen.add((record.arm, record.seed))
+
+
+def _check_arms(study: Study) -> None:
+  names = [arm.name for arm in study.arms]
+  for name, count in collections.Counter(names).items():
+    if count > 1:
+      raise UserError('arm', name, f'stands {count} times in study {study.name}')
+  if study.baseline and study.baseline not in names:
+    raise UserError('study.baseline', study.baseline, f'must be one of {", ".join(names)}')
+  for comparison in study.comparisons:
+    for name in comparison:
+      if name not in names:
+        raise UserError('study.comparisons', name, f'must be one of {", ".join(names)}')
+
+
+def _plain(changes: dict[str, Any]) -> Any:
+  """Tuples and lists alike, as they come back from JSON."""
+  return json.loads(json.dumps(changes, default=str))
+
+
+def _summarize_arm(study: Study, arm: Point, records: Sequence[Record]) -> ArmSummary:
+  finished = [record for record in records if record.status == FINISHED]
+  values, absent = {}, []
+  for record in records:
+    value = record.metrics.get(study.metric.name) if record.status == FINISHED else None
+    if _is_number(value) and math.isfinite(value):
+      values[record.seed] = float(value)
+    else:
+      reason = record.reason
+      if record.status == FINISHED:
+        reason = f'has no {study.metric.name}' if value is None else f'{study.metric.name}={value}'
+      absent.append(Absent(record.seed, record.status, reason, record.step, record.num_steps))
+  if not arm.dropped:
+    known = {record.seed for record in records}
+    absent += [Absent(s, MISSING, 'no record') for s in study.seeds if s not in known]
+  statuses = collections.Counter(record.status for record in records)
+  statuses[MISSING] += len(absent) + len(values) - len(records)
+  began = [record for record in records if record.parameters]
+  tokens = float(np.mean([record.tokens for record in finished])) if finished else None
+  return ArmSummary(
+    name=arm.name,
+    changes=arm.changes,
+    dropped=arm.dropped,
+    values=values,
+    interval=mean_interval(list(values.values())),
+    bootstrap=bootstrap_interval(list(values.values())),
+    statuses={status: count for status, count in statuses.items() if count},
+    absent=tuple(sorted(absent, key=lambda trial: trial.seed)),
+    metrics=_metrics(finished),
+    parameters=dict(began[0].parameters) if began else {},
+    flops_per_token=began[0].flops_per_token if began else None,
+    tokens=tokens,
+    tokens_per_expert=None if tokens is None else tokens * _expert_share(finished[0].config),
+  )
+
+
+def _metrics(finished: Sequence[Record]) -> dict[str, Interval]:
+  values: dict[str, list[float]] = {}
+  for record in finished:
+    for name, value in record.metrics.items():
+      if _is_number(value):
+        values.setdefault(name, []).append(float(value))
+      elif isinstance(value, list) and value and all(_is_number(layer) for layer in value):
+        values.setdefault(f'{name}/mean', []).append(float(np.mean(value)))
+        values.setdefault(f'{name}/max', []).append(float(np.max(value)))
+  return {name: mean_interval(values[name]) for name in sorted(values)}
+
+
+def _is_number(value: Any) -> TypeGuard[int | float]:
+  return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _expert_share(config: dict[str, Any]) -> float:
+  """Returns the share of the tokens that one of E balanced experts gets: K / E, 1 without MoE."""
+  moe = config.get('moe', {})
+  if not moe.get('num_experts'):
+    return 1.0
+  router = routing.ROUTERS.get(moe.get('router', ''))
+  if router is not None and router.keeps_all:
+    return 1.0
+  return moe['num_selected_experts'] / moe['num_experts']
+
+
+def _compare(study: Study, values: dict[str, dict[int, float]]) -> tuple[ComparisonSummary, ...]:
+  differences = [paired_difference(values[c.arm], values[c.baseline]) for c in study.comparisons]
+  adjusted = holm([difference.p_value for difference in differences])
+  return tuple(
+    ComparisonSummary(
+      comparison.arm, comparison.baseline, difference, p, _verdict(study.metric, difference, p)
+    )
+    for comparison, difference, p in zip(study.comparisons, differences, adjusted, strict=True)
+  )
+
+
+def _verdict(metric: Metric, difference: Difference, adjusted_p_value: float) -> str:
+  if math.isnan(adjusted_p_value):
+    return UNTESTED
+  if adjusted_p_value >= SIGNIFICANCE:
+    return OPEN
+  return BETTER if (difference.interval.mean < 0) == metric.lower_is_better else WORSE
+
+
+def _provenance(records: Sequence[Record], by_arm: dict[str, list[Record]]) -> Provenance:
+  finished = [record for record in records if record.status == FINISHED]
+  configs = [_flat(record.config) for record in finished]
+  not_causal = {}
+  for arm, trials in by_arm.items():
+    field = next(filter(None, (_why_not_causal(trial.config) for trial in trials)), None)
+    if field:
+      not_causal[arm] = field
+  return Provenance(
+    commits=_once(record.git_commit or 'unknown' for record in finished),
+    dirty=any(record.git_dirty for record in finished),
+    devices=_once(_devices(record) for record in finished if record.devices),
+    data=tuple(
+      json.loads(text)
+      for text in _once(
+        json.dumps({k: record.data.get(k) for k in ('name', 'fingerprint', 'tokenizer')})
+        for record in finished
+      )
+    ),
+    config={
+      name: value
+      for name, value in (configs[0] if configs else {}).items()
+      if all(name in config and config[name] == value for config in configs)
+    },
+    not_causal=not_causal,
+  )
+
+
+def _once(values: Iterable[str]) -> tuple[str, ...]:
+  return tuple(sorted(set(values)))
+
+
+def _devices(record: Record) -> str:
+  of = record.devices
+  return f'{of.get("count", "?")} x {of.get("kind", "?")} ({of.get("platform", "?")})'
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+  return {
+    f'{room}.{field}': value for room, fields in config.items() for field, value in fields.items()
+  }
+
+
+def _why_not_causal(config: dict[str, Any]) -> str | None:
+  """Returns None also for a config of another version, of which it cannot be said."""
+  moe = config.get('moe', {})
+  known = {'num_experts', 'router', 'priority'} <= moe.keys() and moe['router'] in routing.ROUTERS
+  return config_lib.why_not_causal(ml_collections.ConfigDict(config)) if known else None
+
+
+def _warnings(
+  study: Study,
+  arms: Sequence[ArmSummary],
+  comparisons: Sequence[ComparisonSummary],
+  provenance: Provenance,
+) -> tuple[str, ...]:
+  warnings = []
+  if provenance.dirty:
+    warnings.append('a checkout had uncommitted changes: its commit does not say what was run')
+  if len(provenance.commits) > 1:
+    warnings.append(f'trials are of different commits: {", ".join(provenance.commits)}')
+  elif provenance.commits == ('unknown',):
+    warnings.append('the commit is unknown')
+  if len(provenance.devices) > 1:
+    warnings.append(f'trials ran on different devices: {", ".join(provenance.devices)}')
+  if any(data['fingerprint'] is None for data in provenance.data):
+    warnings.append('a trial does not say which data it was trained on')
+  tokenizers = {data['tokenizer'] for data in provenance.data}
+  if len(tokenizers) > 1 and not study.metric.name.endswith('bits_per_byte'):
+    warnings.append(f'{study.metric.name} may be per token, and tokenizers differ')
+  for name, field in provenance.not_causal.items():
+    warnings.append(f'{name}: not causal, a token can depend on later ones ({field})')
+  for arm in arms:
+    if not arm.dropped:
+      warnings += _arm_warnings(arm)
+  pairs = [(c.arm, c.baseline, c.difference) for c in comparisons]
+  pairs += [
+    (arm.name, study.baseline, arm.difference)
+    for arm in arms
+    if arm.difference and (arm.name, study.baseline) not in study.comparisons
+  ]
+  for name, baseline, difference in pairs:
+    if difference.unpaired:
+      seeds = ', '.join(str(seed) for seed in difference.unpaired)
+      warnings.append(f'{name} minus {baseline}: unpaired seeds left out: {seeds}')
+  return tuple(warnings)
+
+
+def _arm_warnings(arm: ArmSummary) -> list[str]:
+  warnings = []
+  num = len(arm.values)
+  if num < MIN_SEEDS:
+    warnings.append(f'{arm.name}: {num} seed{"" if num == 1 else "s"}, fewer than {MIN_SEEDS}')
+  if num > 1 and len(set(arm.values.values())) == 1:
+    warnings.append(f'{arm.name}: all seeds have the same value')
+  diverged = arm.statuses.get(DIVERGED, 0)
+  if num and diverged:
+    warnings.append(f'{arm.name}: {diverged} diverged; the mean is of those that did not')
+  return warnings

@@ -1,0 +1,454 @@
+"""A summary as Markdown, LaTeX, CSV and BibTeX, and as the paragraph on methods of a paper.
+
+Numbers are the mean and half the width of its interval, rounded to two digits of the latter.
+Whatever is not averaged is listed below the table with its reason.
+"""
+
+import collections
+import csv
+import io
+import math
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from moe_jax.errors import UserError
+from moe_jax.results.statistics import LEVEL, Difference, Interval
+from moe_jax.results.summary import SIGNIFICANCE, Absent, ArmSummary, Summary
+
+# What CITATION.cff says, which is not installed with the package.
+TITLE = 'moe_jax'
+AUTHOR = 'The moe_jax maintainers'
+VERSION = '0.1.0'
+LICENSE = 'Apache-2.0'
+
+_MARKDOWN_SPECIALS = re.compile(r'[\\`*_{}\[\]<>#|~$&!]')
+# Brackets and stars would be read as arguments of the \\ or \item before them.
+_LATEX = {
+  '\\': r'\textbackslash{}',
+  '{': r'\{',
+  '}': r'\}',
+  '$': r'\$',
+  '&': r'\&',
+  '#': r'\#',
+  '%': r'\%',
+  '_': r'\_',
+  '^': r'\textasciicircum{}',
+  '~': r'\textasciitilde{}',
+  '<': r'\textless{}',
+  '>': r'\textgreater{}',
+  '|': r'\textbar{}',
+  '"': r'\textquotedblright{}',
+  '`': r'\textquoteleft{}',
+  '[': '{[}',
+  ']': '{]}',
+  '*': '{*}',
+  '±': r'\ensuremath{\pm}',
+  '×': r'\ensuremath{\times}',
+}
+# Accents that LaTeX puts on letters in any font encoding, of code points below _MOST_ACCENTED.
+_ACCENTS = '\u0300\u0301\u0302\u0303\u0308\u030a\u030c\u0327'
+_MOST_ACCENTED = 0x180
+_SCALES = ((1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k'))
+# Half widths below come of rounding.
+_MOST_DECIMALS = 12
+
+
+class _Style(NamedTuple):
+  """How a format writes words, numbers as '-1.2 ± 0.1', and what is not there."""
+
+  text: Callable[[str], str]
+  number: Callable[[str], str]
+  nothing: str
+
+
+class _Table(NamedTuple):
+  """Cells as a format writes them; the first `num_left` columns are words."""
+
+  header: list[str]
+  rows: list[list[str]]
+  num_left: int
+
+
+def markdown(summary: Summary, metrics: Sequence[str] = ()) -> str:
+  """Returns the tables of arms and of planned comparisons, what is not in them, and warnings.
+
+  Args:
+    summary: of a study.
+    metrics: further columns, names as in `ArmSummary.metrics`.
+
+  Raises:
+    UserError: for a metric that no arm has.
+  """
+  style = _Style(escape_markdown, lambda text: text, '-')
+  parts = [f'{style.text(summary.study.question)}\n']
+  for table in _tables(summary, style, metrics):
+    rule = ['---'] * table.num_left + ['---:'] * (len(table.header) - table.num_left)
+    rows = [table.header, rule, *table.rows]
+    parts.append(''.join(f'| {" | ".join(row)} |\n' for row in rows))
+  parts.append(' '.join(style.text(sentence) for sentence in _notes(summary)) + '\n')
+  for title, items in _lists(summary) + [('Warnings', summary.warnings)]:
+    if items:
+      lines = ''.join(f'- {style.text(item)}\n' for item in items)
+      parts.append(f'{title}:\n\n{lines}')
+  return '\n'.join(parts)
+
+
+def latex(summary: Summary, metrics: Sequence[str] = ()) -> str:
+  r"""Returns the same as tabulars with the rules of booktabs, to \input into a table.
+
+  Warnings are comments: they are for the author to deal with.
+
+  Args:
+    summary: of a study.
+    metrics: further columns, names as in `ArmSummary.metrics`.
+
+  Raises:
+    UserError: for a metric that no arm has.
+  """
+  style = _Style(escape_latex, _latex_number, '--')
+  head = [f'% {_one_line(summary.study.question)}', r'% Needs \usepackage{booktabs}.']
+  head += [f'% Warning: {_one_line(warning)}' for warning in summary.warnings]
+  parts = []
+  for table in _tables(summary, style, metrics):
+    columns = 'l' * table.num_left + 'r' * (len(table.header) - table.num_left)
+    header, *rows = [' & '.join(row) + r' \\' for row in [table.header, *table.rows]]
+    lines = [rf'\begin{{tabular}}{{{columns}}}', r'\toprule', header, r'\midrule', *rows]
+    parts.append('\n'.join([*lines, r'\bottomrule', r'\end{tabular}']))
+  parts.append(' '.join(style.text(sentence) for sentence in _notes(summary)))
+  body = '\n\n\\medskip\\noindent\n'.join(parts) + '\n'
+  for title, items in _lists(summary):
+    if items:
+      listed = ''.join(f'\\item {style.text(item)}\n' for item in items)
+      body += f'\n\\medskip\\noindent\n{title}:\n'
+      body += f'\\begin{{itemize}}\n{listed}\\end{{itemize}}\n'
+  return '\n'.join(head) + '\n' + body
+
+
+def csv_text(summary: Summary) -> str:
+  """Returns a row for each arm, dropped ones too, with all digits; empty where nothing is known."""
+  names = sorted({name for arm in summary.arms for name in arm.metrics})
+  rows = [_csv_row(summary, arm, names) for arm in summary.arms]
+  file = io.StringIO()
+  writer = csv.DictWriter(file, list(rows[0]) if rows else ['arm'], lineterminator='\n')
+  writer.writeheader()
+  writer.writerows(rows)
+  return file.getvalue()
+
+
+def methods(summary: Summary) -> str:
+  """Returns a paragraph in LaTeX: models, data, seeds, statistics, commit.
+
+  Of the config it says what all finished trials agree on, and names what arms change.
+  """
+  sentences = [
+    *_on_models(summary),
+    *_on_training(summary),
+    *_on_statistics(summary),
+    *_on_provenance(summary),
+  ]
+  return escape_latex(' '.join(sentences)) + '\n'
+
+
+def bibtex(summary: Summary) -> str:
+  """Returns an entry for this software at the commits that finished trials ran."""
+  commits = summary.provenance.commits
+  note = f'Git {_count_noun("commit", commits)} {", ".join(commits) or "unknown"}'
+  if summary.provenance.dirty:
+    note += ', with uncommitted changes'
+  return (
+    f'@software{{{TITLE},\n'
+    f'  author = {{{{{escape_latex(AUTHOR)}}}}},\n'
+    f'  title = {{{{{escape_latex(TITLE)}}}}},\n'
+    f'  version = {{{escape_latex(VERSION)}}},\n'
+    f'  license = {{{escape_latex(LICENSE)}}},\n'
+    f'  note = {{{escape_latex(note)}}},\n'
+    '}\n'
+  )
+
+
+def escape_markdown(text: str) -> str:
+  """Returns text on one line that Markdown shows as it is, in a cell of a table too."""
+  return _MARKDOWN_SPECIALS.sub(lambda match: f'\\{match.group()}', _one_line(text))
+
+
+def escape_latex(text: str) -> str:
+  """Returns text on one line that LaTeX shows as it is; [U+XXXX] for what its fonts may lack."""
+  shown = ''.join(c if _is_plain(c) else f'[U+{ord(c):04X}]' for c in _one_line(text))
+  escaped = ''.join(_LATEX.get(c, c) for c in shown)
+  # Two hyphens would be joined to a dash.
+  return re.sub('-(?=-)', '-{}', escaped)
+
+
+def _latex_number(text: str) -> str:
+  return '$' + text.replace('±', r'\pm') + '$'
+
+
+def _is_plain(char: str) -> bool:
+  if ' ' <= char <= '~' or char in _LATEX:
+    return True
+  letter, *accents = list(unicodedata.normalize('NFD', char))
+  return (
+    ord(char) < _MOST_ACCENTED and letter.isascii() and len(accents) == 1 and accents[0] in _ACCENTS
+  )
+
+
+def _one_line(text: str) -> str:
+  return ' '.join(text.split())
+
+
+def _tables(summary: Summary, style: _Style, metrics: Sequence[str]) -> list[_Table]:
+  tables = [_arms_table(summary, style, metrics)]
+  if summary.comparisons:
+    tables.append(_comparisons_table(summary, style))
+  return tables
+
+
+def _arms_table(summary: Summary, style: _Style, metrics: Sequence[str]) -> _Table:
+  known = sorted({name for arm in summary.arms for name in arm.metrics})
+  for name in metrics:
+    if name not in known:
+      raise UserError('metrics', name, f'must be one of {", ".join(known) or "none"}')
+  study = summary.study
+  header = ['arm', 'averaged', study.metric.unit]
+  header += [f'minus {study.baseline}'] if study.baseline else []
+  header += ['parameters', 'active', 'FLOPs / token', 'tokens', 'tokens / expert', *metrics]
+  rows = []
+  for arm in summary.arms:
+    if arm.dropped:
+      continue
+    cells = [style.text(arm.name), f'{len(arm.values)} of {len(arm.values) + len(arm.absent)}']
+    cells.append(_interval(arm.interval, style))
+    if study.baseline:
+      difference = arm.difference
+      cells.append(_interval(difference.interval if difference else None, style, '+'))
+    counts: list[int | float | None] = [
+      arm.parameters.get('total'),
+      arm.parameters.get('active'),
+      arm.flops_per_token,
+    ]
+    counts += [arm.tokens, arm.tokens_per_expert]
+    cells += [style.nothing if n is None else _count(n) for n in counts]
+    cells += [_interval(arm.metrics.get(name), style) for name in metrics]
+    rows.append(cells)
+  return _Table([style.text(name) for name in header], rows, 1)
+
+
+def _comparisons_table(summary: Summary, style: _Style) -> _Table:
+  header = ['arm', 'minus', 'verdict', 'pairs', summary.study.metric.unit, 'p', 'adjusted p']
+  rows = []
+  for comparison in summary.comparisons:
+    difference = comparison.difference
+    rows.append(
+      [
+        style.text(comparison.arm),
+        style.text(comparison.baseline),
+        comparison.verdict,
+        str(difference.interval.num),
+        _interval(difference.interval, style, '+'),
+        _p_value(difference.p_value, style),
+        _p_value(comparison.adjusted_p_value, style),
+      ]
+    )
+  return _Table([style.text(name) for name in header], rows, 3)
+
+
+def _interval(interval: Interval | None, style: _Style, sign: str = '') -> str:
+  """Returns the mean and half the width of the interval; the mean alone of a single value."""
+  if interval is None or math.isnan(interval.mean):
+    return style.nothing
+  mean, half = interval.mean, interval.half_width
+  if math.isnan(half) or half == 0:
+    return style.number(f'{mean:{sign}.4g}' + (' ± 0' if half == 0 else ''))
+  decimals = min(max(1 - math.floor(math.log10(half)), 0), _MOST_DECIMALS)
+  return style.number(f'{mean:{sign}z.{decimals}f} ± {half:.{decimals}f}')
+
+
+def _count(number: int | float) -> str:
+  for scale, suffix in _SCALES:
+    # What rounds up to it as well.
+    if number >= 0.9995 * scale:
+      return f'{number / scale:.3g}{suffix}'
+  return f'{number:.3g}'
+
+
+def _p_value(p: float, style: _Style) -> str:
+  if math.isnan(p):
+    return style.nothing
+  return style.number('<0.001' if p < 0.001 else f'{p:.3f}')
+
+
+def _notes(summary: Summary) -> list[str]:
+  study = summary.study
+  notes = [
+    f'{_metric(summary)}: mean ± half the width of the {LEVEL:.0%} interval of Student t over '
+    'seeds; a single seed has no interval.'
+  ]
+  if study.baseline:
+    notes.append(
+      f'Differences to {study.baseline} are paired by seed and not corrected for their number.'
+    )
+  if study.comparisons:
+    notes.append(
+      'Planned comparisons: two-sided paired t-test, adjusted by Holm for '
+      f'{len(study.comparisons)}; the arm is better or worse if the adjusted p is below '
+      f'{SIGNIFICANCE}, open if not, untested with fewer than 2 pairs or equal differences.'
+    )
+  return notes
+
+
+def _lists(summary: Summary) -> list[tuple[str, Sequence[str]]]:
+  """Returns what the tables do not average, by title."""
+  absent = [f'{arm.name}, {_absent(trial)}' for arm in summary.arms for trial in arm.absent]
+  dropped = [f'{arm.name}: {arm.dropped}' for arm in summary.arms if arm.dropped]
+  return [('Trials without a value', absent), ('Arms that were not run', dropped)]
+
+
+def _absent(trial: Absent) -> str:
+  where = f' at step {trial.step} of {trial.num_steps}' if trial.num_steps else ''
+  reason = f': {trial.reason}' if trial.reason else ''
+  return f'seed {trial.seed}: {trial.status}{where}{reason}'
+
+
+def _metric(summary: Summary) -> str:
+  study = summary.study
+  better = 'lower' if study.metric.lower_is_better else 'higher'
+  return (
+    f'{study.metric.name} in {study.metric.unit} on the {study.split} split ({better} is better)'
+  )
+
+
+def _csv_row(summary: Summary, arm: ArmSummary, names: Sequence[str]) -> dict[str, Any]:
+  difference = arm.difference or Difference(_NOTHING, _NOTHING, math.nan, ())
+  row: dict[str, Any] = {'arm': arm.name, 'dropped': arm.dropped}
+  row |= {'averaged': len(arm.values), 'trials': len(arm.values) + len(arm.absent)}
+  row |= {
+    'mean': arm.interval.mean,
+    'low': arm.interval.low,
+    'high': arm.interval.high,
+    'bootstrap_low': arm.bootstrap.low,
+    'bootstrap_high': arm.bootstrap.high,
+    'difference': difference.interval.mean,
+    'difference_low': difference.interval.low,
+    'difference_high': difference.interval.high,
+    'difference_bootstrap_low': difference.bootstrap.low,
+    'difference_bootstrap_high': difference.bootstrap.high,
+    'difference_p': difference.p_value,
+    'difference_pairs': difference.interval.num if arm.difference else None,
+    'parameters_total': arm.parameters.get('total'),
+    'parameters_active': arm.parameters.get('active'),
+    'flops_per_token': arm.flops_per_token,
+    'tokens': arm.tokens,
+    'tokens_per_expert': arm.tokens_per_expert,
+  }
+  row |= {f'seed {seed}': arm.values.get(seed) for seed in summary.study.seeds}
+  row |= {name: arm.metrics[name].mean if name in arm.metrics else None for name in names}
+  row['without_value'] = '; '.join(_absent(trial) for trial in arm.absent)
+  return {
+    name: '' if isinstance(value, float) and math.isnan(value) else value
+    for name, value in row.items()
+  }
+
+
+_NOTHING = Interval(math.nan, math.nan, math.nan, 0)
+
+
+def _on_models(summary: Summary) -> list[str]:
+  study, config = summary.study, summary.provenance.config
+  run = [arm for arm in summary.arms if not arm.dropped]
+  question = study.question if study.question.endswith(('?', '.')) else f'{study.question}.'
+  sentences = [f'Study {study.name} ({len(run)} {_count_noun("arm", run)}): {question}']
+  shape = _known(
+    config,
+    ('model.num_layers', '{} blocks'),
+    ('model.embed_dim', 'width {}'),
+    ('model.num_heads', '{} heads'),
+  )
+  sentence = 'All models are decoder-only Transformers' + (f' with {shape}' if shape else '')
+  total = _range(arm.parameters.get('total') for arm in run)
+  active = _range(arm.parameters.get('active') for arm in run)
+  if total and active:
+    sentence += f'; they have {total} parameters, of which {active} are active for a token'
+  sentences.append(f'{sentence}.')
+  fields = sorted({field for arm in run for field in arm.changes})
+  if fields:
+    sentences.append(f'Arms differ in {", ".join(fields)}.')
+  for arm, field in summary.provenance.not_causal.items():
+    sentences.append(f'{arm} is not causal: a token can depend on later ones ({field}).')
+  return sentences
+
+
+def _on_training(summary: Summary) -> list[str]:
+  config, data = summary.provenance.config, summary.provenance.data
+  texts = ' and '.join(f'{d["name"]} (fingerprint {str(d["fingerprint"])[:16]})' for d in data)
+  sentence = f'They are trained on {texts or "no data yet"}'
+  sentence += f' as {config["data.tokenizer"]}' if 'data.tokenizer' in config else ''
+  batch = _known(
+    config,
+    ('train.num_steps', '{} steps'),
+    ('data.batch_size', '{} sequences a step'),
+    ('data.sequence_length', '{} tokens a sequence'),
+  )
+  tokens = _range(arm.tokens for arm in summary.arms)
+  sentence += f' for {batch}' if batch else ''
+  sentences = [sentence + (f' ({tokens} tokens without padding).' if tokens else '.')]
+  optimizer = _known(
+    config,
+    ('optim.name', '{}'),
+    ('optim.learning_rate', 'peak learning rate {}'),
+    ('optim.schedule', '{} schedule'),
+    ('optim.warmup_steps', '{} steps of warm-up'),
+    ('optim.weight_decay', 'weight decay {}'),
+  )
+  return sentences + ([f'Optimizer: {optimizer}.'] if optimizer else [])
+
+
+def _on_statistics(summary: Summary) -> list[str]:
+  study = summary.study
+  seeds = ', '.join(str(seed) for seed in study.seeds)
+  sentences = [
+    f'Each arm is trained with {_count_noun("seed", study.seeds)} {seeds}, of initial values, data '
+    'order and noise.',
+    f'What decides is {_metric(summary)}, as the mean over seeds with the {LEVEL:.0%} interval of '
+    'Student t.',
+  ]
+  if study.comparisons:
+    sentences.append(
+      f'{len(study.comparisons)} planned {_count_noun("comparison", study.comparisons)}: mean '
+      'difference paired by seed, two-sided paired t-test, p-values adjusted by Holm, significant '
+      f'below {SIGNIFICANCE}.'
+    )
+  by_status = collections.Counter(trial.status for arm in summary.arms for trial in arm.absent)
+  if by_status:
+    counts = ', '.join(f'{count} {status}' for status, count in by_status.items())
+    num = by_status.total() + sum(len(arm.values) for arm in summary.arms)
+    sentences.append(
+      f'{by_status.total()} of {num} trials have no value and are in no mean ({counts}).'
+    )
+  return sentences
+
+
+def _on_provenance(summary: Summary) -> list[str]:
+  of = summary.provenance
+  if not of.commits:
+    return []
+  sentence = f'Trials ran {TITLE} at {_count_noun("commit", of.commits)} {", ".join(of.commits)}'
+  sentence += ' with uncommitted changes' if of.dirty else ''
+  sentence += f', on {" and ".join(of.devices)}' if of.devices else ''
+  return [f'{sentence}.']
+
+
+def _known(config: dict[str, Any], *fields: tuple[str, str]) -> str:
+  """Returns the phrases of those fields that all trials agree on."""
+  return ', '.join(phrase.format(config[name]) for name, phrase in fields if name in config)
+
+
+def _range(numbers: Iterable[int | float | None]) -> str:
+  known = [number for number in numbers if number is not None]
+  texts = [_count(number) for number in (min(known), max(known))] if known else []
+  return ' to '.join(dict.fromkeys(texts))
+
+
+def _count_noun(noun: str, things: Sequence[Any]) -> str:
+  return noun if len(things) <= 1 else f'{noun}s'

@@ -1,0 +1,314 @@
+"""Figures of a study: what each shows, of what, and when there is none."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from moe_jax.results import figures
+from moe_jax.results.records import FINISHED
+from moe_jax.study import Metric
+from tests.results import example
+
+STUDY, RECORDS = example.study(), example.records()
+MOE = [arm.name for arm in STUDY.arms if not arm.dropped and arm.name != 'dense']
+# With a trial that failed and one that diverged.
+FEW = [record for record in RECORDS if record.arm in ('dense', *MOE[3:5])]
+DRAWINGS = (figures.loss_curves, figures.metric, figures.drop_share, figures.iso_flops)
+
+
+def _bare(**changes):
+  """Records without anything that figures show."""
+  none = {'metrics': {}, 'domains': {}, 'curve': [], 'load': []} | changes
+  return [dataclasses.replace(record, **none) for record in RECORDS]
+
+
+def _legend(axes):
+  return [text.get_text().replace('\n', ' ') for text in axes.get_legend().get_texts()]
+
+
+def _line(axes, label):
+  """The line that a label belongs to."""
+  handles, labels = axes.get_legend_handles_labels()
+  handle = handles[[text.replace('\n', ' ') for text in labels].index(label)]
+  return handle[0] if isinstance(handle, tuple) else handle
+
+
+def _note(figure):
+  return '' if figure._supxlabel is None else figure._supxlabel.get_text()
+
+
+def _crossed():
+  """The study with a third factor."""
+  records = []
+  for number in range(5):
+    for record in RECORDS:
+      extra = {'optim.b1': number / 10}
+      records.append(
+        dataclasses.replace(
+          record,
+          arm=f'{record.arm}, b1={number / 10}',
+          changes=record.changes | extra,
+          config={},
+          trial=f'{record.trial}{number}',
+        )
+      )
+  return dataclasses.replace(STUDY, arms=()), records
+
+
+def test_the_interval_is_of_student():
+  mean, half = figures.mean_and_interval([1.0, 2.0, 3.0])
+  assert mean == 2
+  # The table's t of 97.5% with 2 degrees of freedom.
+  assert half == pytest.approx(4.302653 / np.sqrt(3), rel=1e-6)
+  mean, half = figures.mean_and_interval([[1.0, 5.0]])
+  assert mean.tolist() == [1, 5] and np.isnan(half).all()
+
+
+def test_files_are_the_same_each_time(tmp_path):
+  one = figures.save_all(STUDY, FEW, tmp_path / 'one')
+  other = figures.save_all(STUDY, list(reversed(FEW)), tmp_path / 'deep' / 'other')
+  assert [path.name for path in one] == [path.name for path in other]
+  for path, again in zip(one, other, strict=True):
+    assert path.read_bytes() == again.read_bytes(), path.name
+    assert b'CreationDate' not in path.read_bytes()
+  stems = [path.stem for path in one if path.suffix == '.png']
+  assert [path.stem for path in one if path.suffix == '.pdf'] == stems
+  assert stems == [
+    'loss',
+    'metric',
+    'drop_share',
+    'iso_flops',
+    'load_num_experts-16-num_selected_experts-2',
+    'load_num_experts-64-num_selected_experts-1',
+    'specialization_num_experts-16-num_selected_experts-2',
+    'specialization_num_experts-64-num_selected_experts-1',
+  ]
+
+
+def test_names_of_arms_become_names_of_files(tmp_path):
+  names = {MOE[0]: '../a/$b$ <i>', MOE[1]: '../a/$B$ <i>', MOE[2]: r'$\frac{'}
+  records = [dataclasses.replace(r, arm=names[r.arm]) for r in RECORDS if r.arm in names]
+  paths = figures.save_all(dataclasses.replace(STUDY, arms=()), records, tmp_path)
+  assert all(path.parent == tmp_path and path.exists() for path in paths)
+  assert len({path.name.lower() for path in paths}) == len(paths)
+  assert {'load_-a-b-i.png', 'load_-a-B-i-2.png'} <= {path.name for path in paths}
+
+
+def test_nothing_is_drawn_of_what_records_lack(tmp_path):
+  for records in ([], _bare()):
+    assert [draw(STUDY, records) for draw in DRAWINGS] == [None] * 4
+    assert figures.load(STUDY, records, MOE[0]) is None
+    assert figures.specialization(STUDY, records, MOE[0]) is None
+    assert figures.save_all(STUDY, records, tmp_path) == []
+  assert figures.load(STUDY, RECORDS, 'dense') is None
+  assert figures.specialization(STUDY, RECORDS, 'dense') is None
+  assert figures.load(STUDY, RECORDS, MOE[0], seed=7) is None
+
+
+@pytest.mark.parametrize('seeds', [(0,), (2,)])
+def test_one_seed_is_enough(seeds, tmp_path):
+  records = [record for record in FEW if record.seed in seeds]
+  assert figures.save_all(STUDY, records, tmp_path)
+
+
+def test_trials_that_never_finish_are_drawn_all_the_same(tmp_path):
+  records = _bare(
+    status='diverged', curve=[[10, 5.0], [20, 4.0], [30, float('nan')]], load=RECORDS[3].load
+  )
+  paths = figures.save_all(STUDY, records[:6], tmp_path)
+  assert 'loss.png' in [path.name for path in paths]
+  assert 'metric.png' not in [path.name for path in paths]
+
+
+def test_loss_curves_average_finished_trials_only():
+  figure = figures.loss_curves(STUDY, RECORDS)
+  (axes,) = figure.axes
+  assert _legend(axes) == ['dense', *MOE]
+  assert axes.get_xlabel() == 'optimizer step'
+  assert axes.get_ylabel() == 'training loss (nats per token)'
+  arm = example.TOP_1.format(64)
+  color = _line(axes, arm).get_color()
+  drawn = [line for line in axes.lines if line.get_color() == color and len(line.get_xdata()) > 1]
+  mean, lost = drawn
+  curves = [np.array(r.curve) for r in RECORDS if r.arm == arm and r.status == FINISHED]
+  np.testing.assert_allclose(mean.get_ydata(), np.mean(curves, 0)[:, 1])
+  assert lost.get_linestyle() == ':' and len(lost.get_xdata()) == 16
+  assert len(axes.collections) == 7
+  assert _note(figure) == 'dotted, not in the means: 1 diverged, 1 unfinished'
+  # A diverged trial does not set the scale.
+  assert axes.get_ylim()[1] < 4
+
+
+def test_loss_is_averaged_at_steps_that_all_seeds_have():
+  trials = [record for record in RECORDS if record.arm == 'dense']
+  trials[1] = dataclasses.replace(trials[1], curve=trials[1].curve[::3])
+  (axes,) = figures.loss_curves(STUDY, trials).axes
+  steps = [step for step, _ in trials[1].curve]
+  assert axes.lines[1].get_xdata().tolist() == steps
+
+
+def test_many_arms_get_panels_of_twelve():
+  study, records = _crossed()
+  figure = figures.loss_curves(study, records)
+  legends = [_legend(axes) for axes in figure.axes]
+  assert [len(legend) for legend in legends] == [12, 12, 11]
+  assert sum(legends, []) == list(figures.by_arm(study, records))
+  for axes in figure.axes:
+    styles = {(line.get_color(), line.get_linestyle()) for line in axes.get_legend().get_lines()}
+    assert len(styles) == len(axes.get_legend().get_lines())
+
+
+def test_metric_has_a_line_for_each_value_and_a_level_for_the_dense_arm():
+  figure = figures.metric(STUDY, RECORDS)
+  (axes,) = figure.axes
+  assert _legend(axes) == ['num_selected_experts=1', 'num_selected_experts=2', 'dense']
+  assert axes.get_xscale() == 'log'
+  assert [text.get_text() for text in axes.get_xticklabels()] == ['4', '16', '64']
+  assert axes.get_ylabel() == 'bits per byte (dropless, test split)'
+  line = _line(axes, 'num_selected_experts=2')
+  assert line.get_xdata().tolist() == [4, 16, 64]
+  values = {(r.arm, r.seed): r.metrics[STUDY.metric.name] for r in RECORDS if r.status == FINISHED}
+  means = [
+    np.mean([value for (arm, _), value in values.items() if arm == example.TOP_2.format(experts)])
+    for experts in (4, 16, 64)
+  ]
+  np.testing.assert_allclose(line.get_ydata().astype(float), means)
+  level = _line(axes, 'dense').get_ydata()
+  np.testing.assert_allclose(level, np.mean([values['dense', seed] for seed in STUDY.seeds]))
+  # Every finished seed of the arms with experts is a point.
+  points = [y for line in axes.lines if line.get_linestyle() == 'None' for y in line.get_ydata()]
+  seeds = [value for (arm, _), value in values.items() if arm != 'dense']
+  assert set(seeds) <= set(points)
+  low, high = axes.get_ylim()
+  assert low < min(points) and high > max(level)
+  assert _note(figure) == 'not in the means: 1 diverged, 1 failed, 1 unfinished'
+
+
+def test_lines_keep_their_order_where_an_arm_is_lost():
+  records = [record for record in RECORDS if record.arm != example.TOP_1.format(4)]
+  (axes,) = figures.metric(STUDY, records).axes
+  assert _legend(axes)[:2] == ['num_selected_experts=1', 'num_selected_experts=2']
+
+
+def test_a_further_factor_splits_lines_but_not_one_that_goes_along_x():
+  study, records = _crossed()
+  figure = figures.metric(study, records)
+  names = sum([_legend(axes) for axes in figure.axes], [])
+  assert 'num_selected_experts=2, b1=0.3' in names
+  assert len([name for name in names if 'dense' not in name]) == 10
+  along = [
+    dataclasses.replace(r, changes=r.changes | {'moe.mlp_dim': 8 * r.changes['moe.num_experts']})
+    for r in RECORDS
+  ]
+  (axes,) = figures.metric(STUDY, along).axes
+  assert len(_legend(axes)) == 3
+
+
+def test_x_may_hold_zero_names_or_nothing():
+  study, records = _crossed()
+  zero = dataclasses.replace(study, x='optim.b1', lines='moe.num_experts')
+  axes = figures.metric(zero, records).axes[0]
+  assert axes.get_xscale() == 'symlog'
+  named = [
+    dataclasses.replace(r, changes={'moe.router': f'router {r.changes["moe.num_experts"]}'})
+    for r in RECORDS
+    if r.changes.get('moe.num_selected_experts') == 1
+  ]
+  names = dataclasses.replace(STUDY, x='moe.router', lines='')
+  named = [dataclasses.replace(r, config={}) for r in named]
+  (axes,) = figures.metric(names, named).axes
+  assert [text.get_text() for text in axes.get_xticklabels()] == [
+    'router 4',
+    'router 16',
+    'router 64',
+  ]
+  (axes,) = figures.metric(dataclasses.replace(STUDY, x='', lines=''), RECORDS).axes
+  labels = [text.get_text().replace('\n', ' ') for text in axes.get_yticklabels()]
+  assert labels == ['dense', *MOE]
+  assert axes.get_xlabel() == 'bits per byte (dropless, test split)'
+
+
+def test_drop_share_leaves_out_evaluations_without_drops():
+  (axes,) = figures.drop_share(STUDY, RECORDS).axes
+  assert axes.get_xlabel() == 'share of assignments dropped (capacity; test split)'
+  assert len(axes.get_yticks()) == len(MOE)
+  assert axes.get_xlim()[0] == 0
+  none = [
+    dataclasses.replace(r, metrics={'dropless/router/drop_share': 0.0})
+    for r in RECORDS
+    if r.arm in MOE
+  ]
+  (axes,) = figures.drop_share(STUDY, none).axes
+  assert 'dropless' in axes.get_xlabel()
+
+
+def test_load_is_relative_to_balance():
+  arm = example.TOP_1.format(4)
+  figure = figures.load(STUDY, RECORDS, arm)
+  # Seed 0 of this arm is unfinished.
+  assert figure.get_suptitle().replace('\n', ' ') == f'{arm}, seed 1'
+  record = next(r for r in RECORDS if (r.arm, r.seed) == (arm, 1))
+  panels, bar = figure.axes[:2], figure.axes[2]
+  assert bar.get_ylabel() == 'load x experts (1: balance)'
+  for layer, axes in enumerate(panels):
+    (mesh,) = axes.collections
+    shares = np.array([load for _, load in record.load])[:, layer]
+    np.testing.assert_allclose(mesh.get_array(), 4 * shares.T)
+    assert mesh.norm(1.0) == 0.5
+    assert axes.get_title() == f'MoE layer {layer}'
+  title = figures.load(STUDY, RECORDS, arm, seed=0).get_suptitle().replace('\n', ' ')
+  assert title == f'{arm}, seed 0, unfinished at step 700'
+
+
+def test_many_layers_wrap(tmp_path):
+  record = next(r for r in RECORDS if r.arm == MOE[0])
+  record = dataclasses.replace(record, load=[[step, load[:1] * 7] for step, load in record.load])
+  figure = figures.load(STUDY, [record], MOE[0])
+  figure.savefig(tmp_path / 'load.png')
+  assert len([axes for axes in figure.axes[:9] if axes.get_visible()]) == 7
+
+
+def test_specialization_is_of_the_last_or_all_layers():
+  arm = example.TOP_2.format(16)
+  record = next(r for r in RECORDS if (r.arm, r.seed) == (arm, 0))
+  last = figures.specialization(STUDY, RECORDS, arm)
+  every = figures.specialization(STUDY, RECORDS, arm, evaluation='dropless', all_layers=True)
+  assert [axes.get_title() for axes in last.axes[:-1]] == ['MoE layer 1']
+  assert [axes.get_title() for axes in every.axes[:-1]] == ['MoE layer 0', 'MoE layer 1']
+  for figure, evaluation in ((last, 'capacity'), (every, 'dropless')):
+    assert f'{evaluation} evaluation, test split' in figure.get_suptitle().replace('\n', ' ')
+    (image,) = figure.axes[-2].images
+    loads = [record.domains[evaluation][domain]['router/load'][1] for domain in example.DOMAINS]
+    np.testing.assert_allclose(image.get_array(), loads)
+    assert tuple(t.get_text() for t in figure.axes[-2].get_yticklabels()) == example.DOMAINS
+
+
+def test_lines_of_equal_flops_go_through_the_best_of_each_size():
+  (axes,) = figures.iso_flops(STUDY, RECORDS).axes
+  assert _legend(axes) == ['2.458e+13 FLOPs', '2.949e+13 FLOPs']
+  assert axes.get_xscale() == 'log'
+  assert _line(axes, '2.458e+13 FLOPs').get_xdata().tolist() == [1_200_000, 3_600_000, 13_200_000]
+  # Dense, as large a compute budget, stands with top-2.
+  assert len(_line(axes, '2.949e+13 FLOPs').get_xdata()) == 4
+  _, crossed = _crossed()
+  worse = [
+    dataclasses.replace(r, metrics=dict.fromkeys(r.metrics, 9.0))
+    if r.changes['optim.b1'] == 0.4
+    else r
+    for r in crossed
+  ]
+  for lower, expected in ((True, False), (False, True)):
+    study = dataclasses.replace(STUDY, arms=(), metric=Metric(lower_is_better=lower))
+    (axes,) = figures.iso_flops(study, worse).axes
+    assert (max(_line(axes, '2.458e+13 FLOPs').get_ydata()) == 9) == expected
+
+
+def test_flops_that_differ_by_more_than_a_percent_make_no_line():
+  apart = [
+    dataclasses.replace(r, flops_per_token=int(1e6 * 1.02 ** [*MOE, 'dense'].index(r.arm)))
+    for r in RECORDS
+  ]
+  assert figures.iso_flops(STUDY, apart) is None
+  same_size = [dataclasses.replace(r, parameters={'total': 1, 'active': 1}) for r in RECORDS]
+  assert figures.iso_flops(STUDY, same_size) is None

@@ -1,0 +1,76 @@
+"""Records as lines of a file: back as they were, and never half of one."""
+
+import dataclasses
+
+import pytest
+
+from moe_jax.errors import DamagedError
+from moe_jax.results import records
+from tests.results import made
+
+
+def test_records_come_back_as_they_were(tmp_path):
+  path = tmp_path / 'results.jsonl'
+  written = [
+    made.make_record(made.HOSTILE, 1, 0.1 + 0.2, metrics={'capacity/router/drop': [0.1, 1e-300]}),
+    made.make_record('naïve\u2028 λ\n', 2, status=records.FAILED, reason='first\nsecond'),
+    records.Record('id', 'arm', 0, records.MISSING),
+  ]
+  records.write_records(path, written)
+  assert records.read_records(path) == written
+  assert len(path.read_text().split('\n')) == 4
+
+
+def test_every_field_is_written(tmp_path):
+  path = tmp_path / 'results.jsonl'
+  record = records.Record(
+    trial='id', arm='a', seed=3, status=records.DIVERGED, reason='loss is nan', step=7, num_steps=9,
+    changes={'moe.num_experts': 4}, config={'moe': {'num_experts': 4}}, data={'name': 'tier1'},
+    git_commit='c', git_dirty=True, devices={'count': 8}, mesh={'data': 2},
+    parameters={'total': 5}, flops_per_token=6, tokens=11, metrics={'x/y': 1.5},
+    domains={'x': {'d': {'y': 1.0}}}, curve=[[1, 2.0]], load=[[1, [[0.5, 0.5]]]], command='python',
+  )  # fmt: skip
+  defaults = records.Record('', '', 0, records.FINISHED)
+  for field in dataclasses.fields(record):
+    assert getattr(record, field.name) != getattr(defaults, field.name), field.name
+  records.write_records(path, [record])
+  assert records.read_records(path) == [record]
+
+
+def test_no_records(tmp_path):
+  records.write_records(tmp_path / 'results.jsonl', [])
+  assert records.read_records(tmp_path / 'results.jsonl') == []
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+  path = tmp_path / 'results.jsonl'
+  records.write_records(path, [made.make_record()])
+  before = path.read_bytes()
+  unwritable = made.make_record('moe', metrics={'x': object()})
+  with pytest.raises(TypeError):
+    records.write_records(path, [made.make_record(), unwritable])
+  assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+  'line',
+  [
+    '{"trial": "cut',
+    '[1, 2]',
+    '7',
+    '{"trial": "a", "arm": "a", "seed": 0}',
+    '{"trial": "a", "arm": "a", "seed": 0, "status": "finished", "unknown": 1}',
+    '{"trial": "a", "arm": "a", "seed": 0, "status": "fine"}',
+  ],
+)
+def test_a_damaged_line_is_named(tmp_path, line):
+  path = tmp_path / 'results.jsonl'
+  records.write_records(path, [made.make_record()])
+  path.write_text(path.read_text() + line + '\n')
+  with pytest.raises(DamagedError, match=r'results\.jsonl:2 is no record'):
+    records.read_records(path)
+
+
+def test_an_unknown_status_is_a_defect():
+  with pytest.raises(ValueError, match="status='done'"):
+    records.Record('id', 'arm', 0, 'done')

@@ -1,0 +1,399 @@
+"""The summary of hand-made studies: every number by hand, and nothing left out."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from moe_jax.errors import UserError
+from moe_jax.results import summary
+from moe_jax.results.records import DIVERGED, FAILED, FINISHED, MISSING, UNFINISHED
+from moe_jax.study import Comparison, Metric, Point
+from tests.results import made
+
+VALUES = {'dense': [3.0, 5.0, 7.0], 'moe': [2.0, 3.0, 4.0]}
+
+
+def test_values_intervals_and_differences():
+  study = made.make_study(baseline='dense', comparisons=(Comparison('moe', 'dense'),))
+  result = summary.summarize(study, list(reversed(made.make_records(VALUES))))
+  dense, moe = result.arms
+  assert (dense.name, moe.name) == ('dense', 'moe')
+  assert moe.values == {0: 2.0, 1: 3.0, 2: 4.0} and list(moe.values) == [0, 1, 2]
+  # Deviation 1: half width 4.303 / sqrt(3).
+  np.testing.assert_allclose(moe.interval, [3, 0.516, 5.484, 3], atol=1e-3)
+  assert moe.bootstrap == (3, 2, 4, 3)
+  assert moe.statuses == {FINISHED: 3} and moe.absent == ()
+  assert dense.difference is None
+  # Differences -1, -2, -3: p = 1 - sqrt(12 / 14), as in test_statistics.py.
+  assert moe.difference is not None and moe.difference.interval.mean == -2
+  (comparison,) = result.comparisons
+  assert comparison.difference == moe.difference
+  np.testing.assert_allclose(comparison.adjusted_p_value, 1 - math.sqrt(12 / 14))
+  assert result.study is study and result.warnings == ()
+
+
+def test_without_a_baseline_there_are_no_differences():
+  result = summary.summarize(made.make_study(), made.make_records(VALUES))
+  assert [arm.difference for arm in result.arms] == [None, None] and result.comparisons == ()
+
+
+def test_what_is_not_finished_is_counted_and_never_averaged():
+  value = {made.METRIC: -1000.0}
+  records = [
+    made.make_record('moe', 0, 2.0),
+    made.make_record('moe', 3, status=DIVERGED, reason='nan', step=40),
+    made.make_record('moe', 1, status=FAILED, reason='no space', step=10),
+    # One whose metrics were read before it went on.
+    made.make_record('moe', 4, status=UNFINISHED, reason='stopped', step=50),
+    made.make_record('moe', 5, metrics={made.METRIC: math.nan}),
+    made.make_record('moe', 6, metrics={}, value=None),
+    *made.make_records({'dense': [2.0] * 8}),
+  ]
+  records = [
+    record if record.status == FINISHED else replace(record, metrics=value) for record in records
+  ]
+  result = summary.summarize(made.make_study(seeds=tuple(range(8))), records)
+  moe = result.arms[1]
+  assert moe.values == {0: 2.0} and moe.interval.mean == 2
+  assert math.isnan(moe.interval.low) and math.isnan(moe.bootstrap.low)
+  assert moe.statuses == {FINISHED: 3, DIVERGED: 1, FAILED: 1, UNFINISHED: 1, MISSING: 2}
+  assert moe.absent == (
+    summary.Absent(1, FAILED, 'no space', 10, 100),
+    summary.Absent(2, MISSING, 'no record'),
+    summary.Absent(3, DIVERGED, 'nan', 40, 100),
+    summary.Absent(4, UNFINISHED, 'stopped', 50, 100),
+    summary.Absent(5, FINISHED, f'{made.METRIC}=nan', 100, 100),
+    summary.Absent(6, FINISHED, f'has no {made.METRIC}', 100, 100),
+    summary.Absent(7, MISSING, 'no record'),
+  )
+  assert 'moe: 1 seed, fewer than 3' in result.warnings
+  assert 'moe: 1 diverged; the mean is of those that did not' in result.warnings
+
+
+def test_an_arm_without_any_finished_trial():
+  broken = [
+    made.make_record('moe', seed, status=FAILED, reason='shapes', parameters={}, flops_per_token=0)
+    for seed in range(3)
+  ]
+  study = made.make_study(baseline='dense', comparisons=(Comparison('moe', 'dense'),))
+  result = summary.summarize(study, made.make_records({'dense': [1.0, 2.0, 3.0]}) + broken)
+  moe = result.arms[1]
+  assert moe.interval.num == 0 and math.isnan(moe.interval.mean)
+  assert moe.parameters == {} and moe.metrics == {}
+  assert moe.flops_per_token is moe.tokens is moe.tokens_per_expert is None
+  assert result.comparisons[0].verdict == summary.UNTESTED
+  assert 'moe: 0 seeds, fewer than 3' in result.warnings
+  assert 'moe minus dense: unpaired seeds left out: 0, 1, 2' in result.warnings
+
+
+def test_no_records_at_all():
+  result = summary.summarize(made.make_study(), [])
+  assert [len(arm.absent) for arm in result.arms] == [3, 3]
+  assert result.provenance == summary.Provenance((), False, (), (), {}, {})
+
+
+def test_a_dropped_arm_stays_with_its_reason():
+  study = made.make_study(('dense', Point('none', {'moe.num_experts': 1}, 'K is above E')))
+  result = summary.summarize(study, made.make_records({'dense': [1.0, 2.0, 3.0]}))
+  dropped = result.arms[1]
+  assert (dropped.name, dropped.dropped) == ('none', 'K is above E')
+  assert dropped.absent == () and dropped.statuses == {} and dropped.difference is None
+  assert result.warnings == ()
+
+
+def test_secondary_metrics_are_means_over_seeds():
+  per_seed = [
+    {'capacity/loss': 1.0, 'capacity/router/drop': [0.25, 0.75], 'capacity/router/load': [[1.0]]},
+    {'capacity/loss': 3.0, 'capacity/router/drop': [0.0, 0.5], 'capacity/dead': 2},
+  ]
+  records = [
+    made.make_record('dense', seed, 2.0, metrics=metrics) for seed, metrics in enumerate(per_seed)
+  ]
+  metrics = summary.summarize(made.make_study(['dense']), records).arms[0].metrics
+  means = {name: (interval.mean, interval.num) for name, interval in metrics.items()}
+  assert means == {
+    'capacity/dead': (2, 1),
+    'capacity/loss': (2, 2),
+    # Means over layers 0.5 and 0.25, maxima 0.75 and 0.5.
+    'capacity/router/drop/mean': (0.375, 2),
+    'capacity/router/drop/max': (0.625, 2),
+    made.METRIC: (2, 2),
+  }
+  assert list(metrics) == sorted(metrics)
+
+
+@pytest.mark.parametrize(
+  ('moe', 'share'),
+  [
+    ({'num_experts': 0}, 1.0),
+    ({'num_experts': 8, 'num_selected_experts': 2}, 0.25),
+    ({'num_experts': 8, 'num_selected_experts': 2, 'router': 'dense'}, 1.0),
+    ({'num_experts': 64, 'num_selected_experts': 1, 'router': 'hash'}, 1 / 64),
+  ],
+)
+def test_training_tokens_of_an_expert(moe, share):
+  config = made.make_config(**moe)
+  records = [
+    made.make_record('dense', 0, config=config, tokens=800_000),
+    made.make_record('dense', 1, config=config, tokens=800_100),
+    made.make_record('dense', 2, config=config, tokens=400, status=DIVERGED, step=1),
+  ]
+  arm = summary.summarize(made.make_study(['dense']), records).arms[0]
+  assert arm.tokens == 800_050 and arm.tokens_per_expert == 800_050 * share
+  assert arm.parameters == {'total': 1_200_000, 'active': 400_000}
+  assert arm.flops_per_token == 2_400_000
+
+
+def test_verdicts():
+  # Differences to dense: -1 with deviation 0.01 (p about 3e-5); the same upwards; 0.5 with
+  # deviation 1; all 1, no p-value.
+  values = {
+    'dense': [3.0, 4.0, 5.0],
+    'low': [2.01, 3.0, 3.99],
+    'high': [4.01, 5.0, 5.99],
+    'noisy': [2.5, 4.5, 6.5],
+    'shifted': [4.0, 5.0, 6.0],
+  }
+  comparisons = tuple(Comparison(arm, 'dense') for arm in ('low', 'high', 'noisy', 'shifted'))
+  study = made.make_study(tuple(values), comparisons=comparisons)
+  result = summary.summarize(study, made.make_records(values))
+  verdicts = [comparison.verdict for comparison in result.comparisons]
+  assert verdicts == [summary.BETTER, summary.WORSE, summary.OPEN, summary.UNTESTED]
+  # Holm's over 4, the untested one included.
+  low, high, noisy, shifted = result.comparisons
+  np.testing.assert_allclose(low.adjusted_p_value, 4 * low.difference.p_value)
+  np.testing.assert_allclose(noisy.adjusted_p_value, 2 * noisy.difference.p_value)
+  assert math.isnan(shifted.adjusted_p_value)
+  higher = made.make_study(
+    tuple(values), comparisons=comparisons, metric=Metric(made.METRIC, 'points', False)
+  )
+  verdicts = [c.verdict for c in summary.summarize(higher, made.make_records(values)).comparisons]
+  assert verdicts == [summary.WORSE, summary.BETTER, summary.OPEN, summary.UNTESTED]
+
+
+def test_a_verdict_takes_the_adjusted_p_value():
+  # Differences -1 with deviation 0.3: t = 5.77, p = 0.029; of 2 comparisons adjusted to 0.057.
+  values = {'dense': [3.0, 4.0, 5.0], 'moe': [1.7, 3.0, 4.3], 'other': [2.0, 4.0, 6.0]}
+  one = made.make_study(tuple(values), comparisons=(Comparison('moe', 'dense'),))
+  assert summary.summarize(one, made.make_records(values)).comparisons[0].verdict == summary.BETTER
+  two = made.make_study(
+    tuple(values), comparisons=(Comparison('moe', 'dense'), Comparison('other', 'dense'))
+  )
+  assert summary.summarize(two, made.make_records(values)).comparisons[0].verdict == summary.OPEN
+
+
+@pytest.mark.parametrize(
+  ('records', 'words'),
+  [
+    ([made.make_record('dense', 0), made.make_record('dense', 0)], ('trial', 'dense (seed 0)')),
+    (
+      [made.make_record('dense', 0, status=FAILED), made.make_record('dense', 0)],
+      ('trial', 'dense (seed 0)'),
+    ),
+    ([made.make_record('other', 0)], ('arm', 'other', 'made')),
+    ([made.make_record('dropped', 0)], ('arm', 'dropped', 'too big')),
+    ([made.make_record('dense', 3)], ('seed=3', 'dense', '(0, 1, 2)')),
+    ([made.make_record('dense', 0, changes={'moe.num_experts': 4})], ('changes', 'dense (seed 0)')),
+  ],
+)
+def test_records_that_are_not_of_the_study_are_refused(records, words):
+  study = made.make_study(('dense', Point('dropped', {}, 'too big')))
+  with pytest.raises(UserError) as error:
+    summary.summarize(study, records)
+  assert all(word in str(error.value) for word in words), error.value
+
+
+def test_changes_are_compared_as_json_has_them():
+  study = made.make_study([Point('dense', {'moe.groups': (1, 2)})])
+  record = made.make_record('dense', 0, changes={'moe.groups': [1, 2]})
+  assert summary.summarize(study, [record]).arms[0].values == {0: 2.0}
+
+
+@pytest.mark.parametrize(
+  ('fields', 'words'),
+  [
+    ({'baseline': 'other'}, ('study.baseline', 'other', 'dense, moe')),
+    ({'comparisons': (Comparison('moe', 'other'),)}, ('study.comparisons', 'other', 'dense, moe')),
+    ({'may_differ': ('weather',)}, ('study.may_differ', 'weather', 'horizon')),
+    ({'arms': ('dense', 'dense')}, ('arm', 'dense', '2 times')),
+  ],
+)
+def test_studies_that_name_what_they_do_not_have_are_refused(fields, words):
+  with pytest.raises(UserError) as error:
+    summary.summarize(made.make_study(**fields), [])
+  assert all(word in str(error.value) for word in words), error.value
+
+
+OTHER_TEXT = {'name': 'tier2', 'fingerprint': 'e' * 64, 'tokenizer': 't' * 64}
+OTHER_TOKENIZER = {'name': 'tier1', 'fingerprint': 'e' * 64, 'tokenizer': 'u' * 64}
+OTHER_BOTH = {'name': 'tier2', 'fingerprint': 'e' * 64, 'tokenizer': 'u' * 64}
+
+
+@pytest.mark.parametrize(
+  ('changes', 'may_differ', 'words'),
+  [
+    ({'num_steps': 200, 'step': 200}, 'horizon', ('train.num_steps', '100', '200')),
+    # The same FLOPs over more tokens.
+    ({'tokens': 1_600_000, 'flops_per_token': 1_200_000}, 'horizon', ('tokens', '1600000')),
+    ({'data': OTHER_TEXT}, 'data', ('data fingerprint', 'f' * 64, 'e' * 64)),
+    ({'data': OTHER_TOKENIZER}, 'tokenizer', ('tokenizer', 't' * 64, 'u' * 64)),
+    ({'flops_per_token': 2_430_000}, 'compute', ('FLOPs', '1920000000000', '1944000000000')),
+  ],
+)
+def test_what_cannot_be_compared_is_refused_unless_it_is_the_question(changes, may_differ, words):
+  records = [made.make_record('dense', 0), made.make_record('moe', 1, **changes)]
+  for excuses in ((), tuple(name for name in summary.MAY_DIFFER if name != may_differ)):
+    with pytest.raises(UserError) as error:
+      summary.summarize(made.make_study(may_differ=excuses), records)
+    wanted = (*words, 'dense (seed 0)', 'moe (seed 1)', repr(may_differ))
+    # Of a text by another name, under tokenizers that may differ, the names are compared.
+    if may_differ == 'data' and excuses:
+      wanted = ('data.name', 'tier1', 'tier2', repr(may_differ))
+    assert all(word in str(error.value) for word in wanted), error.value
+  summary.check_comparable(made.make_study(may_differ=(may_differ,)), records)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'words'),
+  [
+    ({'step': 99}, ('step', 'moe (seed 1)', '99', '100')),
+    ({'data': {**made.make_record().data, 'split': 'valid'}}, ('split', 'valid', 'test')),
+  ],
+)
+def test_what_no_study_can_ask_is_always_refused(changes, words):
+  records = [made.make_record('dense', 0), made.make_record('moe', 1, **changes)]
+  with pytest.raises(UserError) as error:
+    summary.check_comparable(made.make_study(may_differ=summary.MAY_DIFFER), records)
+  assert all(word in str(error.value) for word in words), error.value
+
+
+def test_seeds_of_one_arm_are_compared_too():
+  records = [made.make_record('moe', 0), made.make_record('moe', 1, data=OTHER_BOTH)]
+  with pytest.raises(UserError, match=r'moe \(seed 0\).*moe \(seed 1\)'):
+    summary.check_comparable(made.make_study(), records)
+
+
+def test_other_tokenizers_excuse_no_other_text():
+  study = made.make_study(may_differ=('tokenizer',))
+  with pytest.raises(UserError, match=r'data\.name'):
+    summary.check_comparable(
+      study, [made.make_record('dense', 0), made.make_record('moe', 1, data=OTHER_BOTH)]
+    )
+  other_text = {**made.make_record().data, 'fingerprint': 'e' * 64}
+  with pytest.raises(UserError, match='data fingerprint'):
+    summary.check_comparable(
+      study, [made.make_record('dense', 0), made.make_record('moe', 1, data=other_text)]
+    )
+
+
+def test_a_percent_of_compute_and_tokens_is_no_difference():
+  # 1% of FLOPs, by tokens that padding changed and by widths that are whole numbers.
+  records = [
+    made.make_record('dense', 0),
+    made.make_record('dense', 1, tokens=804_000),
+    made.make_record('moe', 0, flops_per_token=2_411_000),
+  ]
+  summary.check_comparable(made.make_study(), records)
+  # Each is within 1% of the first, not of each other.
+  records = [
+    made.make_record('dense', 0),
+    made.make_record('dense', 1, flops_per_token=2_380_000),
+    made.make_record('moe', 0, flops_per_token=2_420_000),
+  ]
+  with pytest.raises(UserError, match=r'dense \(seed 1\).*moe \(seed 0\)'):
+    summary.check_comparable(made.make_study(), records)
+
+
+def test_what_did_not_finish_is_not_compared():
+  other = {'step': 3, 'num_steps': 500, 'tokens': 7, 'data': OTHER_BOTH, 'flops_per_token': 1}
+  records = [made.make_record('dense', 0), made.make_record('moe', 0, status=FAILED, **other)]
+  summary.check_comparable(made.make_study(), records)
+  summary.check_comparable(made.make_study(), [])
+
+
+@pytest.mark.parametrize(
+  ('changes', 'warning'),
+  [
+    (
+      {'git_dirty': True},
+      'a checkout had uncommitted changes: its commit does not say what was run',
+    ),
+    ({'git_commit': 'abc'}, f'trials are of different commits: {made.COMMIT}, abc'),
+    ({'git_commit': None}, f'trials are of different commits: {made.COMMIT}, unknown'),
+    (
+      {'devices': {'platform': 'gpu', 'kind': 'H200', 'count': 1}},
+      'trials ran on different devices: 1 x H200 (gpu), 8 x cpu (cpu)',
+    ),
+    (
+      {'config': made.make_config(router='expert_choice')},
+      'moe: not causal, a token can depend on later ones (moe.router=expert_choice)',
+    ),
+    (
+      {'config': made.make_config(priority='choice')},
+      'moe: not causal, a token can depend on later ones (moe.priority=choice)',
+    ),
+  ],
+)
+def test_warnings_of_provenance(changes, warning):
+  records = made.make_records(VALUES)
+  records[-1] = replace(records[-1], **changes)
+  assert summary.summarize(made.make_study(), records).warnings == (warning,)
+  # Of what is not averaged they say nothing, except that an arm is not causal.
+  records[-1] = replace(records[-1], status=FAILED)
+  assert (warning in summary.summarize(made.make_study(), records).warnings) == (
+    'config' in changes
+  )
+
+
+def test_warnings_of_unknown_commit_and_data():
+  records = [replace(record, git_commit=None, data={}) for record in made.make_records(VALUES)]
+  assert summary.summarize(made.make_study(), records).warnings == (
+    'the commit is unknown',
+    'a trial does not say which data it was trained on',
+  )
+
+
+def test_warnings_of_seeds():
+  values = {'dense': [1.0, 2.0, 4.0], 'moe': [1.0, 1.0]}
+  for fields in ({'baseline': 'dense'}, {'comparisons': (Comparison('moe', 'dense'),)}):
+    result = summary.summarize(made.make_study(**fields), made.make_records(values))
+    assert result.warnings == (
+      'moe: 2 seeds, fewer than 3',
+      'moe: all seeds have the same value',
+      'moe minus dense: unpaired seeds left out: 2',
+    )
+  both = made.make_study(baseline='dense', comparisons=(Comparison('moe', 'dense'),))
+  assert summary.summarize(both, made.make_records(values)).warnings == result.warnings
+
+
+def test_a_warning_of_metrics_per_token_under_two_tokenizers():
+  records = made.make_records(VALUES)
+  records[-1] = replace(records[-1], data=OTHER_TOKENIZER, metrics={'dropless/loss': 1.0})
+  for name, num in (('dropless/loss', 1), (made.METRIC, 0)):
+    study = made.make_study(may_differ=('tokenizer',), metric=Metric(name, 'nats'))
+    warnings = summary.summarize(study, records).warnings
+    assert len([w for w in warnings if 'tokenizers differ' in w]) == num
+
+
+def test_provenance():
+  records = made.make_records(VALUES)
+  records[0] = replace(records[0], config=made.make_config(num_experts=4))
+  of = summary.summarize(made.make_study(), records).provenance
+  assert of.commits == (made.COMMIT,) and not of.dirty and of.devices == ('8 x cpu (cpu)',)
+  assert of.data == (made.make_record().data,)
+  assert of.config['model.num_layers'] == 2 and 'moe.num_experts' not in of.config
+  assert of.not_causal == {}
+
+
+def test_a_config_of_another_version_is_no_obstacle():
+  moe = {'num_experts': 4, 'num_selected_experts': 1, 'priority': 'token'}
+  for config, share in (
+    ({'moe': moe | {'router': 'of_the_future'}}, 0.25),
+    ({'moe': moe}, 0.25),
+    ({'moe': {}}, 1),
+    ({}, 1),
+  ):
+    result = summary.summarize(made.make_study(['dense']), [made.make_record(config=config)])
+    assert result.arms[0].tokens_per_expert == share * 800_000
