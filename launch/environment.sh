@@ -1,6 +1,7 @@
 # Sourced by ./launch/quickstart and ./launch/test: makes .venv and installs the project into it.
 #
 #   prepare_environment EXTRA...   installs with these extras; [cuda] or [tpu] is added if one is there
+#   prepare_browser                finds or installs chromium and chromedriver
 #   prepare_devices                8 simulated devices where there is no accelerator
 
 fail() {
@@ -45,6 +46,21 @@ prepare_environment() {
       --editable ".${extras:+[$extras]}" || fail "pip: could not install the project"
     echo "$wanted" > ".venv/installed-$extras"
   fi
+}
+
+# What the tests of the report's page drive: Debian's packages, installed if we may.
+prepare_browser() {
+  if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then
+    return
+  fi
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    echo "installing chromium and chromium-driver for the tests of the report's page"
+    { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
+      chromium chromium-driver; } >/dev/null 2>&1 || fail "apt-get: could not install chromium"
+    return
+  fi
+  fail "chromium and chromedriver: not found, and the tests of the report's page need both;" \
+    "install them, or leave these tests out with ./launch/test --fast"
 }
 
 prepare_devices() {

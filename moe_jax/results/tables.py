@@ -53,6 +53,7 @@ _MOST_ACCENTED = 0x180
 _SCALES = ((1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k'))
 # Half widths below come of rounding.
 _MOST_DECIMALS = 12
+_NOTHING = Interval(math.nan, math.nan, math.nan, 0)
 
 
 class _Style(NamedTuple):
@@ -349,9 +350,6 @@ def _csv_row(summary: Summary, arm: ArmSummary, names: Sequence[str]) -> dict[st
     name: '' if isinstance(value, float) and math.isnan(value) else value
     for name, value in row.items()
   }
-
-
-_NOTHING = Interval(math.nan, math.nan, math.nan, 0)
 
 
 def _on_models(summary: Summary) -> list[str]:

@@ -40,9 +40,9 @@ def test_without_a_baseline_there_are_no_differences():
 
 
 def test_what_is_not_finished_is_counted_and_never_averaged():
-  value = {made.METRIC: -1000.0}
+  value = {made.METRIC: -1000.0, 'capacity/loss': -1000.0}
   records = [
-    made.make_record('moe', 0, 2.0),
+    made.make_record('moe', 0, 2.0, metrics={'capacity/loss': 4.0}),
     made.make_record('moe', 3, status=DIVERGED, reason='nan', step=40),
     made.make_record('moe', 1, status=FAILED, reason='no space', step=10),
     # One whose metrics were read before it went on.
@@ -58,6 +58,7 @@ def test_what_is_not_finished_is_counted_and_never_averaged():
   moe = result.arms[1]
   assert moe.values == {0: 2.0} and moe.interval.mean == 2
   assert math.isnan(moe.interval.low) and math.isnan(moe.bootstrap.low)
+  assert moe.metrics['capacity/loss'].mean == 4
   assert moe.statuses == {FINISHED: 3, DIVERGED: 1, FAILED: 1, UNFINISHED: 1, MISSING: 2}
   assert moe.absent == (
     summary.Absent(1, FAILED, 'no space', 10, 100),
@@ -74,7 +75,7 @@ def test_what_is_not_finished_is_counted_and_never_averaged():
 
 def test_an_arm_without_any_finished_trial():
   broken = [
-    made.make_record('moe', seed, status=FAILED, reason='shapes', parameters={}, flops_per_token=0)
+    made.make_record('moe', seed, status=DIVERGED, reason='nan', parameters={}, flops_per_token=0)
     for seed in range(3)
   ]
   study = made.make_study(baseline='dense', comparisons=(Comparison('moe', 'dense'),))
@@ -84,8 +85,10 @@ def test_an_arm_without_any_finished_trial():
   assert moe.parameters == {} and moe.metrics == {}
   assert moe.flops_per_token is moe.tokens is moe.tokens_per_expert is None
   assert result.comparisons[0].verdict == summary.UNTESTED
-  assert 'moe: 0 seeds, fewer than 3' in result.warnings
-  assert 'moe minus dense: unpaired seeds left out: 0, 1, 2' in result.warnings
+  assert result.warnings == (
+    'moe: 0 seeds, fewer than 3',
+    'moe minus dense: unpaired seeds left out: 0, 1, 2',
+  )
 
 
 def test_no_records_at_all():
@@ -95,7 +98,8 @@ def test_no_records_at_all():
 
 
 def test_a_dropped_arm_stays_with_its_reason():
-  study = made.make_study(('dense', Point('none', {'moe.num_experts': 1}, 'K is above E')))
+  none = Point('none', {'moe.num_experts': 1}, 'K is above E')
+  study = made.make_study(('dense', none), baseline='dense')
   result = summary.summarize(study, made.make_records({'dense': [1.0, 2.0, 3.0]}))
   dropped = result.arms[1]
   assert (dropped.name, dropped.dropped) == ('none', 'K is above E')
