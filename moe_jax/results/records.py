@@ -32,7 +32,8 @@ class Record:
     num_steps: of its config.
     changes: config fields of the arm with their values, as the study gives them.
     config: resolved.
-    data: name, fingerprint and tokenizer of the text; {} if it never began.
+    data: name, fingerprint and tokenizer of the text, and the split that was evaluated; {} if it
+      never began.
     git_commit: of the checkout it ran in; None if unknown.
     git_dirty: whether that had uncommitted changes.
     devices: platform, kind and count.

@@ -62,6 +62,8 @@ def _record(trial: Trial, workdir: str | os.PathLike, command: str) -> Record:
     path = folder / 'metrics.jsonl'
     if not path.exists() or outcome.file_digest(path) != ended['metrics_digest']:
       raise DamagedError(f'{path} is not what was written')
+    splits = {result['split'] for result in ended['evaluations'].values()}
+    known['data'] |= {'split': ', '.join(sorted(splits))}
     return Record(
       status=records.FINISHED, **known, **_results(ended['evaluations']), **_history(path)
     )

@@ -1,0 +1,113 @@
+"""The report command, from a sweep on disk to its files."""
+
+import csv
+import io
+import json
+
+import pytest
+
+from moe_jax.results.records import read_records
+from tests import tiny
+
+STUDY = """
+from moe_jax import config
+from moe_jax.study import Comparison, Study, chain, point, product
+
+def get_study():
+  base = config.get_config()
+  base.update({base!r})
+  arms = chain(
+    product({{'moe.load_balancing_weight': (0, 0.01)}}),
+    point('absent', {{'data.name': 'text:/nowhere'}}),
+  )
+  return Study(
+    'small & odd', 'does it <b>work</b>?', base, arms, (0, 1), baseline='load_balancing_weight=0',
+    comparisons=(Comparison('load_balancing_weight=0.01', 'load_balancing_weight=0'),),
+    x='moe.load_balancing_weight',
+  )
+"""
+
+
+@pytest.fixture(scope='module')
+def swept(text, tmp_path_factory):
+  """(study file, workdir) of a sweep with an arm that fails."""
+  folder = tmp_path_factory.mktemp('report')
+  base = tiny.config({**text, 'train.num_steps': 4}).to_dict()
+  (folder / 'study.py').write_text(STUDY.format(base=base))
+  result = tiny.command('sweep', f'--study={folder / "study.py"}', f'--workdir={folder / "w"}')
+  # Two trials failed: said in the exit code and in the last line.
+  assert result.code == 1 and '4 finished, 0 diverged, 2 failed' in result.out
+  return folder / 'study.py', folder / 'w'
+
+
+def report(study, workdir, out, *more):
+  return tiny.command('report', f'--study={study}', f'--workdir={workdir}', f'--out={out}', *more)
+
+
+def test_a_broken_arm_is_reported_with_the_rest(swept, tmp_path):
+  study, workdir = swept
+  result = report(study, workdir, tmp_path / 'r')
+  assert result.code == 0, result.err
+  table = (tmp_path / 'r' / 'table.md').read_text()
+  assert table in result.out
+  assert 'absent' in table and 'does not exist' in table and '0 of 2' in table
+  rows = list(csv.DictReader(io.StringIO((tmp_path / 'r' / 'table.csv').read_text())))
+  assert [row['arm'] for row in rows] == [
+    'load_balancing_weight=0',
+    'load_balancing_weight=0.01',
+    'absent',
+  ]
+  names = {p.name for p in (tmp_path / 'r').iterdir()}
+  assert names == {
+    *('cite.bib', 'figures', 'index.html', 'methods.tex', 'results.jsonl'),
+    *('table.csv', 'table.md', 'table.tex'),
+  }
+  assert {'loss.pdf', 'loss.png', 'metric.pdf'} <= {
+    p.name for p in (tmp_path / 'r' / 'figures').iterdir()
+  }
+  assert '<b>work</b>' not in (tmp_path / 'r' / 'index.html').read_text().split('<script')[0]
+  records = read_records(tmp_path / 'r' / 'results.jsonl')
+  assert records[0].data['split'] == 'test'
+  assert records[0].command.endswith(f'--trial={records[0].trial}')
+
+
+def test_results_alone_give_the_same_report(swept, tmp_path):
+  study, workdir = swept
+  assert report(study, workdir, tmp_path / 'one').code == 0
+  results = f'--results={tmp_path / "one" / "results.jsonl"}'
+  two = tiny.command('report', f'--study={study}', results, f'--out={tmp_path / "two"}')
+  assert two.code == 0, two.err
+  assert tiny.snapshot(tmp_path / 'one') == tiny.snapshot(tmp_path / 'two')
+
+
+def test_what_was_tampered_with_is_named_and_not_averaged(swept, tmp_path):
+  study, workdir = swept
+  log = next(p for p in workdir.glob('trials/*/metrics.jsonl') if p.stat().st_size)
+  good = log.read_text()
+  log.write_text(good[:-20])
+  try:
+    result = report(study, workdir, tmp_path / 'r', '--nofigures')
+  finally:
+    log.write_text(good)
+  assert result.code == 0, result.err
+  table = (tmp_path / 'r' / 'table.md').read_text()
+  assert '1 of 2' in table and 'metrics.jsonl is not what was written' in table
+
+
+def test_refuses(swept, tmp_path):
+  study, workdir = swept
+  report(study, tmp_path / 'none', tmp_path / 'r').assert_error('--workdir=', 'does not exist')
+  tiny.command('report', f'--study={study}', f'--out={tmp_path / "r"}').assert_error('--workdir=')
+  bad = tmp_path / 'results.jsonl'
+  bad.write_text(json.dumps({'trial': 'x'}) + '\n')
+  result = tiny.command('report', f'--study={study}', f'--results={bad}', f'--out={tmp_path / "r"}')
+  result.assert_error('results.jsonl:1', code=3)
+  # Half as many tokens in one arm: unequal compute is no fair comparison.
+  unfair = tmp_path / 'unfair.py'
+  unfair.write_text(
+    study.read_text().replace("{'data.name': 'text:/nowhere'}", "{'train.num_steps': 2}")
+  )
+  tiny.command('sweep', f'--study={unfair}', f'--workdir={workdir}')
+  report(unfair, workdir, tmp_path / 'r', '--nofigures').assert_error('num_steps', 'horizon')
+  # What was found stands there all the same.
+  assert len(read_records(tmp_path / 'r' / 'results.jsonl')) == 6
