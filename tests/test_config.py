@@ -1,5 +1,6 @@
 """Every field has bounds, and every wrong value is an error that names the field and the value."""
 
+import importlib
 import math
 import pathlib
 
@@ -346,3 +347,44 @@ def test_random_drop_share_is_that_of_simulated_routing():
   share = accounting.random_drop_share(config, capacity)
   np.testing.assert_allclose(share, drops / (400 * tokens * selected), rtol=0.1)
   assert accounting.tokens_per_expert(config) == 32
+
+
+@pytest.mark.parametrize('changes', [{}, {'num_selected_experts': 1}, {'num_shared_experts': 1}])
+def test_flops_of_a_sparse_model_are_those_of_the_compiled_gradient(changes):
+  config = debug.get_config()
+  # One layer: XLA counts the body of a scan once. Slots for exactly the assignments: empty slots
+  # are computed, and are not counted as active.
+  config.model.num_layers = 1
+  config.moe.update(num_experts=4, capacity_factor=1.0, renormalize='none', **changes)
+  schema.validate(config)
+  model = build_model(config, make_mesh(1, 1), tiny.VOCAB_SIZE, 'train', 4)
+  tokens = jax.ShapeDtypeStruct((4, config.data.sequence_length), np.int32)
+  params = jax.eval_shape(lambda: init_params(model, jax.numpy.int32(0)))
+  key = jax.eval_shape(lambda: jax.random.key(0))
+
+  def loss(params, key, *rows):
+    return jax.numpy.sum(forward(model, params, *rows, key=key).logits ** 2)
+
+  compiled = jax.jit(jax.grad(loss)).lower(params, key, *[tokens] * 3).compile()
+  measured = compiled.cost_analysis()['flops'] / tokens.size
+  expected = accounting.training_flops_per_token(config, tiny.VOCAB_SIZE)
+  # Norms, softmax, activation, routing and the square come on top of the matrix products.
+  assert 0.98 * expected <= measured < 1.25 * expected
+
+
+@pytest.mark.parametrize(
+  'name', sorted(p.stem for p in (tiny.REPOSITORY / 'configs' / 'presets').glob('[a-z]*.py'))
+)
+def test_parameters_of_every_preset_are_those_of_its_model(name):
+  config = importlib.import_module(f'configs.presets.{name}').get_config()
+  model = build_model(config, make_mesh(1, 1), tiny.VOCAB_SIZE, 'eval')
+  params = jax.eval_shape(lambda: init_params(model, jax.numpy.int32(0)))
+  flat, _ = jax.tree_util.tree_flatten_with_path(params)
+  counts = accounting.parameter_counts(config, tiny.VOCAB_SIZE)
+  assert counts['total'] == sum(leaf.size for _, leaf in flat)
+  # Active: all but the experts that a token does not pass.
+  moe, choice = config.moe, schema.router_options(config)
+  kept = [(path, leaf) for path, leaf in flat if len(path) > 1 and path[-2].key == 'moe']
+  experts = sum(leaf.size for path, leaf in kept if path[-1].key in ('w_in', 'w_out'))
+  passed = moe.num_experts if name == 'dense' else choice.num_selected_experts
+  assert counts['active'] == counts['total'] - experts + experts * passed // moe.num_experts

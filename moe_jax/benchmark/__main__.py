@@ -1,8 +1,9 @@
-"""Benchmarks: python -m moe_jax.benchmark {layer,router,step} [--json].
+"""Benchmarks: python -m moe_jax.benchmark {layer,router,step,sweep} [--json].
 
 layer: the MoE layer against a dense layer of the same active FLOPs and its own batched products.
 router: choosing and planning, as a share of the experts' products.
 step:  where the time of a training step goes, and how long it waits for data (--config=...).
+sweep: what it gains to train several trials as one program (--config=...).
 """
 
 import json
@@ -12,7 +13,7 @@ import jax
 from absl import flags
 
 from moe_jax import cli, routing
-from moe_jax.benchmark import layer, router, step
+from moe_jax.benchmark import layer, router, step, sweep
 from moe_jax.benchmark.timing import Ratio
 from moe_jax.errors import UserError
 
@@ -33,7 +34,8 @@ _ACTIVATION = flags.DEFINE_enum('activation', 'swiglu', ['swiglu', 'gelu'], 'lay
 _DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'layer: of the products.')
 _SEED = flags.DEFINE_integer('seed', 0, 'Of weights, inputs and orders.')
 _ROUTERS = flags.DEFINE_list('routers', sorted(routing.ROUTERS), 'router: which.')
-_COMMANDS = ('layer', 'router', 'step')
+_NUM_TRIALS = flags.DEFINE_list('num_trials', ['2', '4', '8'], 'sweep: trials in a pack.')
+_COMMANDS = ('layer', 'router', 'step', 'sweep')
 
 
 def main() -> None:
@@ -42,7 +44,7 @@ def main() -> None:
     raise UserError('--rounds', _ROUNDS.value, 'must be at least 9')
   if not _JSON.value:
     print(f'on {jax.devices()[0].device_kind}, {jax.device_count()} device(s)')
-  {'layer': _layer, 'router': _router, 'step': _step}[_COMMAND]()
+  {'layer': _layer, 'router': _router, 'step': _step, 'sweep': _sweep}[_COMMAND]()
 
 
 def _values_of_e(default: list[int]) -> list[int]:
@@ -125,6 +127,21 @@ def _step() -> None:
     print(f'{name:<12}{result[name]:>7.1%} of a step')
   print(f'{"data wait":<12}{result["data_wait"]:>7.2%} of the time of {_STEPS.value} real steps')
   print(f'compilations of the step: {result["compilations"]}')
+
+
+def _sweep() -> None:
+  numbers = _NUM_TRIALS.value
+  if not all(n.isdigit() and int(n) >= 2 for n in numbers):
+    raise UserError('--num_trials', numbers, 'must be numbers >= 2')
+  for row in sweep.rows(_CONFIG(), [int(n) for n in numbers], _ROUNDS.value, _SEED.value):
+    if _JSON.value:
+      print(json.dumps(row), flush=True)
+      continue
+    print(
+      f'{row["num_trials"]:>3} trials: one by one / packed {Ratio(**row["gain"])}, null '
+      f'{Ratio(**row["null"])}{"  VOID: restless machine" if row["void"] else ""}',
+      flush=True,
+    )
 
 
 def _take_command(argv: list[str]) -> str:

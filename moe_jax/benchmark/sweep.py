@@ -1,0 +1,103 @@
+"""What it gains to train several trials as one program."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moe_jax import optim
+from moe_jax.benchmark.timing import is_void, measure, ratio
+from moe_jax.data import ByteTokenizer
+from moe_jax.models.build import build_model
+from moe_jax.parallel.mesh import BATCH_AXES
+from moe_jax.train.knobs import knobs_of
+from moe_jax.train.loop import program_of, step_of
+from moe_jax.train.opening import mesh_of
+from moe_jax.train.state import init_state, state_shardings
+from moe_jax.train.step import packed_shardings
+
+
+def rows(
+  config: ml_collections.ConfigDict, num_trials: list[int], rounds: int, seed: int
+) -> Iterator[dict[str, Any]]:
+  """Measures N training steps of N trials one after the other against one packed step of them.
+
+  On random tokens without padding, data pipeline and files left out. The reference is run as an arm
+  a second time, as the null arm.
+
+  Args:
+    config: of every trial; their seeds differ.
+    num_trials: values of N.
+    rounds: of interleaved calls.
+    seed: of tokens and orders.
+
+  Yields:
+    num_trials; `gain`, the time of the trials one by one over that of the pack; `null`; `void`.
+  """
+  mesh = mesh_of(config)
+  with jax.set_mesh(mesh):
+    for number in num_trials:
+      alone = _calls(config, mesh, 1, seed)
+      packed = _calls(config, mesh, number, seed)
+
+      def one_by_one(alone=alone, number=number):
+        for _ in range(number):
+          alone()
+
+      arms = {'alone': one_by_one, 'again': one_by_one, 'packed': packed}
+      for arm in arms.values():
+        arm()
+      seconds = measure(arms, rounds, seed)
+      null = ratio(seconds['alone'], seconds['again'])
+      gain = ratio(seconds['alone'], seconds['packed'])
+      yield {
+        'num_trials': number,
+        'gain': gain._asdict(),
+        'null': null._asdict(),
+        'void': is_void(null),
+      }
+
+
+def _calls(
+  config: ml_collections.ConfigDict, mesh: Mesh, number: int, seed: int
+) -> Callable[[], None]:
+  """Returns a call that does one step of so many trials together and waits for it."""
+  vocab_size = config.data.vocab_size or ByteTokenizer().vocab_size
+  microbatch = config.data.batch_size // config.train.accumulation_steps
+  model = build_model(config, mesh, vocab_size, 'train', microbatch)
+  optimizer = optim.make_optimizer(config.optim, config.train.num_steps)
+  step = step_of(program_of(config), mesh, vocab_size, packed=number > 1)
+  knobs = knobs_of(config)
+  states = [init_state(model, optimizer, trial) for trial in range(number)]
+  shape = (config.data.batch_size, config.data.sequence_length)
+  tokens = np.random.default_rng(seed).integers(0, vocab_size, (number, *shape), np.int32)
+  places = np.broadcast_to(np.arange(shape[1], dtype=np.int32), tokens.shape)
+  rows = {
+    'inputs': tokens,
+    'targets': np.roll(tokens, -1, axis=-1),
+    'segment_ids': np.ones_like(tokens),
+    'positions': places,
+  }
+  spec = PartitionSpec(BATCH_AXES)
+  state: Any = states[0]
+  if number > 1:
+    spec = PartitionSpec(None, BATCH_AXES)
+    knobs = jax.tree.map(lambda x: jnp.stack([x] * number), knobs)
+    state = jax.jit(
+      lambda *s: jax.tree.map(lambda *x: jnp.stack(x), *s),
+      out_shardings=packed_shardings(state_shardings(model, optimizer)),
+    )(*states)
+  else:
+    rows = {name: value[0] for name, value in rows.items()}
+  batch = {name: jax.device_put(value, NamedSharding(mesh, spec)) for name, value in rows.items()}
+  held = [state]
+
+  def call() -> None:
+    held[0], metrics = step(held[0], batch, knobs)
+    jax.block_until_ready((held[0], metrics))
+
+  return call
