@@ -45,9 +45,11 @@ def main() -> int:
     os.makedirs(workdir, exist_ok=True)
   except OSError as error:
     raise UserError('--workdir', workdir, f'cannot be written: {error.strerror}') from error
-  # Programs that were compiled once are not compiled again by the next worker or after a kill.
-  jax.config.update('jax_compilation_cache_dir', os.path.join(workdir, 'compilation_cache'))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+  # Programs that were compiled once are not compiled again by the next worker or after a kill. Not
+  # on CPUs: there JAX 0.10.2 aborted the process while it wrote a program to the cache.
+  if jax.default_backend() != 'cpu':
+    jax.config.update('jax_compilation_cache_dir', os.path.join(workdir, 'compilation_cache'))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
   try:
     counts = runner.run(study, trials, workdir, lambda line: tqdm.tqdm.write(line), _PACK.value)
   except runner.Interrupted as interrupted:

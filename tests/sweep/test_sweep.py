@@ -6,7 +6,6 @@ import os
 import signal
 import time
 
-import jax
 import pytest
 
 from moe_jax.errors import UserError
@@ -43,14 +42,6 @@ def study_file(folder, text, more='', **overrides):
   path = folder / 'study.py'
   path.write_text(STUDY_FILE.format(base=base, more=f', {more}' if more else ''))
   return path
-
-
-@pytest.fixture(autouse=True)
-def no_cache_afterwards():
-  """The command turns the persistent compilation cache on, for its process."""
-  before = jax.config.jax_compilation_cache_dir
-  yield
-  jax.config.update('jax_compilation_cache_dir', before)
 
 
 def test_an_id_is_the_config_but_for_what_changes_no_result(text):
