@@ -46,6 +46,16 @@ _WARMUP_SHARE = 0.1
 
 Trials = list[Record]
 
+# How the value of one seed is marked beside the mean.
+_SINGLE_SEED: dict[str, Any] = {
+  'ls': 'none',
+  'marker': 'o',
+  'markersize': 3,
+  'markerfacecolor': 'white',
+  'markeredgewidth': 0.7,
+  'zorder': 3,
+}
+
 
 def save_all(
   study: Study, records: Sequence[Record], out: str | pathlib.Path
@@ -298,14 +308,9 @@ def _points(axes: Axes, points: Any, label: str, style: dict[str, Any], transfor
     axes.plot(
       [x] * len(values),
       values,
-      ls='none',
-      marker='o',
-      markersize=3,
-      markerfacecolor='white',
-      markeredgewidth=0.7,
       color=style['color'],
       transform=transform,
-      zorder=3,
+      **_SINGLE_SEED,
     )
   # What is drawn under a transform of its own does not enter the limits by itself.
   ends = [
@@ -367,13 +372,8 @@ def _dots(
       axes.plot(
         values,
         [y] * len(values),
-        ls='none',
-        marker='o',
-        markersize=3,
-        markerfacecolor='white',
-        markeredgewidth=0.7,
         color=style['color'],
-        zorder=3,
+        **_SINGLE_SEED,
       )
     axes.plot([], [], marker='o', markersize=4, label=kind, color=style['color'])
   axes.set_yticks(range(len(arms)), names, fontsize='small')

@@ -27,7 +27,6 @@ from moe_jax.sweep import outcome
 from moe_jax.sweep.evaluations import config_for
 from moe_jax.sweep.trials import Trial
 from moe_jax.train import accounting, evaluate, manifest, packed
-from moe_jax.train.knobs import knob_fields
 from moe_jax.train.loop import DivergedError, Listener, program_of, train
 from moe_jax.train.opening import dataset_of
 from moe_jax.train.restore import restore_run
@@ -257,11 +256,8 @@ def _evaluate(study: Study, trial: Trial, folder: str) -> dict[str, Any]:
 
 def _program(config: ml_collections.ConfigDict) -> str:
   """Returns what of a config decides the program of an evaluation, as JSON."""
-  fields = config.to_dict()
+  fields = json.loads(program_of(config))
   defaults = config_lib.get_config().to_dict()
-  for field in knob_fields(config):
-    room, name = field.split('.')
-    fields[room][name] = defaults[room][name]
   fields |= {'train': defaults['train'], 'optim': defaults['optim']}
   return json.dumps(fields, sort_keys=True)
 
