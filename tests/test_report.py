@@ -94,6 +94,12 @@ def test_what_was_tampered_with_is_named_and_not_averaged(swept, tmp_path):
   assert '1 of 2' in table and 'metrics.jsonl is not what was written' in table
 
 
+def test_pack_refuses_trials_that_evaluate_while_they_train(swept, tmp_path):
+  study, _ = swept
+  flags = f'--study={study}', f'--workdir={tmp_path}', '--set=train.eval_every=2'
+  tiny.command('sweep', *flags, '--pack=2').assert_error('train.eval_every=2', '--pack')
+
+
 def test_refuses(swept, tmp_path):
   study, workdir = swept
   report(study, tmp_path / 'none', tmp_path / 'r').assert_error('--workdir=', 'does not exist')

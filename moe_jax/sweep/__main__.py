@@ -37,6 +37,11 @@ def main() -> int:
   if _PACK.value < 1:
     raise UserError('--pack', _PACK.value, 'must be at least 1')
   trials = _of_shard(_chosen(trials_of(study, _free_fields())))
+  evaluates = next((t.config.train.eval_every for t in trials if t.config.train.eval_every), 0)
+  if _PACK.value > 1 and evaluates:
+    raise UserError(
+      'train.eval_every', evaluates, 'must be 0 with --pack; --set=train.eval_every=0 makes it so'
+    )
   if _DRY_RUN.value:
     _print_plan(study, trials)
     return 0
