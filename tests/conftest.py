@@ -1,5 +1,6 @@
 """Every test runs on 8 simulated CPU devices, with shapes checked at every call of the package."""
 
+import gc
 import os
 
 NUM_DEVICES = 8
@@ -45,6 +46,18 @@ def pytest_sessionstart():
   # A test that skips for want of devices is a test that never runs.
   if jax.device_count() < NUM_DEVICES:
     pytest.exit(f'{jax.device_count()} devices: the tests need {NUM_DEVICES}', returncode=1)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def forget_programs():
+  """Frees the compiled programs of a module after it.
+
+  Each keeps some memory mappings. Linux allows a process 65,530 (vm.max_map_count), the suite has
+  more in all, and then XLA crashes.
+  """
+  yield
+  jax.clear_caches()
+  gc.collect()
 
 
 @pytest.fixture(scope='session')
