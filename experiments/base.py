@@ -2,16 +2,16 @@
 
 from moe_jax import config as schema
 
-# Chosen on the validation split by experiments/learning_rate, per family: 0 is the dense model,
-# else the number of experts.
-LEARNING_RATES: dict[int, float] = {}
+# Chosen on the validation split by experiments/learning_rate: the best of 2e-3, 4e-3 and 8e-3 for
+# the dense model, 4 and 16 experts alike.
+LEARNING_RATE = 4e-3
 
 
 def small(num_steps: int = 1000):
   """Returns a config of 16 experts, 2 of them active, on tier-2 text.
 
-  A single device by default: on a CPU a worker per core is faster than a mesh. Results do not depend
-  on the mesh, so `sweep --set=mesh.data=2 --set=mesh.expert=4` is free.
+  A single device by default: on a CPU a worker per core is faster than a mesh. Results do not
+  depend on the mesh, so `sweep --set=mesh.data=2 --set=mesh.expert=2` is free.
 
   Args:
     num_steps: of 2,048 tokens each.
@@ -25,6 +25,6 @@ def small(num_steps: int = 1000):
   config.data.update(
     name='tier2', tokenizer='bpe', vocab_size=2048, sequence_length=128, batch_size=16
   )
-  config.optim.update(learning_rate=4e-3, warmup_steps=50)
+  config.optim.update(learning_rate=LEARNING_RATE, warmup_steps=50)
   config.train.update(num_steps=num_steps, checkpoint_every=200, eval_every=0, log_every=20)
   return config

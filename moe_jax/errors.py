@@ -5,17 +5,18 @@ Everything else that is raised is a defect of this package: exit code 1 and a tr
 
 import errno
 import os
+import re
 from typing import Any
 
 USER_ERROR_EXIT_CODE = 2
 DAMAGED_EXIT_CODE = 3
 
 
+# No room: whatever is written next is refused too.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What the operating system refuses and the user can mend: space, rights, names.
 _REFUSALS = (
-  errno.ENOSPC,
-  errno.EDQUOT,
-  errno.EFBIG,
+  *_FULL,
   errno.EACCES,
   errno.EPERM,
   errno.EROFS,
@@ -38,11 +39,22 @@ def refusal_in(error: BaseException | None) -> OSError | None:
   while error is not None:
     if isinstance(error, OSError) and is_refusal(error):
       return error
+    # TensorStore: "ValueError: ... No space left on device [os_error_code='28']".
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    code = int(found[1]) if found else None
+    if code in _REFUSALS:
+      return OSError(code, os.strerror(code))
     for text in ('No space left on device', 'Not enough disk space'):
       if text in str(error):
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     error = error.__cause__ or error.__context__
   return None
+
+
+def is_full(error: BaseException) -> bool:
+  """Whether an error comes of a full disk or quota."""
+  refusal = refusal_in(error)
+  return refusal is not None and refusal.errno in _FULL
 
 
 class UserError(ValueError):

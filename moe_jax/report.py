@@ -14,13 +14,13 @@ from moe_jax.results.records import Record, read_records, write_records
 from moe_jax.results.statistics import Interval
 from moe_jax.results.summary import ArmSummary, Summary, summarize
 from moe_jax.study import Study
-from moe_jax.sweep.collect import records_of
-from moe_jax.sweep.trials import load_study
+from moe_jax.sweep.collect import known_records, records_of
+from moe_jax.sweep.trials import load_study, trials_of
 
 _STUDY = flags.DEFINE_string('study', None, 'File that defines get_study().')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Of the sweep.')
 _RESULTS = flags.DEFINE_string(
-  'results', None, 'A results.jsonl in place of --workdir: the report of runs kept elsewhere.'
+  'results', None, 'A results.jsonl of runs kept elsewhere: in place of --workdir, or beside it.'
 )
 _OUT = flags.DEFINE_string('out', None, 'Where the report is put.')
 _FIGURES = flags.DEFINE_bool('figures', True, 'Draw figures too.')
@@ -49,15 +49,16 @@ def main() -> None:
 
 
 def _records(study: Study) -> list[Record]:
-  if _RESULTS.value:
-    if not os.path.isfile(_RESULTS.value):
-      raise UserError('--results', _RESULTS.value, 'does not exist')
+  if _RESULTS.value and not os.path.isfile(_RESULTS.value):
+    raise UserError('--results', _RESULTS.value, 'does not exist')
+  if _RESULTS.value and not _WORKDIR.value:
     return read_records(_RESULTS.value)
   workdir = cli.required(_WORKDIR)
   if not os.path.isdir(workdir):
     raise UserError('--workdir', workdir, 'does not exist')
   command = f'python -m moe_jax.sweep --study={_STUDY.value} --workdir={workdir}'
-  return records_of(study, workdir, command)
+  known = known_records(trials_of(study), _RESULTS.value) if _RESULTS.value else None
+  return records_of(study, workdir, command, known)
 
 
 def write_report(

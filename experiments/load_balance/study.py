@@ -11,18 +11,20 @@ WEIGHT = 'moe.load_balancing_weight'
 
 def get_study():
   """Returns the study."""
-  by_weight = product({WEIGHT: (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)})
-  by_scope = chain(
-    point('sequence, weight=0.01', {WEIGHT: 1e-2, 'moe.balance_scope': 'sequence'}),
-    point('device, weight=0.01', {WEIGHT: 1e-2, 'moe.balance_scope': 'device'}),
+  # Arms of the planned comparisons stand first: on small machines the others come last.
+  best = 'load_balancing_weight=0.01'
+  arms = chain(
+    product({WEIGHT: (0.01, 0.0, 1.0)}),
+    point('loss-free bias', {WEIGHT: 0.0, 'moe.router': 'loss_free', 'moe.score': 'sigmoid'}),
+    point('sequence, weight=0.01', {WEIGHT: 0.01, 'moe.balance_scope': 'sequence'}),
+    point('device, weight=0.01', {WEIGHT: 0.01, 'moe.balance_scope': 'device'}),
+    product({WEIGHT: (1e-1, 1e-3, 1e-4)}),
   )
-  bias = point('loss-free bias', {WEIGHT: 0.0, 'moe.router': 'loss_free', 'moe.score': 'sigmoid'})
-  best = f'{WEIGHT.rpartition(".")[2]}=0.01'
   return Study(
     name='load_balance',
     question='How strong, and over what, should balance be asked for?',
-    base=base.small(num_steps=1500),
-    arms=chain(by_weight, by_scope, bias),
+    base=base.small(),
+    arms=arms,
     seeds=(0, 1, 2),
     baseline=best,
     comparisons=(

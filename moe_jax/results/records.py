@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Iterable
 from typing import Any
@@ -86,7 +87,7 @@ def write_records(path: str | pathlib.Path, records: Iterable[Record]) -> None:
   temporary.replace(path)
 
 
-def read_records(path: str | pathlib.Path) -> list[Record]:
+def read_records(path: str | os.PathLike) -> list[Record]:
   """Returns the records of a results.jsonl.
 
   Raises:

@@ -153,13 +153,16 @@ def methods(summary: Summary) -> str:
 
 
 def bibtex(summary: Summary) -> str:
-  """Returns an entry for this software at the commits that finished trials ran."""
+  """Returns an entry for this software at the commits that finished trials ran.
+
+  Of type `misc`, which every BibTeX style knows.
+  """
   commits = summary.provenance.commits
   note = f'Git {_count_noun("commit", commits)} {", ".join(commits) or "unknown"}'
   if summary.provenance.dirty:
     note += ', with uncommitted changes'
   return (
-    f'@software{{{TITLE},\n'
+    f'@misc{{{TITLE},\n'
     f'  author = {{{{{escape_latex(AUTHOR)}}}}},\n'
     f'  title = {{{{{escape_latex(TITLE)}}}}},\n'
     f'  version = {{{escape_latex(VERSION)}}},\n'

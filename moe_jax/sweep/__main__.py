@@ -1,19 +1,23 @@
 """Runs a study: python -m moe_jax.sweep --study=experiments/NAME/study.py --workdir=DIR."""
 
+import contextlib
 import os
+import platform
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import tqdm
 from absl import flags
+from jax.experimental.compilation_cache import compilation_cache
 
 from moe_jax import cli
 from moe_jax import config as config_lib
 from moe_jax.errors import UserError
 from moe_jax.study import Study
-from moe_jax.sweep import runner
+from moe_jax.sweep import collect, runner
 from moe_jax.sweep.trials import Trial, load_study, trials_of
 from moe_jax.train import accounting
 from moe_jax.train.manifest import FREE_FIELDS
@@ -26,6 +30,9 @@ _TRIAL = flags.DEFINE_string('trial', None, 'Run the trial with this id alone.')
 _PACK = flags.DEFINE_integer(
   'pack', 1, 'Train up to so many trials as one program, if they differ in numbers alone.'
 )
+_RESULTS = flags.DEFINE_string(
+  'results', None, 'A results.jsonl of earlier runs, whose finished trials are not run again.'
+)
 _SET = flags.DEFINE_multi_string(
   'set', [], 'FIELD=VALUE of what changes no result, as mesh.data=2 or data.data_dir=DIR.'
 )
@@ -36,7 +43,7 @@ def main() -> int:
   study = load_study(cli.required(_STUDY))
   if _PACK.value < 1:
     raise UserError('--pack', _PACK.value, 'must be at least 1')
-  trials = _of_shard(_chosen(trials_of(study, _free_fields())))
+  trials = _of_shard(_unknown(_chosen(trials_of(study, _free_fields()))))
   evaluates = next((t.config.train.eval_every for t in trials if t.config.train.eval_every), 0)
   if _PACK.value > 1 and evaluates:
     raise UserError(
@@ -50,13 +57,9 @@ def main() -> int:
     os.makedirs(workdir, exist_ok=True)
   except OSError as error:
     raise UserError('--workdir', workdir, f'cannot be written: {error.strerror}') from error
-  # Programs that were compiled once are not compiled again by the next worker or after a kill. Not
-  # on CPUs: there JAX 0.10.2 aborted the process while it wrote a program to the cache.
-  if jax.default_backend() != 'cpu':
-    jax.config.update('jax_compilation_cache_dir', os.path.join(workdir, 'compilation_cache'))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
   try:
-    counts = runner.run(study, trials, workdir, lambda line: tqdm.tqdm.write(line), _PACK.value)
+    with _kept_programs(workdir):
+      counts = runner.run(study, trials, workdir, lambda line: tqdm.tqdm.write(line), _PACK.value)
   except runner.Interrupted as interrupted:
     print('interrupted; the same command goes on from here', flush=True)
     return 128 + interrupted.signal
@@ -65,6 +68,38 @@ def main() -> int:
     f'{counts.failed} failed, {counts.elsewhere} held by other workers'
   )
   return 1 if counts.failed else 0
+
+
+@contextlib.contextmanager
+def _kept_programs(workdir: str) -> Iterator[None]:
+  """Keeps compiled programs on disk for the next worker, or for this one after a kill."""
+  # A program for one CPU may use instructions that another lacks: each machine keeps its own.
+  host = f'cpu-{platform.node()}' if jax.default_backend() == 'cpu' else jax.default_backend()
+  settings = {
+    'jax_compilation_cache_dir': os.path.join(workdir, 'compilation_cache', host),
+    'jax_persistent_cache_min_compile_time_secs': 0.5,
+  }
+  before = {name: getattr(jax.config, name) for name in settings}
+  try:
+    for name, value in settings.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+  finally:
+    for name, value in before.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def _unknown(trials: list[Trial]) -> list[Trial]:
+  """Returns the trials that --results does not hold the end of."""
+  if _RESULTS.value is None:
+    return trials
+  if not os.path.isfile(_RESULTS.value):
+    raise UserError('--results', _RESULTS.value, 'does not exist')
+  known = collect.known_records(trials, _RESULTS.value)
+  print(f'{len(known)} of {len(trials)} trials ended in {_RESULTS.value}')
+  return [trial for trial in trials if trial.id not in known]
 
 
 def _free_fields() -> dict[str, Any]:

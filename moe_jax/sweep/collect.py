@@ -1,7 +1,9 @@
 """What became of the trials of a study, read from disk: one record for each."""
 
+import dataclasses
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -22,15 +24,59 @@ _POINTS_OF_LOAD = 40
 _OF_EXPERTS = ('router/load', 'router/load_kept')
 
 
-def records_of(study: Study, workdir: str | os.PathLike, command: str = '') -> list[Record]:
+def records_of(
+  study: Study,
+  workdir: str | os.PathLike,
+  command: str = '',
+  known: Mapping[str, Record] | None = None,
+) -> list[Record]:
   """Returns a record of every trial of a study, whatever became of it.
 
   Args:
     study: whose trials are looked for.
     workdir: of the sweep.
     command: that runs the sweep; a trial's own adds its id.
+    known: from `known_records`; stands in for trials that the directory has no end of.
   """
-  return [_record(trial, workdir, command) for trial in trials_of(study)]
+  known = known or {}
+  found = (_record(trial, workdir, command) for trial in trials_of(study))
+  return [
+    known.get(record.trial, record)
+    if record.status in (records.MISSING, records.UNFINISHED, records.FAILED)
+    else record
+    for record in found
+  ]
+
+
+def known_records(trials: list[Trial], path: str | os.PathLike) -> dict[str, Record]:
+  """Returns by trial id the records of a results.jsonl that need not be made again.
+
+  Those of trials that finished or diverged, with the very config that the study gives now; fields
+  that the schema did not have then must be at their defaults. Each keeps its own commit.
+
+  Raises:
+    DamagedError: if the file holds anything else than records.
+  """
+  ended = {}
+  for record in records.read_records(path):
+    if record.status in (records.FINISHED, records.DIVERGED):
+      ended[_id_today(record, path)] = record
+  return {
+    trial.id: dataclasses.replace(
+      ended[trial.id], trial=trial.id, arm=trial.arm, seed=trial.seed, changes=trial.changes
+    )
+    for trial in trials
+    if trial.id in ended
+  }
+
+
+def _id_today(record: Record, path: str | os.PathLike) -> str:
+  config = config_lib.get_config()
+  try:
+    config.update(record.config)
+  except (KeyError, TypeError, ValueError) as error:
+    raise DamagedError(f'{path}: the config of trial {record.trial} cannot be read') from error
+  return trial_id(config)
 
 
 def _record(trial: Trial, workdir: str | os.PathLike, command: str) -> Record:

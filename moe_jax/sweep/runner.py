@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from moe_jax import config as config_lib
 from moe_jax.data import ByteTokenizer
-from moe_jax.errors import DamagedError, UserError
+from moe_jax.errors import DamagedError, UserError, is_full
 from moe_jax.models.build import build_model
 from moe_jax.models.decoder import Decoder
 from moe_jax.results.records import DIVERGED, FAILED, FINISHED
@@ -71,6 +71,7 @@ def run(
 
   Raises:
     Interrupted: after saving the trial that was running.
+    UserError: on a full disk, which no other trial would survive either.
   """
   failed: set[str] = set()
   with _Progress(trials, workdir) as progress:
@@ -165,12 +166,20 @@ def _train_pack(unit: list[Trial], workdir: str, progress: '_Progress') -> None:
   try:
     done = packed.train_packed(members, pack_dir, Listener(note, progress.at))
   except Exception as error:
+    _stop_if_full(error, workdir)
     # What is wrong with a member alone shows when it runs alone, which it does next.
     note(f'the pack failed, its trials run alone: {type(error).__name__}: {error}')
     tqdm.tqdm.write(f'a pack of {len(unit)} failed, its trials run alone: {_one_line(error)}')
     return
   if done.interrupted_by is not None:
     raise Interrupted(done.interrupted_by)
+
+
+def _stop_if_full(error: Exception, workdir: str) -> None:
+  if is_full(error):
+    raise UserError(
+      '--workdir', workdir, f'{_one_line(error)}; the same command goes on from here'
+    ) from error
 
 
 def _logger(trial: Trial, workdir: str) -> Callable[[str], None]:
@@ -222,6 +231,7 @@ def _run_one(
   except (Interrupted, KeyboardInterrupt):
     raise
   except Exception as error:
+    _stop_if_full(error, workdir)
     # Whatever it is must not cost the other trials; it stands in the outcome and in the report.
     status, reason = FAILED, _one_line(error)
     note(reason)

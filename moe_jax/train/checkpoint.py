@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from moe_jax.errors import DamagedError, UserError, is_refusal
+from moe_jax.errors import DamagedError, UserError, refusal_in
 from moe_jax.train.state import TrainState
 
 FOLDER = 'checkpoints'
@@ -82,10 +82,8 @@ class Checkpoints:
     try:
       yield
     except Exception as error:
-      # TensorStore: "ValueError: ... No space left on device [os_error_code='28']".
-      found = re.search(r"os_error_code='(\d+)'", str(error))
-      refusal = OSError(int(found[1]), os.strerror(int(found[1]))) if found else error
-      if not (isinstance(refusal, OSError) and is_refusal(refusal)):
+      refusal = refusal_in(error)
+      if refusal is None:
         raise
       raise UserError(
         'workdir',

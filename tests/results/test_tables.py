@@ -252,7 +252,7 @@ def test_bibtex_is_what_citation_says(broken):
   assert (of['version'], of['license']) == (tables.VERSION, tables.LICENSE)
   assert len(re.findall(r'^  - name:', citation, re.MULTILINE)) == 1
   text = tables.bibtex(broken)
-  assert text.startswith('@software{moe_jax,\n') and text.count('{') == text.count('}')
+  assert text.startswith('@misc{moe_jax,\n') and text.count('{') == text.count('}')
   assert 'author = {{The moe\\_jax maintainers}}' in text and f'Git commit {made.COMMIT}' in text
 
 

@@ -1,14 +1,18 @@
 """A sweep: which trials there are, each run once whatever happens, and what is read from disk."""
 
+import copy
 import dataclasses
 import json
 import os
+import resource
 import signal
 import time
 
+import numpy as np
 import pytest
 
-from moe_jax.errors import UserError
+from moe_jax.errors import DamagedError, UserError
+from moe_jax.results.records import write_records
 from moe_jax.study import Comparison, Metric, Study, chain, point, product
 from moe_jax.sweep import collect, outcome, runner, trials
 from moe_jax.train import loop
@@ -223,39 +227,124 @@ def test_the_command_plans_runs_and_refuses(text, tmp_path):
   tiny.command('sweep', study, workdir).assert_error('--study=', 'ZeroDivisionError')
 
 
-@pytest.mark.slow
-def test_two_workers_and_kill_9_give_each_trial_once_and_the_same_results(text, tmp_path):
-  overrides = {'train.num_steps': 60, 'train.checkpoint_every': 5}
-  path = study_file(tmp_path, text, **overrides)
-  workdir, undisturbed = tmp_path / 'w', tmp_path / 'undisturbed'
-  command = 'sweep', f'--study={path}', f'--workdir={workdir}'
-  workers = [tiny.start(*command) for _ in range(2)]
-  # Until one trial is in the middle: then its worker is killed, and the other goes on.
+LONG = {'train.num_steps': 60, 'train.checkpoint_every': 5}
+
+
+@pytest.fixture(scope='module')
+def whole(text, tmp_path_factory):
+  """(study file, records) of a sweep of trials long enough to be disturbed, which this was not."""
+  folder = tmp_path_factory.mktemp('whole')
+  path = study_file(folder, text, **LONG)
+  study = trials.load_study(str(path))
+  runner.run(study, trials.trials_of(study), str(folder), lambda line: None)
+  return path, collect.records_of(study, folder)
+
+
+def wait_for_steps(workdir, trials_begun):
+  """Waits until so many trials are in the middle, of workers started just now."""
   started = time.time()
   while time.time() - started < 120:
-    logs = list(workdir.glob('trials/*/metrics.jsonl'))
-    if len(logs) >= 2 and all(log.read_bytes().count(b'\n') > 8 for log in logs):
-      break
+    logs = [p for p in workdir.glob('trials/*/metrics.jsonl') if p.stat().st_mtime > started]
+    if len(logs) >= trials_begun and all(log.read_bytes().count(b'\n') > 8 for log in logs):
+      return
     time.sleep(0.02)
+  raise AssertionError(f'{trials_begun} trials did not begin')
+
+
+def assert_same_results(whole, workdir, rel=1e-6):
+  path, wanted = whole
+  study = trials.load_study(str(path))
+  found = collect.records_of(study, workdir)
+  assert [r.status for r in found] == ['finished'] * 4
+  for one, other in zip(found, wanted, strict=True):
+    assert [step for step, _ in one.curve] == [step for step, _ in other.curve]
+    np.testing.assert_allclose(one.curve, other.curve, rtol=rel)
+    for name, value in other.metrics.items():
+      assert one.metrics[name] == pytest.approx(value, rel=rel, abs=rel), name
+  # No step stands twice, whatever was resumed.
+  for log in workdir.glob('trials/*/metrics.jsonl'):
+    assert [line['step'] for line in read_metrics(log)] == list(range(1, 61))
+
+
+@pytest.mark.slow
+def test_two_workers_and_kill_9_give_each_trial_once_and_the_same_results(whole, tmp_path):
+  workdir = tmp_path / 'w'
+  command = 'sweep', f'--study={whole[0]}', f'--workdir={workdir}'
+  workers = [tiny.start(*command) for _ in range(2)]
+  wait_for_steps(workdir, 2)
   workers[0].kill()
   assert tiny.finish(workers[0]).code == -signal.SIGKILL
   assert tiny.finish(workers[1]).code == 0
   result = tiny.finish(tiny.start(*command))
   assert result.code == 0 and '4 finished' in result.out, result.err
-  study = trials.load_study(str(path))
-  runner.run(study, trials.trials_of(study), str(undisturbed), lambda line: None)
-  killed, whole = (collect.records_of(study, folder) for folder in (workdir, undisturbed))
-  assert [r.status for r in killed] == ['finished'] * 4
-  for one, other in zip(killed, whole, strict=True):
-    assert one.curve == other.curve
-    for name, value in other.metrics.items():
-      assert one.metrics[name] == pytest.approx(value, rel=1e-6), name
-  # No trial was trained by two workers: no step stands twice, at most the killed one was resumed.
-  resumed = 0
-  for log in workdir.glob('trials/*/metrics.jsonl'):
-    assert [line['step'] for line in read_metrics(log)] == list(range(1, 61))
-    resumed += len(json.loads((log.parent / 'manifest.json').read_text()).get('resumed_from', []))
-  assert resumed <= 1
+  assert_same_results(whole, workdir)
+  # No trial was trained by two workers: at most the killed one was resumed.
+  manifests = [json.loads(p.read_text()) for p in workdir.glob('trials/*/manifest.json')]
+  assert sum(len(facts.get('resumed_from', [])) for facts in manifests) <= 1
+  # What one worker compiled, the others read.
+  assert list((workdir / 'compilation_cache').glob('*/*'))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('pack', [1, 4])
+def test_a_full_disk_and_ctrl_c_lose_nothing(whole, tmp_path, pack):
+  workdir = tmp_path / 'w'
+  command = 'sweep', f'--study={whole[0]}', f'--workdir={workdir}', f'--pack={pack}'
+  # Files of at most 30 kB: enough for everything but a checkpoint.
+  process = tiny.start(*command, JAX_ENABLE_COMPILATION_CACHE='false')
+  resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (30_000, 30_000))
+  result = tiny.finish(process)
+  assert result.code == 2 and 'Traceback' not in result.err, result.err
+  last = result.err.strip().splitlines()[-1]
+  assert last.startswith(f"error: --workdir='{workdir}'") and 'File too large' in last
+  # It stopped at the first trial and blamed none.
+  assert not list(workdir.glob('outcomes/*'))
+  process = tiny.start(*command)
+  wait_for_steps(workdir, pack)
+  process.send_signal(signal.SIGINT)
+  result = tiny.finish(process)
+  assert result.code == 130 and 'the same command goes on from here' in result.out, result.err
+  result = tiny.finish(tiny.start(*command))
+  assert result.code == 0 and '4 finished' in result.out, result.err
+  # A packed step rounds in another order.
+  assert_same_results(whole, workdir, 1e-6 if pack == 1 else 1e-2)
+
+
+def test_trials_of_a_results_file_are_not_run_again(swept, tmp_path):
+  study, workdir, *_ = swept
+  found = collect.records_of(study, workdir)
+  # One was written before a field was known, and under another name; one has another config.
+  old = dataclasses.replace(found[0], arm='before', config=copy.deepcopy(found[0].config))
+  del old.config['train']['load_decay']
+  other = dataclasses.replace(found[1], config=copy.deepcopy(found[1].config))
+  other.config['moe']['num_experts'] = 4
+  path = tmp_path / 'results.jsonl'
+  write_records(path, [old, other, *found[2:]])
+  known = collect.known_records(trials.trials_of(study), path)
+  ended = [r for r in [found[0], *found[2:]] if r.status in ('finished', 'diverged')]
+  assert known == {r.trial: r for r in ended} | {
+    found[0].trial: dataclasses.replace(old, arm=found[0].arm)
+  }
+  merged = collect.records_of(study, tmp_path / 'elsewhere', known=known)
+  assert [r.status for r in merged] == [
+    'finished', 'missing', 'finished', 'finished', 'missing', 'missing', 'diverged', 'diverged',
+  ]  # fmt: skip
+  other.config['moe'] = 'none'
+  write_records(path, [other])
+  with pytest.raises(DamagedError, match='cannot be read'):
+    collect.known_records(trials.trials_of(study), path)
+
+
+def test_the_command_takes_a_results_file(whole, tmp_path):
+  path, found = whole
+  results = tmp_path / 'results.jsonl'
+  write_records(results, found[:3])
+  flags = f'--study={path}', f'--results={results}'
+  plan = tiny.command('sweep', *flags, '--dry_run')
+  assert plan.code == 0 and '3 of 4 trials ended in' in plan.out, plan.err
+  assert found[3].trial in plan.out and found[0].trial not in plan.out
+  result = tiny.command('sweep', f'--study={path}', f'--results={tmp_path}/none', '--dry_run')
+  result.assert_error('--results=', 'does not exist')
 
 
 def test_a_packed_sweep_gives_the_records_of_one_that_is_not(swept, tmp_path):
