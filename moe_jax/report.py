@@ -8,7 +8,7 @@ from absl import flags
 
 from moe_jax import cli
 from moe_jax.errors import UserError
-from moe_jax.results import figures, tables
+from moe_jax.results import figures, scaling, tables
 from moe_jax.results.page import Cell, write_page
 from moe_jax.results.records import Record, read_records, write_records
 from moe_jax.results.statistics import Interval
@@ -27,6 +27,7 @@ _FIGURES = flags.DEFINE_bool('figures', True, 'Draw figures too.')
 
 # Beside the metric that decides, where an arm has them: names as in `ArmSummary.metrics`.
 COLUMNS = {
+  'capacity/bits_per_byte': 'bits per byte at capacity',
   'capacity/router/drop_share': 'drop share',
   'capacity/router/max_violation/mean': 'MaxVio',
   'capacity/router/dead_experts/mean': 'dead experts',
@@ -71,7 +72,7 @@ def write_report(
   """
   summary = summarize(study, records)
   known = {name for arm in summary.arms for name in arm.metrics}
-  columns = [name for name in COLUMNS if name in known]
+  columns = [name for name in COLUMNS if name in known and name != study.metric.name]
   for name, text in (
     ('table.md', tables.markdown(summary, columns)),
     ('table.tex', tables.latex(summary, columns)),
@@ -80,6 +81,9 @@ def write_report(
     ('cite.bib', tables.bibtex(summary)),
   ):
     (out / name).write_text(text, encoding='utf-8')
+  if study.scaling:
+    text = scaling.markdown(study, scaling.fit(study, records))
+    (out / 'scaling.md').write_text(text, encoding='utf-8')
   if with_figures:
     figures.save_all(study, records, out / 'figures')
   titles = {

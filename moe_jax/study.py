@@ -134,6 +134,7 @@ class Study:
     may_differ: of `MAY_DIFFER`.
     x: the config field on the horizontal axis of the figure of the metric; '' for none.
     lines: the config field that lines of that figure differ in; '' for one line.
+    scaling: whether arms differ in experts alone, so that a law over them is fitted.
   """
 
   name: str
@@ -149,3 +150,4 @@ class Study:
   may_differ: tuple[str, ...] = ()
   x: str = ''
   lines: str = ''
+  scaling: bool = False

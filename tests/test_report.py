@@ -71,6 +71,15 @@ def test_a_broken_arm_is_reported_with_the_rest(swept, tmp_path):
   assert records[0].command.endswith(f'--trial={records[0].trial}')
 
 
+def test_a_study_of_experts_has_a_law_over_them(swept, tmp_path):
+  study, workdir = swept
+  path = tmp_path / 'study.py'
+  path.write_text(study.read_text().replace("x='moe", "scaling=True, x='moe"))
+  result = report(path, workdir, tmp_path / 'r', '--nofigures')
+  assert result.code == 0, result.err
+  assert '| 2 | 4 | - | - | - | - | not fitted' in (tmp_path / 'r' / 'scaling.md').read_text()
+
+
 def test_results_alone_give_the_same_report(swept, tmp_path):
   study, workdir = swept
   assert report(study, workdir, tmp_path / 'one').code == 0

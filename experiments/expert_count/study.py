@@ -1,47 +1,34 @@
 """What do more experts give at equal active FLOPs?
 
 python -m moe_jax.sweep --study=experiments/expert_count/study.py --workdir=runs/expert_count
-
-The arms that answer the planned comparisons stand first; on two cores the rest can wait.
 """
 
 from experiments import base
-from moe_jax.study import Comparison, Study, chain, point, product, where, zipped
+from moe_jax.study import Comparison, Point, Study, chain, point, product, where, zipped
 
 # Hidden units of a dense layer; k experts share them.
 HIDDEN = 512
+# Arms that a machine of two cores finishes; the rest of the grid comes after them.
+FIRST = (4, 16, 64)
 
 
 def get_study():
-  """Returns the study."""
-  selected = zipped(
-    {
-      'moe.num_selected_experts': (1, 2, 4),
-      'moe.mlp_dim': (HIDDEN, HIDDEN // 2, HIDDEN // 4),
-      'moe.renormalize': ('none', 'before_drop', 'before_drop'),
-    }
-  )
-  # The name says k and E; the other two fields follow from k.
-  selected = tuple(p._replace(name=f'k={p.changes["moe.num_selected_experts"]}') for p in selected)
-  grid = product({'moe.num_experts': (4, 16, 64, 2, 8, 32)}, selected)
-  grid = where(
-    grid,
-    lambda c: c['moe.num_selected_experts'] < c['moe.num_experts'],
-    'every expert would be selected',
-  )
-  # 2 experts do not divide over 4 devices of the expert axis.
-  grid = tuple(
-    p._replace(changes={**p.changes, 'mesh.data': 4, 'mesh.expert': 2})
-    if p.changes['moe.num_experts'] == 2
-    else p
-    for p in grid
-  )
-  config = base.small(num_steps=1500)
+  """Returns the study at the longer horizon; `expert_count_short` has half of it."""
+  return study_of('expert_count', base.small())
+
+
+def study_of(name, config):
+  """Returns the study with another base config, whose horizon is the difference."""
   return Study(
-    name='expert_count',
+    name=name,
     question='What do more experts give at equal active FLOPs?',
     base=config,
-    arms=chain(point('dense', {'moe.num_experts': 0}), grid),
+    arms=chain(
+      point('dense', {'moe.num_experts': 0}),
+      _grid(FIRST, (1, 2)),
+      _grid(FIRST, (4,)),
+      _grid((2, 8, 32), (1, 2, 4)),
+    ),
     seeds=(0, 1, 2),
     baseline='dense',
     comparisons=(
@@ -54,4 +41,22 @@ def get_study():
     may_differ=('compute',),
     x='moe.num_experts',
     lines='moe.num_selected_experts',
+    scaling=True,
+  )
+
+
+def _grid(num_experts, num_selected):
+  selected = zipped(
+    {
+      'moe.num_selected_experts': num_selected,
+      'moe.mlp_dim': tuple(HIDDEN // k for k in num_selected),
+      'moe.renormalize': tuple('none' if k == 1 else 'before_drop' for k in num_selected),
+    }
+  )
+  # The name says k and E; the other two fields follow from k.
+  selected = tuple(Point(f'k={p.changes["moe.num_selected_experts"]}', p.changes) for p in selected)
+  return where(
+    product({'moe.num_experts': num_experts}, selected),
+    lambda c: c['moe.num_selected_experts'] < c['moe.num_experts'],
+    'every expert would be selected',
   )
