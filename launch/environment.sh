@@ -2,7 +2,8 @@
 #
 #   prepare_environment EXTRA...   installs with these extras; [cuda] or [tpu] is added if one is there
 #   prepare_browser                finds or installs chromium and chromedriver
-#   prepare_devices                8 simulated devices where there is no accelerator
+#   prepare_devices                8 simulated devices where there is no accelerator, large arrays of
+#                                  the host in huge pages
 
 fail() {
   echo "error: $*" >&2
@@ -65,6 +66,8 @@ prepare_browser() {
 
 prepare_devices() {
   export TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-2}"
+  # On CPUs a fifth to a quarter of a step went into page faults of 4 kB (experiments/LOG.md).
+  export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
   if [ -z "$(_accelerator_extra)" ]; then
     export JAX_PLATFORMS=cpu
     export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=8"

@@ -134,7 +134,10 @@ def moe_layer(
     return _local_layer(x, info, params, state, keys, options, num_groups, deterministic)
 
   by_token = PartitionSpec(BATCH_AXES)
-  by_expert = PartitionSpec(EXPERT_AXIS)
+  # Over a data axis of one device the experts' gradients need no sum. Unless that axis is named,
+  # JAX asks for one all the same, and XLA on CPUs copies all of them for it.
+  alone = (DATA_AXIS,) if mesh.shape[DATA_AXIS] == 1 else ()
+  by_expert = PartitionSpec((*alone, EXPERT_AXIS))
   of_params: tuple[Any, ...] = (PartitionSpec(), by_expert, by_expert)
   of_output: tuple[Any, ...] = (by_token, PartitionSpec(), by_token)
   return jax.shard_map(

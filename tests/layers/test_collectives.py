@@ -4,6 +4,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from moe_jax.parallel.mesh import BATCH_AXES, EXPERT_AXIS, make_mesh
 from tests.layers import small_layer
@@ -30,6 +31,23 @@ def place(inputs, mesh):
   return inputs._replace(
     x=put(inputs.x, BATCH_AXES), valid=put(inputs.valid, BATCH_AXES), params=params
   )
+
+
+@pytest.mark.parametrize(('data', 'expert'), [(1, 1), (1, 4), (2, 4)])
+def test_gradients_of_experts_are_summed_over_data_alone(data, expert):
+  mesh = make_mesh(data, expert, jax.devices()[: data * expert])
+  options = small_layer.make_options()
+  inputs = place(small_layer.draw(options), mesh)
+
+  def loss(params):
+    return jnp.sum(jnp.square(small_layer.apply(inputs._replace(params=params), mesh, options)[0]))
+
+  text = jax.jit(jax.grad(loss)).lower(inputs.params).compile().as_text()
+  reduced = [line for line in text.splitlines() if ' all-reduce(' in line]
+  local = (options.num_experts // expert, options.mlp_dim, small_layer.WIDTH)
+  of_experts = [line for line in reduced if f'f32[{",".join(map(str, local))}]' in line]
+  # A sum over one device would copy the gradients of all experts.
+  assert bool(of_experts) == (data > 1), reduced
 
 
 def test_forward_exchanges_twice_and_backward_twice_more():
