@@ -49,16 +49,28 @@ class DecoderOutput(NamedTuple):
   """What a forward pass gives back; statistics are values, never side effects.
 
   Attributes:
-    logits: in float32.
+    hidden: normalised, in the dtype of the products.
+    output: the matrix from it to the logits, in the same.
     router_sums: each leaf with a leading dimension of MoE layers; None for a dense model.
     choices: as in `LayerOutput`.
     cache: the updated cache, if one came in.
   """
 
-  logits: Float[Array, 'B T V']
+  hidden: Float[Array, 'B T D']
+  output: Float[Array, 'D V']
   router_sums: routing.RouterSums | None
   choices: Int[Array, 'L B T K'] | None
   cache: Any
+
+  @property
+  def logits(self) -> Float[Array, 'B T V']:
+    """Next-token logits in float32. All of them at once: training and evaluation go by parts."""
+    return logits(self.hidden, self.output)
+
+
+def logits(hidden: Float[Array, '*any D'], output: Float[Array, 'D V']) -> Float[Array, '*any V']:
+  """Returns the logits of tokens in float32."""
+  return jnp.einsum('...d,dv->...v', hidden, output, preferred_element_type=jnp.float32)
 
 
 class _Block(nn.Module):
@@ -135,7 +147,7 @@ class Decoder(nn.Module):
     cache: Any = None,
     deterministic: bool = True,
   ) -> DecoderOutput:
-    """Returns next-token logits.
+    """Returns what next-token logits are made of.
 
     Args:
       inputs: token ids.
@@ -176,8 +188,7 @@ class Decoder(nn.Module):
       output = self.param(
         'output', logical(matrix_init, 'embed', 'vocab'), (options.embed_dim, options.vocab_size)
       )
-    logits = jnp.einsum('btd,dv->btv', x, output.astype(dtype), preferred_element_type=jnp.float32)
-    return DecoderOutput(logits, sums, choices, cache)
+    return DecoderOutput(x, output.astype(dtype), sums, choices, cache)
 
 
 def forward(

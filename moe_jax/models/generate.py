@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax.data import Tokenizer
 from moe_jax.errors import UserError
-from moe_jax.models.decoder import Decoder, forward, init_cache
+from moe_jax.models.decoder import Decoder, forward, init_cache, logits
 from moe_jax.parallel.mesh import batch_sharding, replicated
 
 
@@ -133,18 +133,18 @@ def _generate(model, num_tokens, params, router_state, tokens, lengths, key, num
   batch_size, longest = tokens.shape
   row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch_size))
 
-  def draw(logits: Float[Array, 'B V'], index) -> Int[Array, 'B']:
+  def draw(of_rows: Float[Array, 'B V'], index) -> Int[Array, 'B']:
     keys = jax.vmap(lambda row_key: jax.random.fold_in(row_key, index))(row_keys)
     numbers = (temperature, top_k, top_p)
-    return jax.vmap(lambda logits, key: sample_token(logits, key, *numbers))(logits, keys)
+    return jax.vmap(lambda row, key: sample_token(row, key, *numbers))(of_rows, keys)
 
   cell = jnp.broadcast_to(jnp.arange(longest, dtype=jnp.int32), tokens.shape)
   in_prompt: Bool[Array, 'B T'] = cell < lengths[:, None]
   cache = init_cache(model.options, batch_size, longest + num_tokens)
   apply = functools.partial(forward, model, params, router_state=router_state)
   out = apply(tokens, in_prompt.astype(jnp.int32), cell, cache=cache)
-  last_logits = jnp.take_along_axis(out.logits, lengths[:, None, None] - 1, axis=1)[:, 0]
-  first = draw(last_logits, 0)
+  last = jnp.take_along_axis(out.hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
+  first = draw(logits(last, out.output), 0)
 
   def step(carry, index):
     token, done, cache = carry

@@ -15,7 +15,8 @@ from moe_jax import routing
 from moe_jax.data import Dataset, eval_batches
 from moe_jax.models.decoder import Decoder, forward
 from moe_jax.parallel.mesh import EXPERT_AXIS, batch_sharding, replicated
-from moe_jax.train import metrics, objective
+from moe_jax.train import metrics
+from moe_jax.train.cross_entropy import cross_entropy_sum
 from moe_jax.train.state import params_shardings
 from moe_jax.train.step import BATCH_FIELDS, Batch, over_scopes, put_batch
 
@@ -34,7 +35,9 @@ def make_eval_step(model: Decoder) -> EvalStep:
       batch['positions'],
       router_state=router_state,
     )
-    nats = objective.cross_entropy_sum(out.logits, batch['targets'], batch['segment_ids'])
+    nats = cross_entropy_sum(
+      out.hidden, out.output, batch['targets'], batch['segment_ids'], model.mesh
+    )
     sums = None if out.router_sums is None else over_scopes(out.router_sums)
     return nats, (batch['segment_ids'] > 0).sum(), sums
 

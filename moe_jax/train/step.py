@@ -18,6 +18,7 @@ from moe_jax import routing
 from moe_jax.models.decoder import Decoder, DecoderOutput, forward
 from moe_jax.parallel.mesh import BATCH_AXES, batch_sharding, replicated
 from moe_jax.train import objective
+from moe_jax.train.cross_entropy import cross_entropy_sum
 from moe_jax.train.state import TrainState, state_shardings
 
 BATCH_FIELDS = ('inputs', 'targets', 'segment_ids', 'positions')
@@ -78,7 +79,9 @@ def make_loss(
 
   def loss(params, router_state, micro, key, weights, batch_tokens, other_sums):
     out = _forward(model, params, router_state, micro, key)
-    nats = objective.cross_entropy_sum(out.logits, micro['targets'], micro['segment_ids'])
+    nats = cross_entropy_sum(
+      out.hidden, out.output, micro['targets'], micro['segment_ids'], model.mesh
+    )
     cross_entropy = nats / batch_tokens
     if out.router_sums is None or model.options.moe is None:
       return cross_entropy, _Parts(cross_entropy, cross_entropy, None, None)
