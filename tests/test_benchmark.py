@@ -1,8 +1,68 @@
-"""The benchmark of packing runs; no test looks at what it measures."""
+"""The benchmarks run; no test looks at what they measure, but arms must compute the same."""
 
 import json
 
+import jax
+import numpy as np
+import pytest
+
+from moe_jax.benchmark import dispatch
+from moe_jax.benchmark.arms import Shape, expert_weights
 from tests import tiny
+
+SHAPE = Shape(12, 8, 4, 2, 6.0, 'swiglu', 'float32')
+SMALL = ('--num_tokens=64', '--embed_dim=8', '--mlp_dim=4', '--num_experts=4', '--json')
+
+
+@pytest.mark.parametrize('name', dispatch.ROUTINGS)
+def test_routings_name_different_experts(name):
+  chosen = dispatch.choose(name, SHAPE._replace(num_tokens=6000), 6, seed=0)
+  assert all(len(set(row)) == 2 for row in chosen.tolist())
+  load = np.bincount(chosen.ravel(), minlength=6) / 6000
+  if name == 'round_robin':
+    np.testing.assert_array_equal(load, 2 / 6)
+    assert chosen[:3].tolist() == [[0, 1], [2, 3], [4, 5]]
+  else:
+    # The chance to be among the first two drawn, worked out from the weights (e + 1)^-A.
+    weights = np.arange(1, 7) ** -(0.0 if name == 'uniform' else float(name[5:]))
+    p = weights / weights.sum()
+    wanted = p + [sum(p[i] * p[e] / (1 - p[i]) for i in range(6) if i != e) for e in range(6)]
+    np.testing.assert_allclose(load, wanted, atol=0.02)
+
+
+def test_arms_of_the_dispatch_benchmark_compute_the_same():
+  # Factor 6 of 6 experts: nothing is dropped, so the arm that drops nothing agrees too.
+  plan = dispatch.make_plan(SHAPE, 6, dispatch.choose('zipf_1', SHAPE, 6, seed=0))
+  params = expert_weights(jax.random.key(0), SHAPE, 6)
+  tokens = jax.random.normal(jax.random.key(1), (1, 12, 8))
+  found = [
+    dispatch.layer_of(arm, 'swiglu')(params, tokens, plan)
+    for arm in ('einsum', 'gather', 'ragged_dot')
+  ]
+  for outputs in found[1:]:
+    np.testing.assert_allclose(outputs, found[0], rtol=1e-5, atol=1e-6)
+  assert dispatch.layer_of('copy', 'swiglu')(params, tokens, plan).shape == tokens.shape
+
+
+def test_dispatch_and_layer_print_a_row_for_each_pass():
+  result = tiny.command('benchmark', 'dispatch', *SMALL, '--routings=zipf_1', '--arms=gather,copy')
+  assert result.code == 0, result.err
+  rows = [json.loads(line) for line in result.out.splitlines()]
+  assert [row['pass'] for row in rows] == ['forward', 'forward+backward']
+  for row in rows:
+    assert set(row['arms']) | set(row['not_measured']) == {'products', 'gather', 'copy'}
+    assert row['arms']['products']['eta_bmm']['median'] == 1
+    # 64 tokens, K = 2, factor 1.25: 40 slots of each of 4 experts.
+    kept = (1 - row['drop_share']) * 128
+    assert kept == pytest.approx((1 - row['padding']) * 160)
+    assert row['max_load'] > 1.2 and row['tokens_per_expert'] == 32
+  result = tiny.command('benchmark', 'layer', *SMALL)
+  assert result.code == 0, result.err
+  for row in map(json.loads, result.out.splitlines()):
+    assert (1 - row['drop_share']) * 128 == pytest.approx((1 - row['padding']) * 160)
+  for flags in (['--routings=luck'], ['--arms=magic'], ['--tokens_per_expert=-1']):
+    refused = tiny.command('benchmark', 'dispatch', *SMALL, *flags)
+    refused.assert_error(flags[0].partition('=')[0])
 
 
 def test_sweep_prints_a_ratio_for_each_size_of_pack(tmp_path):

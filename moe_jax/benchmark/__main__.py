@@ -1,5 +1,7 @@
-"""Benchmarks: python -m moe_jax.benchmark {layer,router,step,sweep} [--json].
+"""Benchmarks: python -m moe_jax.benchmark {dispatch,layer,router,step,sweep} [--json].
 
+dispatch: moving tokens and the experts' products under a given routing, against dense, the batched
+  products alone, one-hot products, lax.ragged_dot, and a copy of the same bytes.
 layer: the MoE layer against a dense layer of the same active FLOPs and its own batched products.
 router: choosing and planning, as a share of the experts' products.
 step:  where the time of a training step goes, and how long it waits for data (--config=...).
@@ -13,7 +15,8 @@ import jax
 from absl import flags
 
 from moe_jax import cli, routing
-from moe_jax.benchmark import layer, router, step, sweep
+from moe_jax.benchmark import dispatch, layer, router, step, sweep
+from moe_jax.benchmark.arms import Shape
 from moe_jax.benchmark.timing import Ratio
 from moe_jax.errors import UserError
 
@@ -22,20 +25,33 @@ _JSON = flags.DEFINE_bool('json', False, 'Print one JSON object per row.')
 _ROUNDS = flags.DEFINE_integer('rounds', 9, 'Rounds of interleaved calls.')
 _STEPS = flags.DEFINE_integer('steps', 20, 'step: real steps with the data pipeline.')
 _NUM_EXPERTS = flags.DEFINE_list(
-  'num_experts', None, 'Values of E; layer: 8,64,256, router: 8,64,256,1024.'
+  'num_experts', None, 'Values of E; dispatch, layer: 8,64,256, router: 8,64,256,1024.'
 )
-_NUM_TOKENS = flags.DEFINE_integer('num_tokens', 4096, 'layer: tokens, one routing group.')
-_EMBED_DIM = flags.DEFINE_integer('embed_dim', 512, 'layer: D.')
-_MLP_DIM = flags.DEFINE_integer('mlp_dim', 1024, 'layer: F of one expert.')
-_SELECTED = flags.DEFINE_integer('num_selected_experts', 2, 'layer: K.')
-_CAPACITY_FACTOR = flags.DEFINE_float('capacity_factor', 1.25, 'layer: of every E.')
+_NUM_TOKENS = flags.DEFINE_integer(
+  'num_tokens', 4096, 'dispatch, layer: tokens, one routing group.'
+)
+_EMBED_DIM = flags.DEFINE_integer('embed_dim', 512, 'dispatch, layer: D.')
+_MLP_DIM = flags.DEFINE_integer('mlp_dim', 1024, 'dispatch, layer: F of one expert.')
+_SELECTED = flags.DEFINE_integer('num_selected_experts', 2, 'dispatch, layer: K.')
+_CAPACITY_FACTOR = flags.DEFINE_float('capacity_factor', 1.25, 'dispatch, layer: of every E.')
 _DISPATCH = flags.DEFINE_enum('dispatch', 'gather', ['gather', 'einsum'], 'layer: dispatcher.')
-_ACTIVATION = flags.DEFINE_enum('activation', 'swiglu', ['swiglu', 'gelu'], 'layer: of all arms.')
-_DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'layer: of the products.')
+_ACTIVATION = flags.DEFINE_enum(
+  'activation', 'swiglu', ['swiglu', 'gelu'], 'dispatch, layer: of all arms.'
+)
+_DTYPE = flags.DEFINE_enum(
+  'dtype', 'float32', ['float32', 'bfloat16'], 'dispatch, layer: of the products.'
+)
 _SEED = flags.DEFINE_integer('seed', 0, 'Of weights, inputs and orders.')
 _ROUTERS = flags.DEFINE_list('routers', sorted(routing.ROUTERS), 'router: which.')
 _NUM_TRIALS = flags.DEFINE_list('num_trials', ['2', '4', '8'], 'sweep: trials in a pack.')
-_COMMANDS = ('layer', 'router', 'step', 'sweep')
+_ROUTINGS = flags.DEFINE_list('routings', list(dispatch.ROUTINGS), 'dispatch: which.')
+_ARMS = flags.DEFINE_list(
+  'arms', list(dispatch.ARMS), 'dispatch: which, beside dense and products.'
+)
+_TOKENS_PER_EXPERT = flags.DEFINE_integer(
+  'tokens_per_expert', 0, 'dispatch: as many tokens as give each expert so many; 0 for num_tokens.'
+)
+_COMMANDS = ('dispatch', 'layer', 'router', 'step', 'sweep')
 
 
 def main() -> None:
@@ -44,7 +60,9 @@ def main() -> None:
     raise UserError('--rounds', _ROUNDS.value, 'must be at least 9')
   if not _JSON.value:
     print(f'on {jax.devices()[0].device_kind}, {jax.device_count()} device(s)')
-  {'layer': _layer, 'router': _router, 'step': _step, 'sweep': _sweep}[_COMMAND]()
+  {'dispatch': _dispatch, 'layer': _layer, 'router': _router, 'step': _step, 'sweep': _sweep}[
+    _COMMAND
+  ]()
 
 
 def _values_of_e(default: list[int]) -> list[int]:
@@ -86,24 +104,67 @@ def _router() -> None:
     )
 
 
-def _layer() -> None:
-  rows = layer.rows(
-    num_experts=_values_of_e([8, 64, 256]),
+def _shape() -> Shape:
+  return Shape(
     num_tokens=_NUM_TOKENS.value,
     embed_dim=_EMBED_DIM.value,
     mlp_dim=_MLP_DIM.value,
     num_selected_experts=_SELECTED.value,
     capacity_factor=_CAPACITY_FACTOR.value,
-    dispatch=_DISPATCH.value,
     activation=_ACTIVATION.value,
     dtype=_DTYPE.value,
+  )
+
+
+def _dispatch() -> None:
+  for flag, known in ((_ROUTINGS, dispatch.ROUTINGS), (_ARMS, dispatch.ARMS)):
+    for name in flag.value:
+      if name not in known:
+        raise UserError(f'--{flag.name}', name, f'must be of {", ".join(known)}')
+  if _TOKENS_PER_EXPERT.value < 0:
+    raise UserError('--tokens_per_expert', _TOKENS_PER_EXPERT.value, 'must not be below 0')
+  rows = dispatch.rows(
+    _shape(),
+    num_experts=_values_of_e([8, 64, 256]),
+    routings=_ROUTINGS.value,
+    arms=_ARMS.value,
+    tokens_per_expert=_TOKENS_PER_EXPERT.value,
+    rounds=_ROUNDS.value,
+    seed=_SEED.value,
+  )
+  for row in rows:
+    if _JSON.value:
+      print(json.dumps(row), flush=True)
+      continue
+    print(
+      f'E={row["num_experts"]} {row["routing"]} {row["pass"]}: {row["num_tokens"]} tokens, '
+      f'{row["tokens_per_expert"]:.0f} per expert, fullest {row["max_load"]:.2f} x, '
+      f'{row["drop_share"]:.1%} dropped, {row["padding"]:.1%} padding, null '
+      f'{Ratio(**row["null"])}{"  VOID: restless machine" if row["void"] else ""}'
+    )
+    for name, arm in row['arms'].items():
+      print(
+        f'  {name:<12}dense/arm {Ratio(**arm["eta_dense"])!s:<20}products/arm '
+        f'{Ratio(**arm["eta_bmm"])!s:<20}compiled in {arm["compile_seconds"]:.1f} s, '
+        f'{arm["temporary_bytes"] / 1e6:,.0f} MB temporary'
+      )
+    for name, why in row['not_measured'].items():
+      print(f'  {name:<12}not measured: {why}')
+    sys.stdout.flush()
+
+
+def _layer() -> None:
+  rows = layer.rows(
+    _shape(),
+    num_experts=_values_of_e([8, 64, 256]),
+    dispatch=_DISPATCH.value,
     rounds=_ROUNDS.value,
     seed=_SEED.value,
   )
   if not _JSON.value:
     print(
       f'{"E":>5} {"pass":<17}{"dense/MoE":<20}{"products/MoE":<20}{"null":<20}'
-      f'{"drops":>7}{"tokens/E":>10}{"compile s":>10}'
+      f'{"drops":>7}{"padding":>9}{"tokens/E":>10}{"fullest":>9}{"compile s":>10}{"temporary":>11}'
     )
   for row in rows:
     if _JSON.value:
@@ -112,8 +173,10 @@ def _layer() -> None:
     eta = {name: str(Ratio(**row[name])) for name in ('eta_dense', 'eta_bmm', 'null')}
     print(
       f'{row["num_experts"]:>5} {row["pass"]:<17}{eta["eta_dense"]:<20}{eta["eta_bmm"]:<20}'
-      f'{eta["null"]:<20}{row["drop_share"]:>7.1%}{row["tokens_per_expert"]:>10.0f}'
-      f'{row["compile_seconds"]:>10.1f}{"  VOID: restless machine" if row["void"] else ""}',
+      f'{eta["null"]:<20}{row["drop_share"]:>7.1%}{row["padding"]:>9.1%}'
+      f'{row["tokens_per_expert"]:>10.0f}{row["max_load"]:>8.2f}x{row["compile_seconds"]:>10.1f}'
+      f'{row["temporary_bytes"] / 1e6:>8,.0f} MB'
+      f'{"  VOID: restless machine" if row["void"] else ""}',
       flush=True,
     )
 

@@ -23,10 +23,12 @@ class Compiled(NamedTuple):
   Attributes:
     call: runs it once and waits.
     compile_seconds: what XLA took.
+    temporary_bytes: what it needs beside arguments and results.
   """
 
   call: Callable[[], Any]
   compile_seconds: float
+  temporary_bytes: int
 
 
 class Ratio(NamedTuple):
@@ -51,7 +53,8 @@ def compile_arm(function: Callable, *arguments: Any) -> Compiled:
     return jax.block_until_ready(compiled(*arguments))
 
   call()
-  return Compiled(call, seconds)
+  analysis: Any = compiled.memory_analysis()
+  return Compiled(call, seconds, analysis.temp_size_in_bytes)
 
 
 def measure(
