@@ -64,7 +64,9 @@ SCHEMA: dict[str, dict[str, Field]] = {
     'rope_theta': _positive(10000.0, 'Base of the rotary position frequencies.'),
     'norm_epsilon': _positive(1e-5, 'Added to the mean square in RMSNorm.'),
     'tied_embeddings': _any(True, 'Output matrix = transposed input embedding.'),
-    'remat': _any(False, 'Recompute blocks in the backward pass instead of storing them.'),
+    'remat': _any(
+      False, 'Recompute blocks in the backward pass, all but what was exchanged between devices.'
+    ),
     'compute_dtype': _one_of(
       'float32',
       ('float32', 'bfloat16'),

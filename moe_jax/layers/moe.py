@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
@@ -24,6 +25,8 @@ from moe_jax.routing.router import Mixture, Weight
 
 # Linen's collection of what routers carry from step to step without a gradient.
 ROUTER_STATE = 'router_state'
+# The name of what crossed the mesh, for policies of recomputation.
+EXCHANGED = 'exchanged'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,9 +217,10 @@ def _local_layer(
   else:
     mixture = router.mix(params.router, state, inputs, choice_options)
     expert_inputs = mix_tokens(mixture, tokens_GSD)
-  exchanged = dispatch_room.to_experts(expert_inputs, EXPERT_AXIS)
+  # What crossed the mesh is kept where blocks are recomputed: no exchange is made twice.
+  exchanged = checkpoint_name(dispatch_room.to_experts(expert_inputs, EXPERT_AXIS), EXCHANGED)
   expert_outputs = run_experts(exchanged, params, options.activation)
-  returned = dispatch_room.from_experts(expert_outputs, EXPERT_AXIS)
+  returned = checkpoint_name(dispatch_room.from_experts(expert_outputs, EXPERT_AXIS), EXCHANGED)
   if router.mix is None:
     y_GSD = dispatcher.combine(returned, plan)
   else:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from moe_jax import routing
 from moe_jax.layers.attention import Attention, KeyValueCache, packed_causal_mask
 from moe_jax.layers.basic import Mlp, RMSNorm, logical, matrix_init
-from moe_jax.layers.moe import ROUTER_STATE, Moe, MoeOptions, TokenInfo
+from moe_jax.layers.moe import EXCHANGED, ROUTER_STATE, Moe, MoeOptions, TokenInfo
 from moe_jax.parallel.mesh import BATCH_AXES
 
 
@@ -168,7 +168,8 @@ class Decoder(nn.Module):
     mask = packed_causal_mask(segment_ids) if cache is None else _cache_mask(positions, cache)
     unit = _Unit
     if options.remat:
-      unit = nn.remat(_Unit, prevent_cse=False)
+      policy = jax.checkpoint_policies.save_only_these_names(EXCHANGED)
+      unit = nn.remat(_Unit, prevent_cse=False, policy=policy)
     scanned = nn.scan(
       unit,
       variable_axes={'params': 0, ROUTER_STATE: 0},

@@ -1,12 +1,15 @@
-"""The compiled forward pass exchanges tokens twice in the body of its scan and gathers nothing."""
+"""The compiled decoder exchanges tokens twice a layer, twice more in its gradient; no gathers."""
 
 import re
 
 import jax
+import jax.numpy as jnp
+import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax.models.decoder import forward
 from moe_jax.parallel.mesh import EXPERT_AXIS, batch_sharding
+from tests import tiny
 from tests.models import small_decoder
 
 
@@ -16,8 +19,11 @@ def computations(text):
   return dict(found)
 
 
-def test_two_exchanges_inside_the_scan():
-  model = small_decoder.make_model(mesh=(2, 4), num_layers=3, num_shared_experts=1)
+CALLS = re.compile(r'= \S.* all-to-all(?:-start)?\(')
+
+
+def placed(model):
+  """Parameters and tokens where training has them."""
   experts = NamedSharding(model.mesh, PartitionSpec(None, EXPERT_AXIS))
   everywhere = NamedSharding(model.mesh, PartitionSpec())
 
@@ -27,10 +33,47 @@ def test_two_exchanges_inside_the_scan():
 
   params = jax.tree_util.tree_map_with_path(place, small_decoder.draw_params(model))
   tokens = jax.device_put(small_decoder.draw_tokens(16, 6), batch_sharding(model.mesh))
+  return params, tokens
+
+
+def exchanges_of_loops(text):
+  bodies = set(re.findall(r'body=%?([\w.\-]+)', text))
+  inside = sorted(len(CALLS.findall(computations(text)[name])) for name in bodies)
+  assert sum(inside) == len(CALLS.findall(text))
+  return [number for number in inside if number]
+
+
+def test_two_exchanges_inside_the_scan():
+  model = small_decoder.make_model(mesh=(2, 4), num_layers=3, num_shared_experts=1)
+  params, tokens = placed(model)
   run = jax.jit(lambda params, *tokens: forward(model, params, *tokens))
   text = run.lower(params, *tokens).compile().as_text()
-  calls = re.compile(r'= \S.* all-to-all(?:-start)?\(')
-  bodies = set(re.findall(r'body=%?([\w.\-]+)', text))
-  inside = [len(calls.findall(computations(text)[name])) for name in bodies]
-  assert sorted(inside)[-1] == sum(inside) == len(calls.findall(text)) == 2
+  assert exchanges_of_loops(text) == [2]
   assert not re.search(r'= \S.* (all-gather|collective-permute|reduce-scatter)', text)
+
+
+@pytest.mark.parametrize('remat', [False, True])
+def test_recomputing_blocks_exchanges_nothing_again(remat):
+  model = small_decoder.make_model(mesh=(2, 4), num_layers=3, remat=remat)
+  params, tokens = placed(model)
+
+  def loss(params):
+    return jnp.sum(forward(model, params, *tokens).hidden ** 2)
+
+  text = jax.jit(jax.grad(loss)).lower(params).compile().as_text()
+  # Two in the loop over the layers forward, two in that backward.
+  assert exchanges_of_loops(text) == [2, 2]
+
+
+def test_recomputing_blocks_changes_no_gradient():
+  grads = []
+  for remat in (False, True):
+    model = small_decoder.make_model(mesh=(2, 4), num_layers=3, remat=remat)
+    params, tokens = placed(model)
+
+    def loss(params, model=model, tokens=tokens):
+      out = forward(model, params, *tokens, key=jax.random.key(0))
+      return jnp.sum(out.logits**2) + jnp.sum(out.router_sums.prob_sum**2) / 100
+
+    grads.append(jax.jit(jax.grad(loss))(params))
+  tiny.assert_close(*grads, 1e-6)
