@@ -39,6 +39,7 @@ def main() -> None:
   study = load_study(cli.required(_STUDY))
   out = pathlib.Path(cli.required(_OUT))
   records = _records(study)
+  _check_out(out)
   try:
     out.mkdir(parents=True, exist_ok=True)
     write_records(out / 'results.jsonl', records)
@@ -47,6 +48,12 @@ def main() -> None:
     raise UserError('--out', str(out), f'cannot be written: {error.strerror}') from error
   print((out / 'table.md').read_text(encoding='utf-8'))
   print(f'report: {out / "index.html"}')
+
+
+def _check_out(out: pathlib.Path) -> None:
+  """Checks that nothing but an earlier report is overwritten."""
+  if out.is_dir() and any(out.iterdir()) and not (out / 'results.jsonl').exists():
+    raise UserError('--out', str(out), 'holds other files; name a new folder, or one of a report')
 
 
 def _records(study: Study) -> list[Record]:
@@ -99,7 +106,16 @@ def write_report(
   }
   titles = {key: title for key, title in titles.items() if title}
   rows = [_row(arm, columns) for arm in summary.arms]
-  write_page(study, records, titles, rows, out / 'index.html')
+  write_page(
+    study,
+    records,
+    titles,
+    rows,
+    out / 'index.html',
+    tables.comparisons(summary),
+    tables.notes(summary),
+    summary.warnings,
+  )
   return summary
 
 

@@ -1,12 +1,13 @@
 """The report command, from a sweep on disk to its files."""
 
 import csv
+import dataclasses
 import io
 import json
 
 import pytest
 
-from moe_jax.results.records import read_records
+from moe_jax.results.records import read_records, write_records
 from tests import tiny
 
 STUDY = """
@@ -23,7 +24,7 @@ def get_study():
   return Study(
     'small & odd', 'does it <b>work</b>?', base, arms, (0, 1), baseline='load_balancing_weight=0',
     comparisons=(Comparison('load_balancing_weight=0.01', 'load_balancing_weight=0'),),
-    x='moe.load_balancing_weight',
+    x='moe.load_balancing_weight', may_differ=('data',),
   )
 """
 
@@ -69,6 +70,35 @@ def test_a_broken_arm_is_reported_with_the_rest(swept, tmp_path):
   records = read_records(tmp_path / 'r' / 'results.jsonl')
   assert records[0].data['split'] == 'test'
   assert records[0].command.endswith(f'--trial={records[0].trial}')
+
+
+def test_refuses_to_overwrite_what_is_no_report(swept, tmp_path):
+  study, workdir = swept
+  (tmp_path / 'mine').mkdir()
+  (tmp_path / 'mine' / 'table.md').write_text('precious')
+  report(study, workdir, tmp_path / 'mine', '--nofigures').assert_error('--out=', 'other files')
+  assert (tmp_path / 'mine' / 'table.md').read_text() == 'precious'
+
+
+def test_a_changed_line_of_a_results_file_is_named_and_not_averaged(swept, tmp_path):
+  study, workdir = swept
+  assert report(study, workdir, tmp_path / 'r', '--nofigures').code == 0
+  path = tmp_path / 'changed.jsonl'
+  path.write_text((tmp_path / 'r' / 'results.jsonl').read_text().replace(': 7.', ': 6.', 1))
+  result = tiny.command(
+    'report', f'--study={study}', f'--results={path}', f'--out={tmp_path / "c"}'
+  )
+  assert result.code == 0, result.err
+  assert f'{path}:1 is not what was written' in (tmp_path / 'c' / 'table.csv').read_text()
+  assert '1 of 2' in result.out
+  # The page says so too, with the comparisons that were planned.
+  page = (tmp_path / 'c' / 'index.html').read_text()
+  assert '"comparisons":[["arm","minus","verdict"' in page and 'fewer than 3' in page
+  for content, words in ((b'\xff\xfe', 'no text'), (b'', 'no record'), (b'{"arm": 1', ':1 is no')):
+    path.write_bytes(content)
+    for verb, more in (('report', f'--out={tmp_path / "d"}'), ('sweep', '--dry_run')):
+      refused = tiny.command(verb, f'--study={study}', f'--results={path}', more)
+      refused.assert_error(str(path), words, code=3)
 
 
 def test_a_study_of_experts_has_a_law_over_them(swept, tmp_path):
@@ -117,12 +147,18 @@ def test_refuses(swept, tmp_path):
   bad.write_text(json.dumps({'trial': 'x'}) + '\n')
   result = tiny.command('report', f'--study={study}', f'--results={bad}', f'--out={tmp_path / "r"}')
   result.assert_error('results.jsonl:1', code=3)
-  # Half as many tokens in one arm: unequal compute is no fair comparison.
+  # Half as many tokens in one arm: unequal compute is no fair comparison, planned or found.
   unfair = tmp_path / 'unfair.py'
   unfair.write_text(
     study.read_text().replace("{'data.name': 'text:/nowhere'}", "{'train.num_steps': 2}")
   )
-  tiny.command('sweep', f'--study={unfair}', f'--workdir={workdir}')
-  report(unfair, workdir, tmp_path / 'r', '--nofigures').assert_error('num_steps', 'horizon')
+  tiny.command('sweep', f'--study={unfair}', '--dry_run').assert_error('num_steps', 'horizon')
+  report(unfair, workdir, tmp_path / 'r').assert_error('num_steps', 'horizon')
+  assert not (tmp_path / 'r').exists()
+  assert report(study, workdir, tmp_path / 'good', '--nofigures').code == 0
+  first, *others = read_records(tmp_path / 'good' / 'results.jsonl')
+  write_records(bad, [dataclasses.replace(first, step=2, num_steps=2), *others])
+  result = tiny.command('report', f'--study={study}', f'--results={bad}', f'--out={tmp_path / "r"}')
+  result.assert_error('num_steps', 'horizon')
   # What was found stands there all the same.
   assert len(read_records(tmp_path / 'r' / 'results.jsonl')) == 6

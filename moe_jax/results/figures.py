@@ -7,6 +7,7 @@ Student's t over seeds.
 import pathlib
 import re
 import textwrap
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -71,7 +72,9 @@ def save_all(
   for name, figure in _all_figures(study, records):
     for suffix, metadata in (('.pdf', {'CreationDate': None}), ('.png', {'Software': None})):
       path = out / (name + suffix)
-      with matplotlib.rc_context(_STYLE):
+      with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        # A box stands for what the font lacks, once for each size of text.
+        warnings.filterwarnings('ignore', r'Glyph \d+ .* missing from font')
         figure.savefig(path, dpi=150, metadata=metadata)
       paths.append(path)
   return paths

@@ -36,6 +36,9 @@ def write_page(
   columns: Mapping[str, str],
   rows: Sequence[Mapping[str, Any]],
   path: str | pathlib.Path,
+  comparisons: Sequence[Sequence[str]] = (),
+  notes: Sequence[str] = (),
+  warnings: Sequence[str] = (),
 ) -> pathlib.Path:
   """Writes the page, whole or not at all, and returns its path.
 
@@ -48,6 +51,9 @@ def write_page(
     columns: of the table: what a row calls a value, and the title of the column. One is `arm`.
     rows: of the table, one for an arm; values are strings, numbers, None or `Cell`.
     path: of the file.
+    comparisons: planned ones: the header of their table, then a row for each.
+    notes: how the numbers were made.
+    warnings: what a reader should know of them.
   """
   if 'arm' not in columns or any('arm' not in row for row in rows):
     raise ValueError('columns and rows must have an arm')
@@ -59,7 +65,10 @@ def write_page(
     'style hash': _digest(style),
     'script': script,
     'script hash': _digest(script),
-    'data': _embedded(_content(study, records, columns, rows)),
+    'data': _embedded(
+      _content(study, records, columns, rows)
+      | {'comparisons': comparisons, 'notes': notes, 'warnings': warnings}
+    ),
   }
   # In one pass, so that nothing is replaced in what was put in.
   page = re.sub(r'\{\{(.*?)\}\}', lambda match: parts[match[1]], _read('template.html'))

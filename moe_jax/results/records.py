@@ -1,6 +1,7 @@
 """What is known of one trial of a study, as plain values: one line of results.jsonl."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -79,10 +80,14 @@ class Record:
 
 
 def write_records(path: str | pathlib.Path, records: Iterable[Record]) -> None:
-  """Writes results.jsonl, whole or not at all."""
+  """Writes results.jsonl, whole or not at all, each record with its digest."""
   path = pathlib.Path(path)
   temporary = path.with_suffix('.tmp')
-  lines = (json.dumps(dataclasses.asdict(record), sort_keys=True) for record in records)
+  lines = [
+    json.dumps({'digest': _digest(values), **values}, sort_keys=True)
+    # As they come back from JSON, in which tuples are lists and keys are text.
+    for values in (json.loads(json.dumps(dataclasses.asdict(record))) for record in records)
+  ]
   temporary.write_text(''.join(f'{line}\n' for line in lines), encoding='utf-8')
   temporary.replace(path)
 
@@ -90,14 +95,33 @@ def write_records(path: str | pathlib.Path, records: Iterable[Record]) -> None:
 def read_records(path: str | os.PathLike) -> list[Record]:
   """Returns the records of a results.jsonl.
 
+  One that was changed since it was written comes back as damaged, without its results.
+
   Raises:
-    DamagedError: naming the first line that is no record.
+    DamagedError: naming the first line that is no record, or for a file without any.
   """
   records = []
-  lines = pathlib.Path(path).read_text(encoding='utf-8').splitlines()
+  try:
+    lines = pathlib.Path(path).read_text(encoding='utf-8').splitlines()
+  except UnicodeDecodeError as error:
+    raise DamagedError(f'{path} is no text: no results.jsonl, or damaged') from error
   for number, line in enumerate(lines, 1):
     try:
-      records.append(Record(**json.loads(line)))
-    except (ValueError, TypeError) as error:
-      raise DamagedError(f'{path}:{number} is no record of a trial: {error}') from error
+      values = json.loads(line)
+      digest = values.pop('digest', None)
+      record = Record(**values)
+    except (ValueError, TypeError, AttributeError) as error:
+      raise DamagedError(f'{path}:{number} is no record of a trial, or cut short') from error
+    if digest != _digest(values):
+      reason = f'{path}:{number} is not what was written: its digest differs'
+      record = dataclasses.replace(
+        record, status=DAMAGED, reason=reason, metrics={}, domains={}, curve=[], load=[]
+      )
+    records.append(record)
+  if not records:
+    raise DamagedError(f'{path} holds no record of a trial')
   return records
+
+
+def _digest(values: dict[str, Any]) -> str:
+  return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -88,7 +88,7 @@ def markdown(summary: Summary, metrics: Sequence[str] = ()) -> str:
     rule = ['---'] * table.num_left + ['---:'] * (len(table.header) - table.num_left)
     rows = [table.header, rule, *table.rows]
     parts.append(''.join(f'| {" | ".join(row)} |\n' for row in rows))
-  parts.append(' '.join(style.text(sentence) for sentence in _notes(summary)) + '\n')
+  parts.append(' '.join(style.text(sentence) for sentence in notes(summary)) + '\n')
   for title, items in _lists(summary) + [('Warnings', summary.warnings)]:
     if items:
       lines = ''.join(f'- {style.text(item)}\n' for item in items)
@@ -117,7 +117,7 @@ def latex(summary: Summary, metrics: Sequence[str] = ()) -> str:
     header, *rows = [' & '.join(row) + r' \\' for row in [table.header, *table.rows]]
     lines = [rf'\begin{{tabular}}{{{columns}}}', r'\toprule', header, r'\midrule', *rows]
     parts.append('\n'.join([*lines, r'\bottomrule', r'\end{tabular}']))
-  parts.append(' '.join(style.text(sentence) for sentence in _notes(summary)))
+  parts.append(' '.join(style.text(sentence) for sentence in notes(summary)))
   body = '\n\n\\medskip\\noindent\n'.join(parts) + '\n'
   for title, items in _lists(summary):
     if items:
@@ -125,6 +125,14 @@ def latex(summary: Summary, metrics: Sequence[str] = ()) -> str:
       body += f'\n\\medskip\\noindent\n{title}:\n'
       body += f'\\begin{{itemize}}\n{listed}\\end{{itemize}}\n'
   return '\n'.join(head) + '\n' + body
+
+
+def comparisons(summary: Summary) -> list[list[str]]:
+  """Returns the table of planned comparisons as plain text, its header first; [] without any."""
+  if not summary.comparisons:
+    return []
+  table = _comparisons_table(summary, _Style(_one_line, lambda text: text, '-'))
+  return [table.header, *table.rows]
 
 
 def csv_text(summary: Summary) -> str:
@@ -283,23 +291,24 @@ def _p_value(p: float, style: _Style) -> str:
   return style.number('<0.001' if p < 0.001 else f'{p:.3f}')
 
 
-def _notes(summary: Summary) -> list[str]:
+def notes(summary: Summary) -> list[str]:
+  """Returns what must be said of the tables, a sentence or two each, as plain text."""
   study = summary.study
-  notes = [
+  said = [
     f'{_metric(summary)}: mean ± half the width of the {LEVEL:.0%} interval of Student t over '
     'seeds; a single seed has no interval.'
   ]
   if study.baseline:
-    notes.append(
+    said.append(
       f'Differences to {study.baseline} are paired by seed and not corrected for their number.'
     )
   if study.comparisons:
-    notes.append(
+    said.append(
       'Planned comparisons: two-sided paired t-test, adjusted by Holm for '
       f'{len(study.comparisons)}; the arm is better or worse if the adjusted p is below '
       f'{SIGNIFICANCE}, open if not, untested with fewer than 2 pairs or equal differences.'
     )
-  return notes
+  return said
 
 
 def _lists(summary: Summary) -> list[tuple[str, Sequence[str]]]:

@@ -60,9 +60,10 @@ def main() -> int:
   try:
     with _kept_programs(workdir):
       counts = runner.run(study, trials, workdir, lambda line: tqdm.tqdm.write(line), _PACK.value)
-  except runner.Interrupted as interrupted:
+  except (runner.Interrupted, KeyboardInterrupt) as interrupted:
     print('interrupted; the same command goes on from here', flush=True)
-    return 128 + interrupted.signal
+    # Before the first step a Ctrl-C is Python's own.
+    return 128 + getattr(interrupted, 'signal', 2)
   print(
     f'\n{len(trials)} trials: {counts.finished} finished, {counts.diverged} diverged, '
     f'{counts.failed} failed, {counts.elsewhere} held by other workers'
@@ -156,6 +157,9 @@ def _print_plan(study: Study, trials: list[Trial]) -> None:
       f'{trial.id:<14}{counts["total"]:>12,}{counts["active"]:>12,}{tokens:>13,}{flops:>10.1e}'
       f'{_duration(flops / rate):>8}  {trial.arm}, {trial.seed}'
     )
+  absent = {t.config.data.name for t in trials if not _is_here(t.config.data.name)}
+  for name in sorted(absent):
+    print(f'{"missing":<14}data.name={name!r} is not on this machine')
   for arm in study.arms:
     if arm.dropped:
       print(f'{"dropped":<14}{arm.name}: {arm.dropped}')
@@ -163,6 +167,12 @@ def _print_plan(study: Study, trials: list[Trial]) -> None:
     f'{len(trials)} trials, {total:.1e} FLOPs, about {_duration(total / rate)} here if training '
     'ran at a third of the speed of a matrix product'
   )
+
+
+def _is_here(data_name: str) -> bool:
+  """False for a text that is not there; other data sets are fetched when they are needed."""
+  kind, _, path = data_name.partition(':')
+  return kind != 'text' or os.path.exists(path)
 
 
 def _products_per_second() -> float:
@@ -180,7 +190,9 @@ def _products_per_second() -> float:
 
 def _duration(seconds: float) -> str:
   minutes = round(seconds / 60)
-  return f'{minutes // 60}h{minutes % 60:02}m' if minutes >= 60 else f'{max(minutes, 1)}m'
+  if not minutes:
+    return '<1m'
+  return f'{minutes // 60}h{minutes % 60:02}m' if minutes >= 60 else f'{minutes}m'
 
 
 if __name__ == '__main__':

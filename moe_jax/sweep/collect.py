@@ -74,7 +74,7 @@ def _id_today(record: Record, path: str | os.PathLike) -> str:
   config = config_lib.get_config()
   try:
     config.update(record.config)
-  except (KeyError, TypeError, ValueError) as error:
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
     raise DamagedError(f'{path}: the config of trial {record.trial} cannot be read') from error
   return trial_id(config)
 
@@ -91,10 +91,14 @@ def _record(trial: Trial, workdir: str | os.PathLike, command: str) -> Record:
   }
   folder = trial.folder(workdir)
   try:
-    ended = outcome.read(workdir, trial.id)
     facts = manifest.read(folder) if manifest.exists(folder) else None
     if facts:
       known |= _of_manifest(trial, facts)
+    try:
+      ended = outcome.read(workdir, trial.id)
+    except DamagedError as error:
+      reason = f'{error}; the sweep makes it again from the run'
+      return Record(status=records.DAMAGED, reason=reason, **known)
     if ended is None and facts is None:
       return Record(status=records.MISSING, reason='was not begun', **known)
     if ended is None:
@@ -105,13 +109,14 @@ def _record(trial: Trial, workdir: str | os.PathLike, command: str) -> Record:
       raise DamagedError(f'{folder}/{manifest.MANIFEST} is missing')
     if facts['status'] != 'finished':
       raise DamagedError(f'{folder}/{manifest.MANIFEST} says {facts["status"]!r}, not finished')
-    path = folder / 'metrics.jsonl'
-    if not path.exists() or outcome.file_digest(path) != ended['metrics_digest']:
-      raise DamagedError(f'{path} is not what was written')
+    now = outcome.digests(folder)
+    for name, digest in ended['digests'].items():
+      if now.get(name) != digest:
+        raise DamagedError(f'{folder / name} is not what was written')
     splits = {result['split'] for result in ended['evaluations'].values()}
     known['data'] |= {'split': ', '.join(sorted(splits))}
     return Record(
-      status=records.FINISHED, **known, **_results(ended['evaluations']), **_history(path)
+      status=records.FINISHED, **known, **_results(ended['evaluations']), **_history(folder)
     )
   except (DamagedError, UserError) as error:
     again = f'to run it again, remove {folder} and {outcome.path_of(workdir, trial.id)}'
@@ -160,9 +165,9 @@ def _results(evaluations: dict[str, Any]) -> dict[str, Any]:
   return {'metrics': metrics, 'domains': domains}
 
 
-def _history(path: pathlib.Path) -> dict[str, Any]:
+def _history(folder: pathlib.Path) -> dict[str, Any]:
   """Returns `curve` and `load` of a record from the lines of training."""
-  lines = [line for line in read_metrics(path) if line['split'] == 'train']
+  lines = [line for line in read_metrics(folder / 'metrics.jsonl') if line['split'] == 'train']
   loads = [line for line in lines if 'router/load' in line]
   return {
     'curve': [[line['step'], line['loss']] for line in _thinned(lines, _POINTS_OF_CURVE)],

@@ -29,6 +29,10 @@ EVALUATIONS: dict[str, Callable[[ml_collections.ConfigDict], None]] = {
 }
 
 
+# Of an evaluation, what is one number and can decide a study.
+METRICS = ('bits_per_byte', 'loss', 'router/drop_share')
+
+
 def config_for(config: ml_collections.ConfigDict, evaluation: str) -> ml_collections.ConfigDict:
   """Returns the config of a trial as one of `EVALUATIONS` has it."""
   result = copy.deepcopy(config)

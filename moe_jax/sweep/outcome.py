@@ -39,10 +39,16 @@ def read(workdir: str | os.PathLike, trial_id: str) -> dict[str, Any] | None:
   except FileNotFoundError:
     return None
   except (ValueError, KeyError, AttributeError, TypeError) as error:
-    raise DamagedError(f'{path} is damaged: {error}') from error
+    raise DamagedError(f'{path} is damaged') from error
   if digest != _digest(outcome):
     raise DamagedError(f'{path} is not what was written: its digest differs')
   return outcome
+
+
+def digests(folder: str | os.PathLike) -> dict[str, str]:
+  """Returns the SHA-256 of what the report reads in the directory of a run, by file name."""
+  paths = (pathlib.Path(folder) / name for name in ('metrics.jsonl', 'manifest.json'))
+  return {path.name: file_digest(path) for path in paths if path.exists()}
 
 
 def file_digest(path: str | os.PathLike) -> str:

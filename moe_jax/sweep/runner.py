@@ -5,7 +5,6 @@ import fcntl
 import functools
 import hashlib
 import json
-import math
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
@@ -74,18 +73,18 @@ def run(
     UserError: on a full disk, which no other trial would survive either.
   """
   failed: set[str] = set()
-  with _Progress(trials, workdir) as progress:
+  with _Progress(study, trials, workdir) as progress:
     while True:
       elsewhere = 0
       ran = False
       for unit in _units(trials, pack):
-        if all(t.id in failed or _is_done(t, workdir) for t in unit):
+        if all(t.id in failed or _is_done(study, t, workdir) for t in unit):
           continue
         with contextlib.ExitStack() as claims:
           mine = [t for t in unit if claims.enter_context(_claimed(t, workdir))]
           elsewhere += len(unit) - len(mine)
           # Another worker may have done one between the look and the claim.
-          mine = [t for t in mine if t.id not in failed and not _is_done(t, workdir)]
+          mine = [t for t in mine if t.id not in failed and not _is_done(study, t, workdir)]
           if not mine:
             continue
           ran = True
@@ -105,9 +104,19 @@ def _status(trial: Trial, workdir: str) -> str:
   return found['status'] if found else ''
 
 
-def _is_done(trial: Trial, workdir: str) -> bool:
-  """Whether nothing is left to do; a damaged outcome is made again from the run."""
-  return _status(trial, workdir) in (FINISHED, DIVERGED)
+def _is_done(study: Study, trial: Trial, workdir: str) -> bool:
+  """Whether nothing is left to do; a damaged outcome is made again from the run.
+
+  So is one of other evaluations than the study asks now.
+  """
+  try:
+    found = outcome.read(workdir, trial.id)
+  except DamagedError:
+    return False
+  if found is None or found['status'] != FINISHED:
+    return found is not None and found['status'] == DIVERGED
+  made = {name: result['split'] for name, result in found['evaluations'].items()}
+  return made.keys() >= set(study.evaluations) and set(made.values()) == {study.split}
 
 
 @contextlib.contextmanager
@@ -197,13 +206,13 @@ def _one_line(error: Exception) -> str:
   return f'{type(error).__name__}: {" ".join(str(error).split())}'
 
 
-def _diverged_before(trial: Trial, workdir: str) -> int | None:
-  """Returns the step at which a run diverged, None if it did not."""
+def _cause_of_divergence(trial: Trial, workdir: str) -> str:
+  """Returns what was not finite when a run diverged, alone or in a pack; '' if it did not."""
   folder = trial.folder(workdir)
   if not manifest.exists(folder):
-    return None
+    return ''
   facts = manifest.read(folder)
-  return facts['step'] if facts['status'] == 'diverged' else None
+  return facts.get('cause', 'not finite') if facts['status'] == 'diverged' else ''
 
 
 def _run_one(
@@ -216,18 +225,15 @@ def _run_one(
   progress.begin(trial)
   try:
     folder = str(trial.folder(workdir))
-    step = _diverged_before(trial, workdir)
-    if step is not None:
-      raise DivergedError(step, 'loss', math.nan)
-    done = train(trial.config, folder, Listener(note, progress.at))
-    if not done.finished:
-      raise Interrupted(done.interrupted_by or 0)
-    evaluations = _evaluate(study, trial, folder)
-    digest = outcome.file_digest(trial.folder(workdir) / 'metrics.jsonl')
-    facts |= {'evaluations': evaluations, 'metrics_digest': digest}
-    status, reason = FINISHED, ''
+    status, reason = DIVERGED, _cause_of_divergence(trial, workdir)
+    if not reason:
+      done = train(trial.config, folder, Listener(note, progress.at))
+      if not done.finished:
+        raise Interrupted(done.interrupted_by or 0)
+      facts |= {'evaluations': _evaluate(study, trial, folder), 'digests': outcome.digests(folder)}
+      status = FINISHED
   except DivergedError as error:
-    status, reason = DIVERGED, str(error)
+    status, reason = DIVERGED, error.cause
   except (Interrupted, KeyboardInterrupt):
     raise
   except Exception as error:
@@ -294,8 +300,8 @@ def training_flops(config: ml_collections.ConfigDict) -> int:
 class _Progress:
   """One bar over all trials. Time left is judged by floating-point operations, not by steps."""
 
-  def __init__(self, trials: list[Trial], workdir: str):
-    self._workdir = workdir
+  def __init__(self, study: Study, trials: list[Trial], workdir: str):
+    self._study, self._workdir = study, workdir
     self._cost = {t.id: training_flops(t.config) / t.config.train.num_steps for t in trials}
     self._done = {t.id: self._steps_done(t) for t in trials}
     total = sum(self._cost[t.id] * t.config.train.num_steps for t in trials)
@@ -310,7 +316,7 @@ class _Progress:
 
   def _steps_done(self, trial: Trial) -> int:
     """Returns the steps of the last checkpoint of a trial that the manifest knows of."""
-    if _is_done(trial, self._workdir):
+    if _is_done(self._study, trial, self._workdir):
       return trial.config.train.num_steps
     try:
       return int(manifest.read(trial.folder(self._workdir))['step'])

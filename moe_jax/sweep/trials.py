@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import ml_collections
 
 from moe_jax import config as config_lib
+from moe_jax.data import SPLITS
 from moe_jax.errors import UserError
-from moe_jax.study import MAY_DIFFER, Point, Study
-from moe_jax.sweep.evaluations import EVALUATIONS
+from moe_jax.study import MAY_DIFFER, Comparison, Metric, Point, Study
+from moe_jax.sweep.evaluations import EVALUATIONS, METRICS
 from moe_jax.train.manifest import FREE_FIELDS
 
 
@@ -48,7 +49,8 @@ def load_study(path: str) -> Study:
     UserError: if there is no such file, or it does not define one.
   """
   if not os.path.isfile(path):
-    raise UserError('--study', path, 'does not exist')
+    why = 'is no file' if os.path.exists(path) else 'does not exist'
+    raise UserError('--study', path, why)
   spec = importlib.util.spec_from_file_location('moe_jax_study', path)
   assert spec is not None and spec.loader is not None
   module = importlib.util.module_from_spec(spec)
@@ -58,7 +60,7 @@ def load_study(path: str) -> Study:
     study = module.get_study()
   except UserError:
     raise
-  except Exception as error:
+  except (Exception, SystemExit) as error:
     # It is the user's code: whatever it raises is theirs to mend.
     text = ' '.join(str(error).split())
     raise UserError('--study', path, f'{type(error).__name__}: {text}') from error
@@ -73,6 +75,7 @@ def check_study(study: Study) -> None:
   Raises:
     UserError: names the first field that is wrong.
   """
+  _check_types(study)
   names = [arm.name for arm in study.arms]
   run = {arm.name for arm in study.arms if not arm.dropped}
   if not run:
@@ -82,22 +85,82 @@ def check_study(study: Study) -> None:
       raise UserError('study.arms', name, 'names must be unique and not empty')
   if not study.seeds or len(set(study.seeds)) != len(study.seeds):
     raise UserError('study.seeds', study.seeds, 'must be different numbers, at least one')
-  for evaluation in study.evaluations:
-    if evaluation not in EVALUATIONS:
-      raise UserError('study.evaluations', evaluation, f'must be of {", ".join(EVALUATIONS)}')
-  if study.metric.name.partition('/')[0] not in study.evaluations:
-    raise UserError(
-      'study.metric', study.metric.name, f'must begin with one of {", ".join(study.evaluations)}'
-    )
+  _check_evaluations(study)
   for what in study.may_differ:
     if what not in MAY_DIFFER:
       raise UserError('study.may_differ', what, f'must be of {", ".join(MAY_DIFFER)}')
-  compared = [study.baseline] if study.baseline else []
+  if study.baseline and study.baseline not in run:
+    raise UserError('study.baseline', study.baseline, 'is no arm that is run')
   for comparison in study.comparisons:
-    compared += comparison
-  for name in compared:
-    if name not in run:
-      raise UserError('study.comparisons', name, 'is no arm that is run')
+    for name in comparison:
+      if name not in run:
+        raise UserError('study.comparisons', name, 'is no arm that is run')
+    if comparison.arm == comparison.baseline:
+      raise UserError('study.comparisons', comparison.arm, 'is compared with itself')
+    if study.comparisons.count(comparison) > 1:
+      # It would count twice in the correction for the number of comparisons.
+      raise UserError('study.comparisons', tuple(comparison), 'stands there twice')
+
+
+def _check_types(study: Study) -> None:
+  """Checks what Python does not: the types of the fields, and names that are taken for others."""
+  many = {
+    'arms': Point,
+    'seeds': int,
+    'comparisons': Comparison,
+    'evaluations': str,
+    'may_differ': str,
+  }
+  for field, kind in many.items():
+    value = getattr(study, field)
+    if not isinstance(value, tuple | list) or not all(type(one) is kind for one in value):
+      raise UserError(f'study.{field}', value, f'must be a tuple of {kind.__name__}')
+  for field, kind in {'metric': Metric, 'base': ml_collections.ConfigDict}.items():
+    if not isinstance(getattr(study, field), kind):
+      raise UserError(f'study.{field}', getattr(study, field), f'must be a {kind.__name__}')
+  if (
+    not isinstance(study.name, str) or not study.name or study.name != os.path.basename(study.name)
+  ):
+    raise UserError('study.name', study.name, 'must be the name of a folder')
+  for field in ('x', 'lines'):
+    room, _, name = (value := getattr(study, field)).partition('.')
+    if value and name not in config_lib.SCHEMA.get(room, {}):
+      raise UserError(f'study.{field}', value, 'is no field of a config')
+
+
+def _check_evaluations(study: Study) -> None:
+  for evaluation in study.evaluations:
+    if evaluation not in EVALUATIONS:
+      raise UserError('study.evaluations', evaluation, f'must be of {", ".join(EVALUATIONS)}')
+  if study.split not in SPLITS:
+    raise UserError('study.split', study.split, f'must be one of {", ".join(SPLITS)}')
+  evaluation, _, name = study.metric.name.partition('/')
+  if evaluation not in study.evaluations or name not in METRICS:
+    raise UserError(
+      'study.metric',
+      study.metric.name,
+      f'must be EVALUATION/METRIC with an evaluation of the study ({", ".join(study.evaluations)}) '
+      f'and one of {", ".join(METRICS)}',
+    )
+
+
+def _check_comparable(study: Study, trials: list[Trial]) -> None:
+  """Checks before anything is trained what `results.summary` will check of the results."""
+  fields = {
+    'horizon': ('train.num_steps', 'data.batch_size', 'data.sequence_length'),
+    'data': ('data.name',),
+    'tokenizer': ('data.tokenizer', 'data.vocab_size'),
+  }
+  for excuse, of_excuse in fields.items():
+    for field in of_excuse if excuse not in study.may_differ else ():
+      room, _, name = field.partition('.')
+      values = {trial.config[room][name]: trial.arm for trial in trials}
+      if len(values) > 1:
+        raise UserError(
+          field,
+          {arm: value for value, arm in values.items()},
+          f'compared arms must agree; if the study asks this, add {excuse!r} to its may_differ',
+        )
 
 
 def trials_of(study: Study, free: Mapping[str, Any] | None = None) -> list[Trial]:
@@ -124,6 +187,7 @@ def trials_of(study: Study, free: Mapping[str, Any] | None = None) -> list[Trial
         raise UserError('study.arms', arm.name, f'is the same config as arm {other!r}')
       arms_by_id[trial.id] = arm.name
       trials.append(trial)
+  _check_comparable(study, trials)
   return trials
 
 

@@ -52,10 +52,14 @@ class DivergedError(UserError):
 
   Attributes:
     step: whose metrics said so.
+    cause: what was not finite, as 'loss=nan'.
+    facts: what the manifest of the run says of it.
   """
 
   def __init__(self, step: int, what: str, value: float):
     self.step = step
+    self.cause = f'{what}={value}'
+    self.facts = {'step': step, 'status': 'diverged', 'cause': self.cause}
     super().__init__(
       what,
       value,
@@ -200,7 +204,7 @@ def _train(run: _Run, old: dict[str, Any] | None) -> Outcome:
         outcome = _steps(run, train_step, state, batches, checkpoints, writer, step)
       except DivergedError as error:
         if first:
-          manifest.write(run.workdir, facts | {'step': error.step, 'status': 'diverged'})
+          manifest.write(run.workdir, facts | error.facts)
         raise
       checkpoints.wait()
   facts |= {

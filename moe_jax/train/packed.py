@@ -216,7 +216,7 @@ class _Pack:
       if culprit:
         error = loop.DivergedError(step, *culprit)
         self._diverged[i] = str(error)
-        manifest.write(member.workdir, self._facts[i] | {'step': step, 'status': 'diverged'})
+        manifest.write(member.workdir, self._facts[i] | error.facts)
       elif step % train.log_every == 0 or step == train.num_steps:
         writers[i].write(step, 'train', record)
 

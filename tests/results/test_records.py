@@ -38,8 +38,27 @@ def test_every_field_is_written(tmp_path):
 
 
 def test_no_records(tmp_path):
-  records.write_records(tmp_path / 'results.jsonl', [])
-  assert records.read_records(tmp_path / 'results.jsonl') == []
+  path = tmp_path / 'results.jsonl'
+  records.write_records(path, [])
+  with pytest.raises(DamagedError, match='holds no record'):
+    records.read_records(path)
+  path.write_bytes(b'\xa9\xff')
+  with pytest.raises(DamagedError, match='is no text'):
+    records.read_records(path)
+
+
+@pytest.mark.parametrize(
+  ('old', 'new'), [('0.25', '0.24'), ('"seed": 1', '"seed": 2'), ('f9', 'f8')]
+)
+def test_a_changed_record_is_damaged_and_has_no_results(tmp_path, old, new):
+  path = tmp_path / 'results.jsonl'
+  of = made.make_record('moe', 1, 0.25, git_commit='f9', curve=[[1, 2.0]], load=[[1, [[1.0]]]])
+  records.write_records(path, [made.make_record(), of])
+  path.write_text(path.read_text().replace(old, new))
+  first, second = records.read_records(path)
+  assert first == made.make_record()
+  assert second.status == records.DAMAGED and f'{path}:2' in second.reason
+  assert second.metrics == {} and second.curve == [] and second.load == []
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

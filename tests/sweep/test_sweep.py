@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import resource
+import shutil
 import signal
 import time
 
@@ -78,11 +79,47 @@ def test_an_id_is_the_config_but_for_what_changes_no_result(text):
     ({'metric': Metric('valid/loss')}, ("study.metric='valid/loss'",)),
     ({'evaluations': ('all',)}, ("study.evaluations='all'", 'dropless')),
     ({'may_differ': ('luck',)}, ("study.may_differ='luck'",)),
+    ({'metric': Metric('dropless/bar')}, ("study.metric='dropless/bar'", 'bits_per_byte')),
+    ({'name': '../evil'}, ("study.name='../evil'", 'folder')),
+    ({'name': ''}, ("study.name=''",)),
+    ({'split': 'nope'}, ("study.split='nope'", 'valid')),
+    ({'x': 'moe.nope'}, ("study.x='moe.nope'",)),
+    ({'lines': 'a.b'}, ("study.lines='a.b'",)),
+    ({'comparisons': (Comparison(FREE, FREE),)}, (FREE, 'itself')),
+    ({'comparisons': (Comparison(BALANCED, FREE),) * 2}, ('twice',)),
+    (
+      {'more': (point('a', {'data.tokenizer': 'bpe', 'data.vocab_size': 512}),)},
+      ("data.tokenizer={'", "'tokenizer' to its"),
+    ),
+    ({'more': (point('a', {'train.num_steps': 5}),)}, ('train.num_steps={', "'horizon' to its")),
   ],
 )
 def test_refuses(text, changes, words):
+  study = make_study(text, **{'more': (), **changes})
   with pytest.raises(UserError) as caught:
-    trials.trials_of(make_study(text, **changes))
+    trials.trials_of(study)
+  for word in words:
+    assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ('field', 'value', 'words'),
+  [
+    ('may_differ', 'data', ("study.may_differ='data'", 'tuple of str')),
+    ('seeds', 3, ('study.seeds=3', 'tuple of int')),
+    ('seeds', (0.5, 1), ('study.seeds', 'tuple of int')),
+    ('arms', {'a': 1}, ('study.arms', 'tuple of Point')),
+    ('metric', 'dropless/loss', ("study.metric='dropless/loss'", 'Metric')),
+    ('base', {}, ('study.base', 'ConfigDict')),
+    ('name', 3, ('study.name=3',)),
+  ],
+)
+def test_refuses_what_python_lets_through(text, field, value, words):
+  study = make_study(text)
+  # Outside of tests nothing checks the annotations.
+  object.__setattr__(study, field, value)
+  with pytest.raises(UserError) as caught:
+    trials.trials_of(study)
   for word in words:
     assert word in str(caught.value)
 
@@ -96,6 +133,7 @@ def swept(text, tmp_path_factory):
       point('absent', {'data.name': 'text:/nowhere'}),
       point('wild', {'optim.learning_rate': 1e30}),
     ),
+    may_differ=('data',),
   )
   workdir = str(tmp_path_factory.mktemp('sweep'))
   said = []
@@ -161,7 +199,9 @@ def test_done_trials_are_left_alone_and_failed_ones_tried_again(swept):
   assert tiny.snapshot(os.path.join(workdir, 'trials')) == before
 
 
-@pytest.mark.parametrize('what', ['outcome', 'cut outcome', 'metrics', 'manifest', 'other config'])
+@pytest.mark.parametrize(
+  'what', ['outcome', 'cut outcome', 'metrics', 'manifest', 'size in manifest', 'other config']
+)
 def test_what_was_tampered_with_is_named_and_not_averaged(swept, what):
   study, workdir, *_ = swept
   trial = trials.trials_of(study)[0]
@@ -169,7 +209,7 @@ def test_what_was_tampered_with_is_named_and_not_averaged(swept, what):
   path = {'metrics': folder / 'metrics.jsonl', 'manifest': folder / 'manifest.json'}.get(
     what, outcome.path_of(workdir, trial.id)
   )
-  if what == 'other config':
+  if what in ('other config', 'size in manifest'):
     path = folder / 'manifest.json'
   good = path.read_text()
   bad = {
@@ -177,6 +217,7 @@ def test_what_was_tampered_with_is_named_and_not_averaged(swept, what):
     'cut outcome': good[: len(good) // 2],
     'metrics': good[: len(good) // 2],
     'manifest': '',
+    'size in manifest': good.replace('"active": ', '"active": 1'),
     'other config': good.replace('"num_experts": 8', '"num_experts": 4'),
   }[what]
   assert bad != good
@@ -188,6 +229,17 @@ def test_what_was_tampered_with_is_named_and_not_averaged(swept, what):
   finally:
     path.write_text(good)
   assert collect.records_of(study, workdir)[0].status == 'finished'
+
+
+def test_another_split_is_evaluated_without_training(swept, tmp_path, monkeypatch):
+  study, workdir, *_ = swept
+  shutil.copytree(workdir, tmp_path / 'w')
+  other = dataclasses.replace(study, split='valid', arms=study.arms[:1])
+  monkeypatch.setattr(loop, '_steps', None)  # Training would need it.
+  counts = runner.run(other, trials.trials_of(other), str(tmp_path / 'w'), lambda line: None)
+  assert counts.finished == 2
+  records = collect.records_of(other, tmp_path / 'w')
+  assert [r.data['split'] for r in records] == ['valid'] * 2
 
 
 def test_what_was_not_run_or_not_finished_is_said(text, tmp_path):
@@ -225,6 +277,9 @@ def test_the_command_plans_runs_and_refuses(text, tmp_path):
   tiny.command('sweep', '--study=nowhere.py', workdir).assert_error('--study=', 'does not exist')
   path.write_text('def get_study():\n  return 1 / 0\n')
   tiny.command('sweep', study, workdir).assert_error('--study=', 'ZeroDivisionError')
+  path.write_text('raise SystemExit(0)\n')
+  tiny.command('sweep', study, workdir).assert_error('--study=', 'SystemExit')
+  tiny.command('sweep', f'--study={tmp_path}', workdir).assert_error('--study=', 'is no file')
 
 
 LONG = {'train.num_steps': 60, 'train.checkpoint_every': 5}

@@ -1,5 +1,5 @@
 // Draws the page from the JSON in #data. All text from records is set as textContent.
-const {study, columns, rows, records} = JSON.parse(document.getElementById('data').textContent);
+const {study, columns, rows, records, comparisons, notes, warnings} = JSON.parse(document.getElementById('data').textContent);
 const FINISHED = 'finished';
 const STATUSES = [FINISHED, 'diverged', 'failed', 'unfinished', 'missing', 'damaged'];
 const COLORS = 7;
@@ -138,6 +138,19 @@ function drawTable() {
   });
   byId('table').append(make('thead', {}, make('tr', {}, ...heads)),
     make('tbody', {}, ...tableRows.map(({element}) => element)));
+}
+
+function drawNotes() {
+  const [head, ...planned] = comparisons;
+  if (head) {
+    const heads = head.map(title => make('th', {scope: 'col'}, title));
+    byId('planned').append(make('thead', {}, make('tr', {}, ...heads)), make('tbody', {},
+      ...planned.map(row => make('tr', {}, ...row.map(cell => make('td', {}, cell))))));
+  }
+  byId('planned').closest('section').hidden = !head;
+  byId('notes').append(...notes.map(note => make('li', {class: 'quiet'}, note)),
+    ...warnings.map(warning => make('li', {}, make('strong', {}, 'warning: '), warning)));
+  byId('notes').closest('section').hidden = !notes.length && !warnings.length;
 }
 
 // Trials: arms and trials fold; what is inside a trial is made when it is opened first.
@@ -284,6 +297,7 @@ function update() {
 drawHead();
 drawArms();
 drawTable();
+drawNotes();
 drawTrials();
 update();
 byId('log').addEventListener('change', drawCurves);
