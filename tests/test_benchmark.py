@@ -10,6 +10,22 @@ from moe_jax.benchmark import dispatch
 from moe_jax.benchmark.arms import Shape, expert_weights
 from tests import tiny
 
+
+def test_ep_exchanges_the_bytes_of_the_formula():
+  flags = ('--num_tokens=128', '--embed_dim=8', '--mlp_dim=4', '--num_experts=8', '--json')
+  result = tiny.command('benchmark', 'ep', *flags, '--meshes=2x4', '--dtype=bfloat16')
+  assert result.code == 0, result.err
+  rows = [json.loads(line) for line in result.out.splitlines()]
+  assert [len(row['exchanged_bytes']) for row in rows] == [2, 4]
+  for row in rows:
+    # 8 groups of 16 tokens, one on each device: 8 experts with ceil(16 x 2 x 1.25 / 8) = 5 slots of
+    # 8 numbers of 2 bytes, 3 of 4 parts of which leave the device.
+    assert row['formula_bytes'] == 8 * 5 * 8 * 2 * 3 / 4
+    assert set(row['exchanged_bytes']) == {row['formula_bytes']}
+  for meshes in ('2by4', '4x4'):
+    tiny.command('benchmark', 'ep', *flags, f'--meshes={meshes}').assert_error('--meshes')
+
+
 SHAPE = Shape(12, 8, 4, 2, 6.0, 'swiglu', 'float32')
 SMALL = ('--num_tokens=64', '--embed_dim=8', '--mlp_dim=4', '--num_experts=4', '--json')
 

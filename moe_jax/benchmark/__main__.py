@@ -1,7 +1,8 @@
-"""Benchmarks: python -m moe_jax.benchmark {dispatch,layer,router,step,sweep} [--json].
+"""Benchmarks: python -m moe_jax.benchmark {dispatch,ep,layer,router,step,sweep} [--json].
 
 dispatch: moving tokens and the experts' products under a given routing, against dense, the batched
   products alone, one-hot products, lax.ragged_dot, and a copy of the same bytes.
+ep: the MoE layer over a mesh against the same work on one device, and the bytes it exchanges.
 layer: the MoE layer against a dense layer of the same active FLOPs and its own batched products.
 router: choosing and planning, as a share of the experts' products.
 step:  where the time of a training step goes, and how long it waits for data (--config=...).
@@ -9,13 +10,14 @@ sweep: what it gains to train several trials as one program (--config=...).
 """
 
 import json
+import re
 import sys
 
 import jax
 from absl import flags
 
 from moe_jax import cli, routing
-from moe_jax.benchmark import dispatch, layer, router, step, sweep
+from moe_jax.benchmark import dispatch, expert_parallel, layer, router, step, sweep
 from moe_jax.benchmark.arms import Shape
 from moe_jax.benchmark.timing import Ratio
 from moe_jax.errors import UserError
@@ -25,7 +27,7 @@ _JSON = flags.DEFINE_bool('json', False, 'Print one JSON object per row.')
 _ROUNDS = flags.DEFINE_integer('rounds', 9, 'Rounds of interleaved calls.')
 _STEPS = flags.DEFINE_integer('steps', 20, 'step: real steps with the data pipeline.')
 _NUM_EXPERTS = flags.DEFINE_list(
-  'num_experts', None, 'Values of E; dispatch, layer: 8,64,256, router: 8,64,256,1024.'
+  'num_experts', None, 'Values of E; dispatch, layer: 8,64,256; ep: 8,64; router: 8,64,256,1024.'
 )
 _NUM_TOKENS = flags.DEFINE_integer(
   'num_tokens', 4096, 'dispatch, layer: tokens, one routing group.'
@@ -51,7 +53,8 @@ _ARMS = flags.DEFINE_list(
 _TOKENS_PER_EXPERT = flags.DEFINE_integer(
   'tokens_per_expert', 0, 'dispatch: as many tokens as give each expert so many; 0 for num_tokens.'
 )
-_COMMANDS = ('dispatch', 'layer', 'router', 'step', 'sweep')
+_MESHES = flags.DEFINE_list('meshes', ['1x8', '2x4'], 'ep: data x expert of each.')
+_COMMANDS = ('dispatch', 'ep', 'layer', 'router', 'step', 'sweep')
 
 
 def main() -> None:
@@ -60,9 +63,14 @@ def main() -> None:
     raise UserError('--rounds', _ROUNDS.value, 'must be at least 9')
   if not _JSON.value:
     print(f'on {jax.devices()[0].device_kind}, {jax.device_count()} device(s)')
-  {'dispatch': _dispatch, 'layer': _layer, 'router': _router, 'step': _step, 'sweep': _sweep}[
-    _COMMAND
-  ]()
+  {
+    'dispatch': _dispatch,
+    'ep': _ep,
+    'layer': _layer,
+    'router': _router,
+    'step': _step,
+    'sweep': _sweep,
+  }[_COMMAND]()
 
 
 def _values_of_e(default: list[int]) -> list[int]:
@@ -151,6 +159,31 @@ def _dispatch() -> None:
     for name, why in row['not_measured'].items():
       print(f'  {name:<12}not measured: {why}')
     sys.stdout.flush()
+
+
+def _ep() -> None:
+  if not all(re.fullmatch(r'[1-9]\d*x[1-9]\d*', mesh) for mesh in _MESHES.value):
+    raise UserError('--meshes', ','.join(_MESHES.value), 'must read DATAxEXPERT,...')
+  meshes = [(int(data), int(expert)) for data, expert in (m.split('x') for m in _MESHES.value)]
+  rows = expert_parallel.rows(
+    _shape(),
+    num_experts=_values_of_e([8, 64]),
+    meshes=meshes,
+    rounds=_ROUNDS.value,
+    seed=_SEED.value,
+  )
+  for row in rows:
+    if _JSON.value:
+      print(json.dumps(row), flush=True)
+      continue
+    sent = ', '.join(f'{size / 1e6:.2f}' for size in row['exchanged_bytes']) or 'nothing'
+    print(
+      f'E={row["num_experts"]:<4} data={row["mesh"][0]} expert={row["mesh"][1]} {row["pass"]:<17}'
+      f'one device / mesh {Ratio(**row["speed"])}, null {Ratio(**row["null"])}, MB sent by each '
+      f'device: {sent} (formula {row["formula_bytes"] / 1e6:.2f} each)'
+      f'{"  VOID: restless machine" if row["void"] else ""}',
+      flush=True,
+    )
 
 
 def _layer() -> None:

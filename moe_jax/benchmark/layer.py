@@ -42,24 +42,29 @@ def rows(
   key = jax.random.key(seed)
   x = jax.random.normal(key, (1, shape.num_tokens, shape.embed_dim), jnp.dtype(shape.dtype))
   for experts in num_experts:
-    options = MoeOptions(
-      router='top_k',
-      choice=routing.RouterOptions(
-        num_experts=experts, num_selected_experts=shape.num_selected_experts
-      ),
-      mlp_dim=shape.mlp_dim,
-      activation=shape.activation,
-      capacity_factor=shape.capacity_factor,
-      jitter=0.0,
-      priority='token',
-      balance_scopes=1,
-      balance_normalization='one',
-      device_balance_parts=1,
-      dispatch=dispatch,
-      router_init_scale=ROUTER_INIT_SCALE,
-    )
+    options = options_of(shape, experts, dispatch)
     for backward in (False, True):
       yield _row(shape, options, mesh, x, backward, rounds, seed)
+
+
+def options_of(shape: Shape, num_experts: int, dispatch: str) -> MoeOptions:
+  """Returns the options of the layer that is measured."""
+  return MoeOptions(
+    router='top_k',
+    choice=routing.RouterOptions(
+      num_experts=num_experts, num_selected_experts=shape.num_selected_experts
+    ),
+    mlp_dim=shape.mlp_dim,
+    activation=shape.activation,
+    capacity_factor=shape.capacity_factor,
+    jitter=0.0,
+    priority='token',
+    balance_scopes=1,
+    balance_normalization='one',
+    device_balance_parts=1,
+    dispatch=dispatch,
+    router_init_scale=ROUTER_INIT_SCALE,
+  )
 
 
 def _row(

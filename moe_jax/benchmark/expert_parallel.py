@@ -1,0 +1,141 @@
+"""The MoE layer over a mesh against the same work on one device, and the bytes it exchanges."""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from moe_jax import routing
+from moe_jax.benchmark.arms import Shape, expert_weights, timed
+from moe_jax.benchmark.layer import ROUTER_INIT_SCALE, options_of
+from moe_jax.benchmark.timing import Compiled, compile_arm, is_void, measure, ratio
+from moe_jax.errors import UserError
+from moe_jax.layers.moe import MoeOptions, TokenInfo, moe_layer
+from moe_jax.parallel.mesh import BATCH_AXES, EXPERT_AXIS, make_mesh
+
+_ITEM_BYTES = {'f32': 4, 'bf16': 2}
+
+
+def rows(
+  shape: Shape,
+  *,
+  num_experts: Sequence[int],
+  meshes: Sequence[tuple[int, int]],
+  rounds: int,
+  seed: int,
+) -> Iterator[dict[str, Any]]:
+  """Measures each number of experts on each mesh, forward and forward + backward.
+
+  The tokens are as many routing groups as the largest mesh has devices, whatever the mesh.
+
+  Args:
+    shape: of all rows; its tokens are those of all devices.
+    num_experts: values of E.
+    meshes: (data, expert) of each.
+    rounds: of interleaved calls.
+    seed: of weights, inputs and orders.
+
+  Yields:
+    num_experts, mesh, pass, speed (time of one device / time of the mesh), null, void,
+    exchanged_bytes (that a device sends in each exchange, read from the program before it is
+    compiled), and formula_bytes, tokens x K x effective capacity factor x D x bytes x (1 - 1 / R).
+
+  Raises:
+    UserError: if there are too few devices for a mesh.
+  """
+  groups = max(data * expert for data, expert in meshes)
+  if groups > jax.device_count():
+    raise UserError('--meshes', meshes, f'need {groups} devices, found {jax.device_count()}')
+  for experts in num_experts:
+    for mesh in meshes:
+      for backward in (False, True):
+        yield _row(shape, experts, mesh, groups, backward, rounds, seed)
+
+
+def exchanged_bytes(text: str) -> list[float]:
+  """Returns the bytes that a device sends in each all-to-all of a program in StableHLO.
+
+  Of a compiled program they could not be read: XLA on CPUs widens bfloat16 there.
+  """
+  found = []
+  pattern = r'stablehlo\.all_to_all.*?split_count = (\d+).*?\(tensor<([\dx]+)x(f32|bf16)>\)'
+  for parts, dims, kind in re.findall(pattern, text):
+    size = math.prod(int(n) for n in dims.split('x')) * _ITEM_BYTES[kind]
+    # One part of R stays on the device.
+    found.append(size * (1 - 1 / int(parts)))
+  return found
+
+
+def _row(
+  shape: Shape,
+  num_experts: int,
+  mesh: tuple[int, int],
+  groups: int,
+  backward: bool,
+  rounds: int,
+  seed: int,
+) -> dict[str, Any]:
+  options = options_of(shape, num_experts, 'gather')
+  one, _ = _arm(shape, options, (1, 1), groups, backward, seed)
+  again, _ = _arm(shape, options, (1, 1), groups, backward, seed)
+  many, text = _arm(shape, options, mesh, groups, backward, seed)
+  seconds = measure({'one': one.call, 'again': again.call, 'many': many.call}, rounds, seed)
+  null = ratio(seconds['one'], seconds['again'])
+  tokens = shape.num_tokens // groups
+  capacity = routing.expert_capacity(
+    tokens, num_experts, shape.num_selected_experts, shape.capacity_factor
+  )
+  # tokens x K x effective factor, of the groups of a device.
+  slots = num_experts * capacity * groups / math.prod(mesh)
+  itemsize = jnp.dtype(shape.dtype).itemsize
+  return {
+    'num_experts': num_experts,
+    'mesh': list(mesh),
+    'pass': 'forward+backward' if backward else 'forward',
+    'speed': ratio(seconds['one'], seconds['many'])._asdict(),
+    'null': null._asdict(),
+    'void': is_void(null),
+    'exchanged_bytes': exchanged_bytes(text),
+    'formula_bytes': slots * shape.embed_dim * itemsize * (1 - 1 / mesh[1]),
+  }
+
+
+def _arm(
+  shape: Shape,
+  options: MoeOptions,
+  sizes: tuple[int, int],
+  groups: int,
+  backward: bool,
+  seed: int,
+) -> tuple[Compiled, str]:
+  """Returns the layer on a mesh, compiled, and its program before that."""
+  mesh = make_mesh(*sizes)
+  keys = jax.random.split(jax.random.key(seed), 4)
+
+  def put(array: jax.Array, *axes: Any) -> jax.Array:
+    return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*axes)))
+
+  params = expert_weights(keys[0], shape, options.num_experts)
+  router = jax.random.normal(keys[1], (shape.embed_dim, options.num_experts))
+  params = params._replace(
+    router={'router': put(router * (ROUTER_INIT_SCALE / shape.embed_dim) ** 0.5)},
+    w_in=put(params.w_in, EXPERT_AXIS),
+    w_out=put(params.w_out, EXPERT_AXIS),
+  )
+  sequences = (groups, shape.num_tokens // groups)
+  x = jax.random.normal(keys[2], (*sequences, shape.embed_dim), jnp.dtype(shape.dtype))
+  places = jnp.zeros(sequences, jnp.int32)
+  info = TokenInfo(jnp.ones(sequences, bool), places, places)
+  group_keys = jax.random.split(keys[3], groups)
+
+  def layer(params, x):
+    return moe_layer(x, info, params, {}, group_keys, mesh, options, True)[0]
+
+  function = timed(layer, backward)
+  arguments = params, put(x, BATCH_AXES)
+  with jax.set_mesh(mesh):
+    return compile_arm(function, *arguments), jax.jit(function).lower(*arguments).as_text()
