@@ -287,6 +287,8 @@ class _Positions:
         axes.set_xscale('log')
       else:
         axes.set_xscale('symlog', linthresh=positive[0])
+        # Or a wide part of nothing stands left of 0.
+        axes.set_xlim(-positive[0] / 2, 2 * positive[-1])
     if len(values) <= 10:
       axes.set_xticks(values, [f'{value:g}' for value in values])
       axes.set_xticks([], minor=True)
