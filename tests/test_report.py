@@ -8,6 +8,7 @@ import json
 import pytest
 
 from moe_jax.results.records import read_records, write_records
+from moe_jax.sweep import outcome
 from tests import tiny
 
 STUDY = """
@@ -131,6 +132,21 @@ def test_what_was_tampered_with_is_named_and_not_averaged(swept, tmp_path):
   assert result.code == 0, result.err
   table = (tmp_path / 'r' / 'table.md').read_text()
   assert '1 of 2' in table and 'metrics.jsonl is not what was written' in table
+
+
+def test_an_outcome_without_digests_of_its_run_is_named(swept, tmp_path):
+  study, workdir = swept
+  path = next(workdir.glob('outcomes/*.json'))
+  good = path.read_text()
+  old = json.loads(good)
+  del old['digests'], old['digest']
+  outcome.write(workdir, path.stem, old)
+  try:
+    result = report(study, workdir, tmp_path / 'r', '--nofigures')
+  finally:
+    path.write_text(good)
+  assert result.code == 0, result.err
+  assert 'of an earlier version, without digests' in (tmp_path / 'r' / 'table.md').read_text()
 
 
 def test_pack_refuses_trials_that_evaluate_while_they_train(swept, tmp_path):

@@ -42,6 +42,8 @@ def read(workdir: str | os.PathLike, trial_id: str) -> dict[str, Any] | None:
     raise DamagedError(f'{path} is damaged') from error
   if digest != _digest(outcome):
     raise DamagedError(f'{path} is not what was written: its digest differs')
+  if 'evaluations' in outcome and 'digests' not in outcome:
+    raise DamagedError(f'{path} is of an earlier version, without digests of the files of the run')
   return outcome
 
 
