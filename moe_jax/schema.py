@@ -198,7 +198,10 @@ SCHEMA: dict[str, dict[str, Field]] = {
       'mean', ('mean', 'sum'), 'How the auxiliary losses of the layers are put together.'
     ),
     'dispatch': _one_of(
-      'gather', tuple(dispatch.DISPATCHERS), 'How tokens move to slots; einsum is the slow oracle.'
+      'gather',
+      dispatch.DISPATCHERS,
+      'How tokens move to slots; dropless drops none, so the capacity factors do not apply; einsum '
+      'is the slow oracle.',
     ),
   },
   'mesh': {

@@ -9,7 +9,7 @@ groups. After: every device holds the slots of ITS experts, filled from all devi
 """
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 
 def to_experts(
@@ -28,3 +28,8 @@ def from_experts(
 ) -> Float[Array, 'E G C D']:
   """Sends each slot back to the device it came from: the inverse of `to_experts`."""
   return jax.lax.all_to_all(expert_outputs, axis_name, split_axis=1, concat_axis=0, tiled=True)
+
+
+def swap(rows: Shaped[Array, 'R_X D'], axis_name: str) -> Shaped[Array, 'R_X D']:
+  """Sends part r of R equal parts of the rows to device r: its own inverse."""
+  return jax.lax.all_to_all(rows, axis_name, split_axis=0, concat_axis=0, tiled=True)

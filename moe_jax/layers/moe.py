@@ -8,12 +8,12 @@ Taking them inside, or with `check_vma=False`, needs psums by hand and silently 
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
@@ -25,8 +25,6 @@ from moe_jax.routing.router import Mixture, Weight
 
 # Linen's collection of what routers carry from step to step without a gradient.
 ROUTER_STATE = 'router_state'
-# The name of what crossed the mesh, for policies of recomputation.
-EXCHANGED = 'exchanged'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,20 +209,22 @@ def _local_layer(
     renormalize=options.choice.renormalize,
   )
 
+  weights = (params.w_in, params.w_out)
+  experts = functools.partial(run_experts, activation=options.activation)
   if router.mix is None:
-    dispatcher = dispatch_room.DISPATCHERS[options.dispatch]
-    expert_inputs = dispatcher.dispatch(tokens_GSD, plan)
+    y_GSD = dispatch_room.run(
+      _dispatcher(options, capacity, tokens_in_group),
+      tokens_GSD,
+      plan,
+      weights,
+      experts,
+      EXPERT_AXIS,
+      _mean_selected(options, capacity, tokens_in_group),
+    )
   else:
     mixture = router.mix(params.router, state, inputs, choice_options)
-    expert_inputs = mix_tokens(mixture, tokens_GSD)
-  # What crossed the mesh is kept where blocks are recomputed: no exchange is made twice.
-  exchanged = checkpoint_name(dispatch_room.to_experts(expert_inputs, EXPERT_AXIS), EXCHANGED)
-  expert_outputs = run_experts(exchanged, params, options.activation)
-  returned = checkpoint_name(dispatch_room.from_experts(expert_outputs, EXPERT_AXIS), EXCHANGED)
-  if router.mix is None:
-    y_GSD = dispatcher.combine(returned, plan)
-  else:
-    y_GSD = mix_slots(mixture, returned)
+    slots = mix_tokens(mixture, tokens_GSD)
+    y_GSD = mix_slots(mixture, dispatch_room.through_experts(slots, weights, experts, EXPERT_AXIS))
   y = from_groups(y_GSD, options.group_size)
 
   device = jax.lax.axis_index(BATCH_AXES)
@@ -232,6 +232,8 @@ def _local_layer(
   part = device * local_groups * parts + jnp.arange(local_groups * parts)
   scope = part.reshape(local_groups, parts) // (num_groups * parts // options.balance_scopes)
   sums = routing.router_sums(choice, plan, valid_GS, scope, options.balance_scopes)
+  if options.capacity_factor is None:
+    sums = sums._replace(slots=jnp.sum(sums.kept_per_expert))  # none is set aside
   choices = None
   if options.returns_choices:
     choices = from_groups(jnp.where(plan.asked, plan.expert_index, -1), options.group_size)
@@ -276,6 +278,22 @@ def group_capacity(options: MoeOptions, tokens_in_group: int) -> int:
   return min(capacity, tokens_in_group)
 
 
+def _dispatcher(options: MoeOptions, capacity: int, tokens_in_group: int) -> str:
+  """Returns the dispatcher: where none is dropped, `gather` would give each expert S slots."""
+  limited = capacity < tokens_in_group or routing.ROUTERS[options.router].keeps_all
+  return options.dispatch if limited or options.dispatch != 'gather' else 'dropless'
+
+
+def _mean_selected(options: MoeOptions, capacity: int, tokens_in_group: int) -> int | float:
+  """Returns the assignments of a token that balanced experts would share."""
+  router = routing.ROUTERS[options.router]
+  if router.keeps_all:
+    return options.num_experts
+  if router.fills_slots:
+    return capacity * options.num_experts / tokens_in_group
+  return options.num_selected_experts
+
+
 def to_groups(x: Shaped[Array, 'b T D'], group_size: int) -> Shaped[Array, 'g S D']:
   """Puts `group_size` sequences into each group, position by position: S index t * n + sequence.
 
@@ -295,15 +313,15 @@ def from_groups(x: Shaped[Array, 'g S D'], group_size: int) -> Shaped[Array, 'b 
 
 
 def run_experts(
-  expert_inputs: Float[Array, 'E G C D'], params: MoeParams, activation: str
-) -> Float[Array, 'E G C D']:
-  """Runs each expert on its own slots, as two batched products."""
-  experts, groups, capacity, width = expert_inputs.shape
-  rows = expert_inputs.reshape(experts, groups * capacity, width)
-  hidden = jnp.einsum('ecd,edf->ecf', rows, params.w_in.astype(rows.dtype))
+  rows: Float[Array, 'E C D'],
+  weights: tuple[Float[Array, 'E D F1'], Float[Array, 'E F D']],
+  activation: str,
+) -> Float[Array, 'E C D']:
+  """Runs each expert on its own rows, as two batched products."""
+  w_in, w_out = weights
+  hidden = jnp.einsum('ecd,edf->ecf', rows, w_in.astype(rows.dtype))
   hidden = basic.activate(hidden, activation)
-  outputs = jnp.einsum('ecf,efd->ecd', hidden, params.w_out.astype(rows.dtype))
-  return outputs.reshape(expert_inputs.shape)
+  return jnp.einsum('ecf,efd->ecd', hidden, w_out.astype(rows.dtype))
 
 
 class Moe(nn.Module):

@@ -14,9 +14,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax import routing
+from moe_jax.dispatch import EXCHANGED
 from moe_jax.layers.attention import Attention, KeyValueCache, packed_causal_mask
 from moe_jax.layers.basic import Mlp, RMSNorm, logical, matrix_init
-from moe_jax.layers.moe import EXCHANGED, ROUTER_STATE, Moe, MoeOptions, TokenInfo
+from moe_jax.layers.moe import ROUTER_STATE, Moe, MoeOptions, TokenInfo
 from moe_jax.parallel.mesh import BATCH_AXES
 
 

@@ -181,6 +181,7 @@ class Router:
     mix: (params, state, inputs, options) -> `Mixture`, where slots are mixtures of tokens instead
       of single tokens; `choose` then serves the statistics alone. None for all but Soft MoE.
     keeps_all: whether every expert must take every token, whatever the capacity factor.
+    fills_slots: whether it chooses by the capacity, and for no more than the slots there are.
     allowed: options -> what is wrong with them as (field, what is allowed), None if nothing.
   """
 
@@ -202,6 +203,7 @@ class Router:
   rejected: str = ''
   mix: Callable[[Params, State, RouterInputs, RouterOptions], 'Mixture'] | None = None
   keeps_all: bool = False
+  fills_slots: bool = False
   allowed: Callable[[RouterOptions], tuple[str, str] | None] = lambda options: None
 
 

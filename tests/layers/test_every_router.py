@@ -247,11 +247,12 @@ def test_a_weight_that_is_not_a_number_shows_in_the_loss():
 
 
 @pytest.mark.parametrize('name', [n for n in ROUTERS if routing.ROUTERS[n].mix is None])
-def test_both_dispatchers_give_the_same_result(name, one_device):
-  options = options_of(name, dispatch='einsum')
-  inputs, state = drawn(options)
-  y, sums = jax.jit(lambda inputs: run(options, make_mesh(1, 1), inputs, state))(inputs)
-  assert_same((y, sums._asdict()), one_device[name][1:3], name)
+def test_every_dispatcher_gives_the_same_result(name, one_device):
+  for dispatch in ('einsum', 'dropless'):
+    options = options_of(name, dispatch=dispatch)
+    inputs, state = drawn(options)
+    y, sums = jax.jit(lambda inputs, o=options, s=state: run(o, make_mesh(1, 1), inputs, s))(inputs)
+    assert_same((y, sums._asdict()), one_device[name][1:3], f'{name}, {dispatch}')
 
 
 @pytest.mark.parametrize('name', ROUTERS)

@@ -65,7 +65,7 @@ def outcome(inputs, options, mesh):
   return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(inputs.x, inputs.params)
 
 
-@pytest.mark.parametrize('dispatch', ['gather', 'einsum'])
+@pytest.mark.parametrize('dispatch', ['gather', 'dropless', 'einsum'])
 def test_content_of_padding_changes_nothing(dispatch):
   # Batch priority looks at probabilities and could be tempted by sure padding.
   options = small_layer.make_options(priority='priority', dispatch=dispatch, group_size=2)

@@ -130,6 +130,7 @@ ROUTER = router_lib.Router(
   causal=False,
   learns=True,
   balance='assignment',
+  fills_slots=True,
   cost='D E products, 32 + log S counts of the tokens for each expert',
   state=initial_state,
   update=update,

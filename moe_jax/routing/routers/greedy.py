@@ -194,6 +194,7 @@ ROUTER = router_lib.Router(
   causal=False,
   learns=True,
   balance='assignment',
+  fills_slots=True,
   cost='D E products, some rounds of top-k of E and a sort of S K',
   allowed=allowed,
 )

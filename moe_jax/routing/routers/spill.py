@@ -87,6 +87,7 @@ ROUTER = router_lib.Router(
   causal=True,
   learns=True,
   balance='assignment',
+  fills_slots=True,
   cost='D E products, top-k of E, in S sequential steps',
   allowed=allowed,
 )

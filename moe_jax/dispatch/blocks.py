@@ -1,0 +1,133 @@
+"""Products of rows with the weights of their experts, block by block, one expert to a block.
+
+The number of blocks is found when the program runs: a loop over ceil(n_e / b) blocks of b rows for
+an expert with n_e rows, so that work is that of the rows and at most one block more per expert.
+Memory is that of one block. Backward passes add to the experts' gradients in place.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+# The weights of all experts, E first in each; and rows [E C D], weights -> [E C D].
+Weights = Any
+Experts = Callable[[Array, Weights], Array]
+
+
+class Blocks(NamedTuple):
+  """Which rows stand in which block.
+
+  Attributes:
+    items: the row in each place of each block; M where there is none.
+    ends: the number of blocks up to and with those of each expert; the last is how many there are.
+  """
+
+  items: Int[Array, 'N B']
+  ends: Int[Array, 'E']
+
+
+class Gradients(NamedTuple):
+  """Of one pass over all blocks; each is what came in plus what the blocks add."""
+
+  tokens: Float[Array, 'T D']
+  scales: Float[Array, 'M']
+  weights: Weights
+
+
+def make_blocks(
+  expert_index: Int[Array, 'M'],
+  rank: Int[Array, 'M'],
+  counts: Int[Array, 'E'],
+  block_size: int,
+) -> Blocks:
+  """Puts the rows of each expert into blocks of their own.
+
+  Args:
+    expert_index: of each row; E or more for a row that goes to none.
+    rank: place of the row among its expert's, 0 first.
+    counts: rows of each expert.
+    block_size: B, rows in a block.
+  """
+  num_rows, num_experts = expert_index.size, counts.size
+  blocks = -(-counts // block_size)
+  ends = jnp.cumsum(blocks)
+  most = num_rows // block_size + min(num_experts, num_rows)
+  first = jnp.append((ends - blocks) * block_size, most * block_size)
+  place = first[jnp.minimum(expert_index, num_experts)] + rank
+  items = jnp.full((most * block_size,), num_rows, jnp.int32)
+  items = items.at[place].set(jnp.arange(num_rows, dtype=jnp.int32), mode='drop')
+  return Blocks(items.reshape(most, block_size), ends)
+
+
+def forward(
+  y: Float[Array, 'T D'],
+  tokens: Float[Array, 'T D'],
+  scales: Float[Array, 'M'],
+  weights: Weights,
+  blocks: Blocks,
+  experts: Experts,
+) -> Float[Array, 'T D']:
+  """Adds scale * expert(token) of every row to `y`, in float32; row m is of token m // (M / T)."""
+  fan_out = scales.size // tokens.shape[0]
+
+  def add(block, y):
+    expert, items = _of_block(blocks, block)
+    inputs = rows(tokens, items // fan_out)[None]
+    outputs = experts(inputs, _weights_of(weights, expert))[0].astype(jnp.float32)
+    scaled = outputs * rows(scales[:, None], items)
+    return y.at[items // fan_out].add(scaled, mode='drop')
+
+  return jax.lax.fori_loop(0, blocks.ends[-1], add, y)
+
+
+def backward(
+  gradients: Gradients,
+  grad_y: Float[Array, 'T D'],
+  tokens: Float[Array, 'T D'],
+  scales: Float[Array, 'M'],
+  weights: Weights,
+  blocks: Blocks,
+  experts: Experts,
+) -> Gradients:
+  """Adds the gradients of `forward` to `gradients`; each block runs its forward pass again."""
+  fan_out = scales.size // tokens.shape[0]
+
+  def add(block, gradients):
+    expert, items = _of_block(blocks, block)
+    token = items // fan_out
+    inputs, own = rows(tokens, token)[None], _weights_of(weights, expert)
+    outputs, pull = jax.vjp(experts, inputs, own)
+    of_y = rows(grad_y, token).astype(jnp.float32)
+    of_scales = jnp.sum(outputs[0].astype(jnp.float32) * of_y, axis=-1)
+    of_outputs = of_y * rows(scales[:, None], items)
+    of_inputs, of_weights = pull(of_outputs.astype(outputs.dtype)[None])
+    return Gradients(
+      gradients.tokens.at[token].add(of_inputs[0].astype(jnp.float32), mode='drop'),
+      gradients.scales.at[items].add(of_scales, mode='drop'),
+      jax.tree.map(lambda total, part: _add_at(total, part, expert), gradients.weights, of_weights),
+    )
+
+  return jax.lax.fori_loop(0, blocks.ends[-1], add, gradients)
+
+
+def _of_block(blocks: Blocks, block: Int[Array, '']) -> tuple[Int[Array, ''], Int[Array, 'B']]:
+  """Returns the expert of a block and the rows in it."""
+  return jnp.searchsorted(blocks.ends, block, side='right').astype(jnp.int32), blocks.items[block]
+
+
+def rows(values: Float[Array, 'N D'], index: Int[Array, 'B']) -> Float[Array, 'B D']:
+  """Reads rows; zeros where a block has none, whose index is past the last."""
+  return values.at[index].get(mode='fill', fill_value=0)
+
+
+def _weights_of(weights: Weights, expert: Int[Array, '']) -> Weights:
+  return jax.tree.map(lambda w: jax.lax.dynamic_slice_in_dim(w, expert, 1), weights)
+
+
+def _add_at(total: Array, part: Array, expert: Int[Array, '']) -> Array:
+  """Adds in place. A scatter-add would do the same, and slower."""
+  old = jax.lax.dynamic_slice_in_dim(total, expert, 1)
+  return jax.lax.dynamic_update_slice_in_dim(total, old + part, expert, 0)
