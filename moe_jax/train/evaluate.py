@@ -89,14 +89,15 @@ def evaluate(
   for domain in dataset.domains:
     if not dataset.num_documents(split, domain):
       continue
-    total = None
+    total: Any = None
+    running: Any = None
     batches = domain_batches(dataset, model, split, domain, sequence_length, batch_size)
     for batch in itertools.islice(batches, max_batches or None):
-      out = jax.tree.map(
-        lambda x: np.asarray(x, np.float64), eval_step(params, router_state, batch)
-      )
-      total = out if total is None else _add(total, out)
+      # Fetched while the next batch is made and runs.
+      before, running = running, eval_step(params, router_state, batch)
+      total = _with(total, before)
       on_batch()
+    total = _with(total, running)
     num_bytes = 0 if max_batches else dataset.num_bytes(split, domain)
     result['domains'][domain] = _summary(total, num_bytes, model)
     totals.append((total, num_bytes))
@@ -123,6 +124,14 @@ def domain_batches(
     process_count=jax.process_count(),
   ):
     yield put_batch(batch, model)
+
+
+def _with(total: Any, out: Any) -> Any:
+  """Returns the total with what a step gave, in float64; either may be None."""
+  if out is None:
+    return total
+  out = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(out))
+  return out if total is None else _add(total, out)
 
 
 def _add(one: Any, other: Any) -> Any:

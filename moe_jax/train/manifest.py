@@ -57,11 +57,11 @@ def new_manifest(
     'status': 'running',
     'step': 0,
     'config': config.to_dict(),
-    'moe_jax': importlib.metadata.version('moe_jax'),
+    'moe_jax': _version('moe_jax'),
     'git_commit': commit,
     'git_dirty': dirty,
     'python': platform.python_version(),
-    'packages': {name: importlib.metadata.version(name) for name in _PACKAGES},
+    'packages': {name: _version(name) for name in _PACKAGES},
     'devices': {
       'platform': jax.default_backend(),
       'kind': jax.devices()[0].device_kind,
@@ -95,6 +95,14 @@ def _routing_facts(config: ml_collections.ConfigDict) -> dict[str, Any]:
     'effective_capacity_factor': capacity / accounting.tokens_per_expert(config),
     'drop_share_of_random_routing': accounting.random_drop_share(config, capacity),
   }
+
+
+def _version(package: str) -> str | None:
+  """Returns the version of a package; None if it is not installed, as this one in a checkout."""
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return None
 
 
 def _git_state() -> tuple[str | None, bool | None]:

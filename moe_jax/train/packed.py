@@ -28,7 +28,7 @@ from moe_jax.train.knobs import knobs_of
 from moe_jax.train.signals import Signals
 from moe_jax.train.state import (
   TrainState,
-  init_state,
+  make_init,
   state_shardings,
   with_shardings,
   with_token_counts,
@@ -145,8 +145,9 @@ class _Pack:
 
   def _new_state(self) -> TrainState:
     states = []
+    init = make_init(self._model, self._optimizer)
     for member in self._members:
-      state = init_state(self._model, self._optimizer, member.config.train.seed)
+      state = init(jnp.asarray(member.config.train.seed, jnp.int32))
       counts = lambda: self._dataset.token_counts('train')  # noqa: E731
       states.append(with_token_counts(state, self._model, counts))
     stack = jax.jit(

@@ -106,9 +106,15 @@ def state_shardings(model: Decoder, optimizer: optax.GradientTransformation) -> 
 
 def init_state(model: Decoder, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
   """Returns the state before the first step, each array made on the devices that hold it."""
+  return make_init(model, optimizer)(jnp.asarray(seed, jnp.int32))
+
+
+def make_init(
+  model: Decoder, optimizer: optax.GradientTransformation
+) -> Callable[[Int[Array, '']], TrainState]:
+  """Returns the compiled seed -> state before the first step, for several seeds."""
   make = functools.partial(_new_state, model, optimizer)
-  shardings = state_shardings(model, optimizer)
-  return jax.jit(make, out_shardings=shardings)(jnp.asarray(seed, jnp.int32))
+  return jax.jit(make, out_shardings=state_shardings(model, optimizer))
 
 
 def _new_state(

@@ -1,5 +1,6 @@
 """A run: start, stop, crash, resume, finish; equal to the last bit whatever came between."""
 
+import importlib.metadata
 import json
 import os
 import resource
@@ -90,6 +91,22 @@ def copy(whole, tmp_path):
   facts = manifest.read(tmp_path / 'copy')
   manifest.write(tmp_path / 'copy', {**facts, 'status': 'running'})
   return tmp_path / 'copy'
+
+
+def test_the_manifest_is_written_where_a_package_is_not_installed(monkeypatch, text):
+  version = importlib.metadata.version
+
+  def without(name):
+    if name in ('moe_jax', 'tensorflow-datasets'):
+      raise importlib.metadata.PackageNotFoundError(name)
+    return version(name)
+
+  monkeypatch.setattr(importlib.metadata, 'version', without)
+  config = tiny.config(text)
+  facts = manifest.new_manifest(config, opening.mesh_of(config), 300, {})
+  assert facts['moe_jax'] is None
+  assert facts['packages']['tensorflow-datasets'] is None
+  assert facts['packages']['jax'] == jax.__version__
 
 
 def test_the_manifest_says_what_was_run(whole, text):
