@@ -100,6 +100,7 @@ ROUTER = router_lib.Router(
   learns=True,
   balance='loss',
   cost='D (E + null) products, top-k of E + null',
+  reads=('num_null_experts',),
   params=params,
   loss=loss,
   allowed=allowed,
