@@ -56,6 +56,7 @@ class RouterOptions:
   kmeans_temperature: float = 1.0
   kmeans_reseed_after: int = 100
   num_null_experts: int = 0
+  null_balance_weight: float = 1.0
   sparsity_factor: float = 1.2
   slots_per_expert: int = 1
   sparsity_start: float = 1e-8

@@ -294,9 +294,9 @@ def test_control_numbers_of_one_device_are_refused(monkeypatch):
   assert {'gshard', 'group_limited', 'kmeans', 'quantile', 'remoe', 'vmoe'} <= set(tried)
 
 
-def forward(names, mesh):
-  """Returns {router: (y, sums)}, all from one program."""
-  mesh = make_mesh(*mesh)
+def forward(names):
+  """Returns {router: (y, sums)} on one device, all from one program."""
+  mesh = make_mesh(1, 1)
   cases = {name: (options_of(name), *drawn(options_of(name))) for name in names}
 
   @jax.jit
@@ -311,7 +311,7 @@ def test_control_a_slot_too_few_is_noticed_in_every_router(monkeypatch, one_devi
   monkeypatch.setattr(moe, 'group_capacity', lambda *numbers: original(*numbers) - 1)
   # The others have a slot for every token, or slots that are no token's.
   names = [name for name in ROUTERS if not routing.ROUTERS[name].keeps_all]
-  for name, (y, _) in forward(names, (1, 1)).items():
+  for name, (y, _) in forward(names).items():
     with pytest.raises(AssertionError, match='Not equal to tolerance'):
       assert_same(y, one_device[name][1], name)
 
@@ -321,8 +321,7 @@ def test_control_sums_of_too_many_devices_are_noticed_in_every_router(monkeypatc
   monkeypatch.setattr(
     moe, '_sum_over_devices', lambda sums: jax.tree.map(lambda a: 2 * a, original(sums))
   )
-  for name, (y, sums) in forward(ROUTERS, (1, 2)).items():
-    assert_same(y, one_device[name][1], name)
+  for name, (_, sums) in forward(ROUTERS).items():
     with pytest.raises(AssertionError, match='Not equal to tolerance'):
       assert_same(sums._asdict(), one_device[name][2], name)
 
