@@ -18,6 +18,14 @@ from moe_jax.train import accounting, loop, manifest
 from moe_jax.train.metrics import read_metrics
 from tests import tiny
 
+# All that is watched of every router, also of a loss whose weight is 0.
+WATCHED = {
+  *('load_balancing_loss', 'z_loss', 'importance_loss', 'device_balance_loss', 'own_loss'),
+  *('drop_share', 'drop_share_per_layer', 'token_drop_share', 'load', 'load_kept'),
+  *('max_violation', 'running_max_violation', 'load_cv', 'load_entropy', 'rank_imbalance'),
+  *('dead_experts', 'running_dead_experts', 'padding_waste'),
+  *('entropy', 'top_prob', 'largest_logsumexp'),
+}
 PRESETS = sorted(p.stem for p in (tiny.REPOSITORY / 'configs' / 'presets').glob('[a-z]*.py'))
 
 
@@ -147,6 +155,7 @@ def test_every_preset_learns(name, text, tmp_path, capsys):
   assert last['step'] == 200
   # Five words of two domains, drawn independently: about 1 nat per letter; letters alone 2.7.
   assert last['loss'] < 1.6 < first['loss']
+  assert {f'router/{statistic}' for statistic in WATCHED} <= set(last)
   for record in records:
     numbers = np.concatenate([np.ravel(value) for k, value in record.items() if k != 'split'])
     assert np.isfinite(numbers.astype(np.float64)).all()
