@@ -198,10 +198,9 @@ def test_three_routers_cannot_have_one_expert():
   assert {n for n in ROUTERS if one_selected(n) is None} == {'dense', 'gshard', 'noisy_top_k'}
 
 
-def _past_changes(name, deterministic, group_size=1):
+def _past_changes(name, deterministic, **changes):
   """How much the output of the first half of 16 rows changes when the second half is redrawn."""
-  factor = None if deterministic else 0.75
-  options = options_of(name, group_size=group_size, capacity_factor=factor)
+  options = options_of(name, **{'group_size': 1, **changes})
   inputs, state = drawn(options)
   other = drawn(options, seed=9)[0]
   inputs = inputs._replace(valid=jnp.ones_like(inputs.valid))
@@ -215,7 +214,7 @@ def test_causal_as_the_registry_says(name):
   router = routing.ROUTERS[name]
   # Where tokens are weighed against each other, also beside those of another sequence.
   for group_size in (1, 2) if router.balance == 'assignment' else (1,):
-    change = _past_changes(name, False, group_size)
+    change = _past_changes(name, False, group_size=group_size)
     assert (change < 1e-6) == router.causal, (group_size, change)
 
 
@@ -223,7 +222,17 @@ def test_causal_as_the_registry_says(name):
 def test_evaluation_is_causal_where_it_can_decode(name):
   options = options_of(name)
   assert routing.ROUTERS[name].decodes(options.choice)
-  assert _past_changes(name, True) < 1e-6
+  assert _past_changes(name, True, capacity_factor=None) < 1e-6
+
+
+@pytest.mark.parametrize(
+  ('evaluation', 'leaks'), [('same', True), ('token_choice', False), ('threshold', False)]
+)
+def test_expert_choice_leaks_in_one_of_its_evaluations(evaluation, leaks):
+  choice = dataclasses.replace(options_of('expert_choice').choice, evaluation=evaluation)
+  assert routing.ROUTERS['expert_choice'].decodes(choice) != leaks
+  change = _past_changes('expert_choice', True, choice=choice)
+  assert (change > 1e-6) == leaks, change
 
 
 def test_a_weight_that_is_not_a_number_shows_in_the_loss():
