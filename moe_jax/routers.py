@@ -20,13 +20,13 @@ def rows() -> list[dict[str, Any]]:
       'summary': router.summary,
       'paper': router.paper,
       'causal': router.causal,
-      'in_causal_lm': router.rejected or True,
+      'in_causal_lm': not router.rejected,
       'learns': router.learns,
       'balance': router.balance,
       'own_loss': router.loss is not None,
       'state': sorted(router.state(options, 8, 16)),
       'cost': router.cost,
-      'preset': None if router.rejected else f'configs/presets/{router.name}.py',
+      'preset': f'configs/presets/{router.name}.py',
     }
     for router in routing.ROUTERS.values()
   ]

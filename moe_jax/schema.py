@@ -145,6 +145,11 @@ SCHEMA: dict[str, dict[str, Field]] = {
     'kmeans_temperature': _positive(1.0, 'kmeans: divides the similarities in the gates.'),
     'kmeans_reseed_after': _at_least(100, 1, 'kmeans: empty steps after which a centroid moves.'),
     'num_null_experts': _at_least(0, 0, 'null_experts: experts that compute nothing.'),
+    'null_balance_weight': _positive(
+      1.0,
+      'null_experts: what such an expert counts in their own loss (tau); at balance it gets '
+      '1 / tau times the tokens of a real one.',
+    ),
     'sparsity_factor': Field(
       1.2,
       'remoe: what the coefficient of sparsity is multiplied or divided by after each step.',

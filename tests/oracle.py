@@ -76,15 +76,18 @@ def queue(priority, router_probs, num_selected, permutation=None):
   raise ValueError(priority)
 
 
-def plan(expert_index, gate, valid, order, num_experts, slots, renormalize):
-  """Serves the queue: each assignment takes the next slot of its expert, while there is one."""
+def plan(expert_index, gate, valid, order, num_experts, slots, renormalize, chosen=None):
+  """Serves the queue: each assignment takes the next slot of its expert, while there is one.
+
+  What is not `chosen` [S, K] asks for none; None is all.
+  """
   size, num_selected = expert_index.shape
   slot = np.zeros((size, num_selected), int)
   keep = np.zeros((size, num_selected), bool)
   source = np.full((num_experts, slots), size * num_selected)
   waiting = [0] * num_experts
   for s, k in order:
-    if not valid[s]:
+    if not valid[s] or (chosen is not None and not chosen[s, k]):
       continue
     e = expert_index[s, k]
     slot[s, k] = waiting[e]

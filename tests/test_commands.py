@@ -110,11 +110,12 @@ def test_train_refuses_text(path, tmp_path, content, words):
   ('config', 'words'),
   [
     ('configs/presets/top_k.py:nonsense', ("--config='nonsense'", 'quickstart')),
-    ('configs/presets/soft.py', ('configs/presets/soft.py', 'does not exist')),
+    ('configs/presets/none.py', ('configs/presets/none.py', 'does not exist')),
+    ('configs/presets/soft.py', ("moe.router='soft'", 'not in a causal language model')),
   ],
 )
-def test_a_preset_that_is_not_there(tmp_path, config, words):
-  flags = f'--config={config}', f'--workdir={tmp_path / "run"}', '--config.train.num_steps=3'
+def test_presets_that_are_refused(tmp_path, config, words):
+  flags = f'--config={config}', f'--workdir={tmp_path / "run"}', '--config.train.num_steps=30'
   tiny.command('train', *flags).assert_error(*words)
 
 

@@ -19,6 +19,12 @@ from moe_jax.parallel.mesh import make_mesh
 from moe_jax.train.state import init_params, params_shardings
 from tests import tiny
 
+# In evaluation each expert takes its best tokens of the whole text.
+LEAKY = {
+  'moe.router': 'expert_choice',
+  'moe.evaluation': 'same',
+  'moe.renormalize': 'none',
+}
 PROMPTS = [[256, 72, 105], [256], [256, 84, 104, 101, 32, 115, 101, 97], [256, 1, 2, 3]]
 NO_EOS = -1
 
@@ -178,3 +184,10 @@ class ByteTokenizerOf100(ByteTokenizer):
   vocab_size = 100
   bos_id = 98
   eos_id = 99
+
+
+def test_a_run_that_evaluates_by_the_future_is_not_decoded():
+  config = tiny.config(LEAKY)
+  build_model(config, make_mesh(2, 4), tiny.VOCAB_SIZE, 'eval')
+  with pytest.raises(UserError, match="moe.evaluation='same': the run cannot be decoded"):
+    build_model(config, make_mesh(2, 4), tiny.VOCAB_SIZE, 'decode')

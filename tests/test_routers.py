@@ -1,8 +1,12 @@
 """The registry as users see it: the command, the table of the README, and a run of every preset."""
 
+import dataclasses
+import functools
 import importlib
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,6 +18,14 @@ from moe_jax.train import accounting, loop, manifest
 from moe_jax.train.metrics import read_metrics
 from tests import tiny
 
+# All that is watched of every router, also of a loss whose weight is 0.
+WATCHED = {
+  *('load_balancing_loss', 'z_loss', 'importance_loss', 'device_balance_loss', 'own_loss'),
+  *('drop_share', 'drop_share_per_layer', 'token_drop_share', 'load', 'load_kept'),
+  *('max_violation', 'running_max_violation', 'load_cv', 'load_entropy', 'rank_imbalance'),
+  *('dead_experts', 'running_dead_experts', 'padding_waste'),
+  *('entropy', 'top_prob', 'largest_logsumexp'),
+}
 PRESETS = sorted(p.stem for p in (tiny.REPOSITORY / 'configs' / 'presets').glob('[a-z]*.py'))
 
 
@@ -29,8 +41,8 @@ def test_the_command_prints_every_router():
   for row in rows:
     router = routing.ROUTERS[row['name']]
     assert (row['causal'], row['learns']) == (router.causal, router.learns)
-    if row['preset']:
-      assert (tiny.REPOSITORY / row['preset']).exists()
+    assert (tiny.REPOSITORY / row['preset']).exists()
+    assert row['in_causal_lm'] == (row['name'] != 'soft')
   assert next(row for row in rows if row['name'] == 'loss_free')['state'] == ['bias']
 
 
@@ -46,19 +58,69 @@ def test_the_table_of_the_readme_is_that_of_the_registry():
 @pytest.mark.parametrize('name', PRESETS)
 def test_every_preset_fits_every_base(name):
   for base in ('', 'quickstart', 'lm_small'):
-    config = preset(name, base)
-    if name != 'dense' or not base:
-      schema.validate(config)
+    if name == 'soft':
+      with pytest.raises(UserError, match="moe.router='soft': not in a causal language model: "):
+        schema.validate(preset(name, base))
+    else:
+      schema.validate(preset(name, base))
   with pytest.raises(UserError, match='nonsense'):
     preset(name, 'nonsense')
 
 
-def test_a_preset_leaves_no_choice_open():
-  choices = {name: preset('switch').moe[name] for name in presets.SILENT}
+@pytest.mark.parametrize('name', ['switch', *(n for n, r in routing.ROUTERS.items() if r.reads)])
+def test_a_preset_leaves_no_choice_open(name):
+  names = (*presets.SILENT, *routing.ROUTERS[preset(name).moe.router].reads)
+  choices = {field: preset(name).moe[field] for field in names}
   presets.make('', **choices)
-  for name in presets.SILENT:
-    with pytest.raises(TypeError, match=f'moe.{name} open'):
-      presets.make('', **{key: value for key, value in choices.items() if key != name})
+  for field in names:
+    with pytest.raises(TypeError, match=f'moe.{field} open'):
+      presets.make('', **{key: value for key, value in choices.items() if key != field})
+
+
+class Watched(routing.RouterOptions):
+  """Options that remember what was read of them."""
+
+  def __getattribute__(self, name):
+    if not name.startswith('_') and 'seen' in object.__getattribute__(self, '__dict__'):
+      object.__getattribute__(self, '__dict__')['seen'].add(name)
+    return object.__getattribute__(self, name)
+
+
+@pytest.mark.parametrize('name', routing.ROUTERS)
+def test_a_router_says_which_fields_it_reads(name):
+  """All its functions are traced, in training and evaluation, with the choices of its preset."""
+  router, config = routing.ROUTERS[name], preset(name)
+  fields = {field.name for field in dataclasses.fields(routing.RouterOptions)}
+  common = fields & {*presets.SILENT, 'num_experts', 'capacity', 'training'}
+  seen = set()
+
+  def run(options, state):
+    weights = router.params(options, 8)
+    params = {key: jnp.zeros(weight.shape) for key, weight in weights.items()}
+    zeros, keys = jnp.zeros((1, 6), jnp.int32), jax.random.split(jax.random.key(0), 1)
+    valid = jnp.ones((1, 6), bool)
+    inputs = routing.RouterInputs(jnp.zeros((1, 6, 8)), valid, zeros, zeros, keys)
+    choice = router.choose(params, state, inputs, options)
+    made = routing.make_plan(choice, valid, keys, capacity=6)
+    sums = routing.router_sums(choice, made, valid, zeros[:, :1], 1)
+    sums = sums._replace(**{f: getattr(sums, f)[0] for f in ('tokens', 'tokens_per_expert')})
+    if router.mix is not None:
+      router.mix(params, state, inputs, options)
+    if router.loss is not None:
+      router.loss(sums, state, options)
+    if router.update is not None:
+      router.update(state, sums, options)
+
+  for training in (True, False):
+    numbers = dataclasses.asdict(schema.router_options(config)) | {'training': training}
+    for evaluation in ('threshold', 'token_choice'):
+      options = Watched(**{**numbers, 'evaluation': evaluation})
+      options.__dict__['seen'] = seen
+      state = router.state(options, 8, 5)
+      if router.from_counts is not None:
+        state = router.from_counts(state, np.arange(5), options)
+      jax.eval_shape(functools.partial(run, options), state)
+  assert seen & fields - common == set(router.reads)
 
 
 def test_segments_keep_what_is_active():
@@ -74,8 +136,8 @@ def test_segments_keep_what_is_active():
     presets.segmented(config, 3)
 
 
-@pytest.mark.parametrize('name', PRESETS)
-def test_every_preset_learns(name, text, tmp_path):
+@pytest.mark.parametrize('name', [n for n in PRESETS if n != 'soft'])
+def test_every_preset_learns(name, text, tmp_path, capsys):
   """A few hundred steps: the loss falls far below that of letter frequencies, all is finite."""
   config = preset(name)
   config.data.update(sequence_length=32, **{k[5:]: v for k, v in text.items()})
@@ -85,14 +147,15 @@ def test_every_preset_learns(name, text, tmp_path):
   assert loop.train(config, str(tmp_path / 'run')).finished
   facts = manifest.read(tmp_path / 'run')
   assert facts['compilations'] == 1
-  assert facts['causal'] == routing.ROUTERS[config.moe.router].causal or (
-    config.moe.priority != 'token'
-  )
+  causal = routing.ROUTERS[config.moe.router].causal and config.moe.priority == 'token'
+  assert facts['causal'] == causal
+  assert ('is not causal' in capsys.readouterr().out) == (not causal)
   records = read_metrics(tmp_path / 'run' / 'metrics.jsonl')
   first, last = records[0], records[-1]
   assert last['step'] == 200
   # Five words of two domains, drawn independently: about 1 nat per letter; letters alone 2.7.
   assert last['loss'] < 1.6 < first['loss']
+  assert {f'router/{statistic}' for statistic in WATCHED} <= set(last)
   for record in records:
     numbers = np.concatenate([np.ravel(value) for k, value in record.items() if k != 'split'])
     assert np.isfinite(numbers.astype(np.float64)).all()

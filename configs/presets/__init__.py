@@ -1,19 +1,24 @@
 """The choices of papers, one file each, on a small model or on that of another config.
 
 A preset must name every choice that implementations make silently; `make` refuses one that does
-not. What a paper does not say, or what differs here, its docstring says.
+not. What a paper does not say, or what differs here, its docstring says. All have one sequence in a
+routing group, and one micro-batch: with more, `train.accumulation_scope` is a choice too.
 """
 
 from typing import Any
 
 from configs import debug, lm_small, quickstart
+from moe_jax import routing
 from moe_jax.errors import UserError
 
 _BASES = {'': debug, 'debug': debug, 'quickstart': quickstart, 'lm_small': lm_small}
-# Of the field `moe`: all that decides where tokens go and what is added to the loss.
+# Of the field `moe`: all that decides where tokens go and what is added to the loss. What only some
+# routers read, `Router.reads` names.
 SILENT = (
   'router',
   'num_selected_experts',
+  'num_shared_experts',
+  'group_size',
   'score',
   'softmax_order',
   'renormalize',
@@ -40,7 +45,7 @@ def make(base: str, **choices: Any):
 
   Args:
     base: the argument of --config: '' or debug for seconds, quickstart, or lm_small.
-    **choices: fields of `moe`; each of `SILENT`, and what else the router needs.
+    **choices: fields of `moe`; each of `SILENT`, and what else the router reads.
 
   Raises:
     UserError: for another base.
@@ -49,7 +54,8 @@ def make(base: str, **choices: Any):
   if base not in _BASES:
     known = ', '.join(name for name in _BASES if name)
     raise UserError('--config', base, f'the argument must be one of {known}')
-  missing = [name for name in SILENT if name not in choices]
+  own = routing.ROUTERS[choices['router']].reads if 'router' in choices else ()
+  missing = [name for name in (*SILENT, *own) if name not in choices]
   if missing:
     raise TypeError(f'the preset leaves moe.{missing[0]} open')
   config = _BASES[base].get_config()

@@ -20,6 +20,8 @@ def get_config(arg: str = ''):
     arg,
     router='base',
     num_selected_experts=1,
+    num_shared_experts=0,
+    group_size=1,
     score='sigmoid',
     softmax_order='before',
     renormalize='none',

@@ -21,6 +21,7 @@ def get_config(arg: str = ''):
     router='top_k',
     num_selected_experts=1,
     num_shared_experts=2,
+    group_size=1,
     score='softmax',
     softmax_order='before',
     renormalize='none',

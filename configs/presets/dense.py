@@ -10,10 +10,12 @@ from configs import presets
 
 def get_config(arg: str = ''):
   """Returns the choices on the model of a base config; see `configs.presets.make`."""
-  return presets.make(
+  config = presets.make(
     arg,
     router='dense',
-    num_selected_experts=8,
+    num_selected_experts=1,
+    num_shared_experts=0,
+    group_size=1,
     score='softmax',
     softmax_order='before',
     renormalize='none',
@@ -33,3 +35,6 @@ def get_config(arg: str = ''):
     layer_reduction='sum',
     router_init_scale=0.1,
   )
+  # All of them, as many as the base has.
+  config.moe.num_selected_experts = config.moe.num_experts
+  return config

@@ -21,6 +21,7 @@ def get_config(arg: str = ''):
     bias_update='sign',
     bias_rate=0.001,
     num_shared_experts=1,
+    group_size=1,
     score='sigmoid',
     softmax_order='before',
     renormalize='before_drop',

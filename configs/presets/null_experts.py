@@ -9,8 +9,8 @@ With 8 experts C = S and nothing is dropped, as there; with the 16 of lm_small C
 can be dropped.
 
 Jin et al. 2024, arXiv:2410.07348 (MoE++) has 8 FFN experts, 1 zero, 1 copy and 2 constant ones; a
-loss weight beta of 0.01 on the sum of eta f P, without our factor (E + N) / K; a capacity factor
-gamma of 1.1 and, by default, tau 0.75. Only zero experts are here.
+loss weight beta of 0.01 on the sum of eta f P, without our factor (E + N / tau) / K; a capacity
+factor gamma of 1.1 and, by default, tau (null_balance_weight) 0.75. Only zero experts are here.
 
 python -m moe_jax.train --config=configs/presets/null_experts.py --workdir=runs/null_experts
 """
@@ -25,6 +25,9 @@ def get_config(arg: str = ''):
     router='null_experts',
     num_selected_experts=2,
     num_null_experts=4,
+    null_balance_weight=1.0,
+    num_shared_experts=0,
+    group_size=1,
     score='softmax',
     softmax_order='before',
     renormalize='after_drop',

@@ -5,9 +5,11 @@ expert has 1.25 S / E slots, 2 S / E in evaluation: their factor leaves out K, s
 it. No jitter: the paper tries it on the input, finds that it costs quality, and takes the z-loss;
 Mesh TensorFlow's top-2 has none, in Flaxformer it is an option. The loss is 1 at balance.
 
-Differs: every second choice asks for a slot. The paper has a relative threshold of 1/5 (sec. 3.4);
-Mesh TensorFlow draws them with probability min(1, g2 / 0.2), as does the router gshard with
-second_choice=threshold. The balance loss counts both choices, there the first alone (app. A).
+The second choice asks for a slot with probability min(1, g2 / 0.2), as in Mesh TensorFlow (the
+paper's threshold of 1/5, sec. 3.4), and the balance loss counts first choices alone (app. A): both
+are those of the router gshard.
+
+Differs: in evaluation every second choice asks for a slot, there the draw is made too.
 
 python -m moe_jax.train --config=configs/presets/st_moe.py --workdir=runs/st_moe
 """
@@ -19,8 +21,11 @@ def get_config(arg: str = ''):
   """Returns the choices on the model of a base config; see `configs.presets.make`."""
   return presets.make(
     arg,
-    router='top_k',
+    router='gshard',
     num_selected_experts=2,
+    second_choice='threshold',
+    num_shared_experts=0,
+    group_size=1,
     score='softmax',
     softmax_order='before',
     renormalize='before_drop',
@@ -30,13 +35,13 @@ def get_config(arg: str = ''):
     capacity_factor=0.625,
     eval_capacity_factor=1.0,
     balance_scope='global',
-    load_balancing_weight=0.01,
+    load_balancing_weight=0.0,
     balance_normalization='one',
     device_balance_weight=0.0,
     router_z_weight=0.001,
     importance_weight=0.0,
     entropy_weight=0.0,
-    router_loss_weight=0.0,
+    router_loss_weight=0.01,
     layer_reduction='sum',
     router_init_scale=0.1,
   )

@@ -18,6 +18,8 @@ def get_config(arg: str = ''):
     arg,
     router='top_k',
     num_selected_experts=2,
+    num_shared_experts=0,
+    group_size=1,
     score='softmax',
     softmax_order='before',
     renormalize='none',

@@ -56,6 +56,7 @@ class RouterOptions:
   kmeans_temperature: float = 1.0
   kmeans_reseed_after: int = 100
   num_null_experts: int = 0
+  null_balance_weight: float = 1.0
   sparsity_factor: float = 1.2
   slots_per_expert: int = 1
   sparsity_start: float = 1e-8
@@ -165,6 +166,7 @@ class Router:
     learns: whether the language-model loss reaches its parameters.
     balance: what keeps the experts balanced: `loss`, `state`, `assignment`, `fixed` or `none`.
     cost: per token, beside the experts; for the table.
+    reads: the fields of `moe` that this router reads and most others don't. Presets must set them.
     params: (options, embed_dim) -> arrays trained by gradient.
     state: (options, embed_dim, vocab_size) -> float32 arrays that are not trained by gradient, as
       they start. Part of the training state, checkpointed, the same on every device.
@@ -193,6 +195,7 @@ class Router:
   learns: bool
   balance: str
   cost: str
+  reads: tuple[str, ...] = ()
   params: Callable[[RouterOptions, int], dict[str, Weight]] = one_matrix
   state: Callable[[RouterOptions, int, int], State] = no_state
   update: Callable[[State, Any, RouterOptions], State] | None = None

@@ -34,14 +34,19 @@ MESHES = {
 
 def options_of(name, **changes):
   """The options of a router's preset, with slots for three quarters of the assignments."""
-  if routing.ROUTERS[name].rejected:
-    choice = routing.RouterOptions(num_experts=8, num_selected_experts=2)
-  else:
-    config = importlib.import_module(f'configs.presets.{name}').get_config()
-    choice = schema.router_options(config)
+  config = importlib.import_module(f'configs.presets.{name}').get_config()
+  choice = schema.router_options(config)
   assert choice.num_experts == 8
   settings = {'router': name, 'choice': choice, 'group_size': 2, 'capacity_factor': 0.75}
   return small_layer.make_options(**{**settings, **changes})
+
+
+def one_selected(name):
+  """The same with K = 1, and gates that a router with one expert can learn from; None if never."""
+  one = {'num_selected_experts': 1, 'num_selected_groups': 1}
+  plain = {'renormalize': 'none', 'softmax_order': 'before'}
+  choice = dataclasses.replace(options_of(name).choice, **one, **plain)
+  return None if routing.ROUTERS[name].allowed(choice) else choice
 
 
 def drawn(options, seed=0):
@@ -122,12 +127,10 @@ def assert_same(result, expected, name):
     np.testing.assert_allclose(value / scale, other / scale, rtol=0, atol=2e-5, err_msg=where)
 
 
-def test_every_router_has_a_preset_and_every_preset_a_router():
-  wanted = {name for name, router in routing.ROUTERS.items() if not router.rejected}
-  assert wanted <= set(PRESETS)
-  for name in PRESETS:
-    config = importlib.import_module(f'configs.presets.{name}').get_config()
-    schema.validate(config)
+def test_every_router_has_a_preset_and_tests_of_its_own():
+  assert set(ROUTERS) <= set(PRESETS)
+  tests = (tiny.REPOSITORY / 'tests' / 'routing' / 'routers').glob('test_*.py')
+  assert {path.stem.removeprefix('test_') for path in tests} == set(ROUTERS)
 
 
 @pytest.mark.parametrize('mesh', MESHES)
@@ -174,12 +177,9 @@ def test_a_choice_names_experts_that_exist_none_twice(name, training):
 
 @pytest.mark.parametrize('name', ROUTERS)
 def test_learns_as_the_registry_says(name):
-  """The task loss alone reaches the router's weights, with one expert too if that is allowed."""
+  """The task loss alone reaches the router's weights, with one expert too."""
   router = routing.ROUTERS[name]
-  options = options_of(name, capacity_factor=None)
-  alone = dataclasses.replace(options.choice, num_selected_experts=1, num_selected_groups=1)
-  choices = [options.choice, *([] if router.allowed(alone) else [alone])]
-  for choice in choices:
+  for choice in filter(None, (options_of(name).choice, one_selected(name))):
     options = options_of(name, capacity_factor=None, choice=choice)
     inputs, state = drawn(options)
 
@@ -193,10 +193,14 @@ def test_learns_as_the_registry_says(name):
     assert (size > 1e-3) == router.learns, (choice.num_selected_experts, size)
 
 
-@functools.cache
-def _past_changes(name, deterministic):
+def test_three_routers_cannot_have_one_expert():
+  # All experts; a first and a second choice; a softmax over the selected alone.
+  assert {n for n in ROUTERS if one_selected(n) is None} == {'dense', 'gshard', 'noisy_top_k'}
+
+
+def _past_changes(name, deterministic, **changes):
   """How much the output of the first half of 16 rows changes when the second half is redrawn."""
-  options = options_of(name, group_size=1, capacity_factor=None if deterministic else 0.75)
+  options = options_of(name, **{'group_size': 1, **changes})
   inputs, state = drawn(options)
   other = drawn(options, seed=9)[0]
   inputs = inputs._replace(valid=jnp.ones_like(inputs.valid))
@@ -208,15 +212,27 @@ def _past_changes(name, deterministic):
 @pytest.mark.parametrize('name', ROUTERS)
 def test_causal_as_the_registry_says(name):
   router = routing.ROUTERS[name]
-  change = _past_changes(name, False)
-  assert (change < 1e-6) == router.causal, change
+  # Where tokens are weighed against each other, also beside those of another sequence.
+  for group_size in (1, 2) if router.balance == 'assignment' else (1,):
+    change = _past_changes(name, False, group_size=group_size)
+    assert (change < 1e-6) == router.causal, (group_size, change)
 
 
 @pytest.mark.parametrize('name', [n for n in ROUTERS if not routing.ROUTERS[n].rejected])
 def test_evaluation_is_causal_where_it_can_decode(name):
   options = options_of(name)
   assert routing.ROUTERS[name].decodes(options.choice)
-  assert _past_changes(name, True) < 1e-6
+  assert _past_changes(name, True, capacity_factor=None) < 1e-6
+
+
+@pytest.mark.parametrize(
+  ('evaluation', 'leaks'), [('same', True), ('token_choice', False), ('threshold', False)]
+)
+def test_expert_choice_leaks_in_one_of_its_evaluations(evaluation, leaks):
+  choice = dataclasses.replace(options_of('expert_choice').choice, evaluation=evaluation)
+  assert routing.ROUTERS['expert_choice'].decodes(choice) != leaks
+  change = _past_changes('expert_choice', True, choice=choice)
+  assert (change > 1e-6) == leaks, change
 
 
 def test_a_weight_that_is_not_a_number_shows_in_the_loss():
@@ -273,16 +289,51 @@ def test_padding_influences_nothing(name, one_device):
 def test_control_numbers_of_one_device_are_refused(monkeypatch):
   """The router's own sums, its loss and state hang on them, left without their psum."""
   original, tried = moe._sum_over_devices, []
-  monkeypatch.setattr(moe, '_sum_over_devices', lambda sums: original(sums)._replace(own=sums.own))
   for name in ROUTERS:
     options = options_of(name)
     inputs, state = drawn(options)
     trace = functools.partial(jax.eval_shape, functools.partial(run, options, make_mesh(1, 2)))
+    monkeypatch.setattr(moe, '_sum_over_devices', lambda sums: sums)
+    with pytest.raises(ValueError, match='out_specs'):
+      trace(inputs, state)
     if has_sums(options, inputs, state):
       tried.append(name)
+      monkeypatch.setattr(moe, '_sum_over_devices', lambda s: original(s)._replace(own=s.own))
       with pytest.raises(ValueError, match='out_specs'):
         trace(inputs, state)
   assert {'gshard', 'group_limited', 'kmeans', 'quantile', 'remoe', 'vmoe'} <= set(tried)
+
+
+def forward(names):
+  """Returns {router: (y, sums)} on one device, all from one program."""
+  mesh = make_mesh(1, 1)
+  cases = {name: (options_of(name), *drawn(options_of(name))) for name in names}
+
+  @jax.jit
+  def program(arrays):
+    return {name: run(cases[name][0], mesh, *arrays[name]) for name in names}
+
+  return jax.device_get(program({name: case[1:] for name, case in cases.items()}))
+
+
+def test_control_a_slot_too_few_is_noticed_in_every_router(monkeypatch, one_device):
+  original = moe.group_capacity
+  monkeypatch.setattr(moe, 'group_capacity', lambda *numbers: original(*numbers) - 1)
+  # The others have a slot for every token, or slots that are no token's.
+  names = [name for name in ROUTERS if not routing.ROUTERS[name].keeps_all]
+  for name, (y, _) in forward(names).items():
+    with pytest.raises(AssertionError, match='Not equal to tolerance'):
+      assert_same(y, one_device[name][1], name)
+
+
+def test_control_sums_of_too_many_devices_are_noticed_in_every_router(monkeypatch, one_device):
+  original = moe._sum_over_devices
+  monkeypatch.setattr(
+    moe, '_sum_over_devices', lambda sums: jax.tree.map(lambda a: 2 * a, original(sums))
+  )
+  for name, (_, sums) in forward(ROUTERS).items():
+    with pytest.raises(AssertionError, match='Not equal to tolerance'):
+      assert_same(sums._asdict(), one_device[name][2], name)
 
 
 def has_sums(options, inputs, state):

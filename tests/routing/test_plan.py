@@ -44,7 +44,10 @@ def keys_for(num_groups):
 
 @st.composite
 def groups(draw):
-  """Two groups with many ties; sometimes one expert wins all, sometimes all is padding."""
+  """Two groups with many ties; sometimes one expert wins all, sometimes all is padding.
+
+  Sometimes tokens ask for fewer experts than K, as where a router leaves out second choices.
+  """
   shape, renormalize = draw(st.sampled_from(sorted(SHAPES.items())))
   size, num_experts, k, slots = shape
   rng = np.random.default_rng(draw(st.integers(0, 999)))
@@ -52,7 +55,10 @@ def groups(draw):
   if draw(st.booleans()):
     probs[..., 0] = 1.0
   valid = rng.random((2, size)) < draw(st.sampled_from([0.0, 0.7, 1.0]))
-  return make_choice(probs, k), jnp.asarray(valid), slots, renormalize
+  choice = make_choice(probs, k)
+  chosen = rng.random(choice.chosen.shape) < draw(st.sampled_from([0.5, 1.0]))
+  choice = choice._replace(chosen=jnp.asarray(chosen))
+  return choice, jnp.asarray(valid), slots, renormalize
 
 
 @hypothesis.settings(max_examples=60)
@@ -67,15 +73,18 @@ def test_matches_the_oracle_and_keeps_the_invariants(drawn, priority):
     permutation = np.asarray(jax.random.permutation(keys[g], size * k))
     order = oracle.queue(priority, np.asarray(choice.router_probs[g]), k, permutation)
     expert_index, gates = np.asarray(choice.expert_index[g]), np.asarray(choice.gates[g])
-    expected = oracle.plan(expert_index, gates, valid[g], order, num_experts, slots, renormalize)
+    chosen = np.asarray(choice.chosen[g])
+    expected = oracle.plan(
+      expert_index, gates, valid[g], order, num_experts, slots, renormalize, chosen
+    )
     np.testing.assert_array_equal(plan.slot_index[g], expected.slot)
     np.testing.assert_array_equal(plan.keep[g], expected.keep)
     np.testing.assert_array_equal(plan.source_index[g], expected.source)
     np.testing.assert_allclose(plan.combine_weights[g], expected.weights, rtol=1e-6)
-  check_invariants(plan, valid, slots)
+  check_invariants(plan, choice.chosen & valid[..., None], slots)
 
 
-def check_invariants(plan, valid, slots):
+def check_invariants(plan, asked, slots):
   """What holds for any plan, whoever was served first."""
   num_groups, size, k = plan.keep.shape
   num_experts = plan.source_index.shape[1]
@@ -83,8 +92,8 @@ def check_invariants(plan, valid, slots):
   for g in range(num_groups):
     expert_of = np.asarray(plan.expert_index[g]).ravel()
     kept, slot = keep[g].ravel(), slot_index[g].ravel()
-    wanted = np.repeat(np.asarray(valid[g]), k)
-    # Padding never takes a slot.
+    wanted = np.asarray(asked[g]).ravel()
+    # Padding never takes a slot, nor what is not chosen.
     assert not (kept & ~wanted).any()
     # An expert keeps what it is offered up to C: it drops only when it is full.
     offered = np.bincount(expert_of[wanted], minlength=num_experts)

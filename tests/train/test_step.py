@@ -273,6 +273,8 @@ def test_weights_are_arguments_and_weight_zero_still_reports():
   assert np.all(np.asarray(metrics.auxiliary.load_balancing) > 0.9)
   assert np.all(np.asarray(metrics.auxiliary.router_z) > 0)
   assert np.all(np.asarray(metrics.auxiliary.importance) > 0)
+  assert np.all(np.asarray(metrics.auxiliary.entropy) > 0)
+  assert np.all(np.asarray(metrics.auxiliary.device_balance) > 0.9)
 
 
 def _is_expert_matrix(name):

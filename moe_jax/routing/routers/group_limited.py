@@ -125,6 +125,7 @@ ROUTER = router_lib.Router(
   learns=True,
   balance='state',
   cost='D E products, top-2 of each group, top-k of the groups, 2 top-k of E',
+  reads=('num_expert_groups', 'num_selected_groups', 'bias_update', 'bias_rate'),
   state=loss_free.state,
   update=loss_free.update,
   loss=loss,

@@ -99,6 +99,7 @@ ROUTER = router_lib.Router(
   learns=True,
   balance='loss',
   cost='D E products, top-2 of E, 1 random number',
+  reads=('second_choice',),
   loss=loss,
   allowed=allowed,
 )

@@ -84,6 +84,7 @@ ROUTER = router_lib.Router(
   learns=False,
   balance='fixed',
   cost='one look-up',
+  reads=('hash_table', 'hash_seed'),
   params=router_lib.no_params,
   state=new_state,
   from_counts=from_counts,

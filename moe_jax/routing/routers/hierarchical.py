@@ -185,6 +185,7 @@ ROUTER = router_lib.Router(
   learns=True,
   balance='loss',
   cost='2 D (E + groups) products, random numbers and top-k of the groups and each selected group',
+  reads=('num_expert_groups', 'num_selected_groups', 'noise_floor'),
   params=params,
   loss=loss,
   allowed=allowed,

@@ -164,6 +164,7 @@ ROUTER = router_lib.Router(
   learns=False,
   balance='none',
   cost='D E products, top-k of E; sums of E D',
+  reads=('kmeans_update', 'kmeans_decay', 'kmeans_temperature', 'kmeans_reseed_after'),
   params=router_lib.no_params,
   state=new_state,
   update=update,

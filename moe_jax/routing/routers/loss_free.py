@@ -112,6 +112,7 @@ ROUTER = router_lib.Router(
   learns=True,
   balance='state',
   cost='D E products, top-k of E',
+  reads=('bias_update', 'bias_rate'),
   state=state,
   update=update,
   allowed=allowed,

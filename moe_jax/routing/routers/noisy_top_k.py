@@ -135,6 +135,7 @@ ROUTER = router_lib.Router(
   learns=True,
   balance='loss',
   cost='2 D E products, E random numbers, top-k of E',
+  reads=('noise_floor',),
   params=params,
   loss=loss,
   allowed=allowed,

@@ -60,7 +60,10 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
 
 
 def loss(sums: RouterSums, state: State, options: RouterOptions) -> Float[Array, '']:
-  """Returns (E + N) * (sum_e f_e P_e + f_null P_null / N): 1 where all E + N are used alike.
+  """Returns (E + N / tau) * (sum_e f_e P_e + tau f_null P_null / N), tau = null_balance_weight.
+
+  1 at balance, where a null expert gets 1 / tau times the assignments of a real one: with f = P the
+  sum is smallest there, and the factor is one over its value. With tau = 1 all are used alike.
 
   f are shares of all K T assignments, without gradient, P mean router probabilities. The N null
   experts compute the same, so only their common share f_null = 1 - sum_e f_e, and P_null, count.
@@ -69,11 +72,13 @@ def loss(sums: RouterSums, state: State, options: RouterOptions) -> Float[Array,
   null experts. Use this one in its place.
 
   Source: the code of AdaMoE (180f122), experiment 1, where each null expert has their mean f: the
-  same value. Differs from MoE++: no tau (there in the weights of the loss and in the capacities),
-  and (E + N) / K times its sum of f P.
+  same value, with tau = 1. Jin et al. 2024, arXiv:2410.07348 (MoE++), eq. 7, for tau. Differs from
+  that: (E + N / tau) / K times its sum, in which f are shares of tokens; its second use of tau, in
+  the capacities (eq. 8), is left to capacity_factor: tau E / (tau E + N) times their gamma.
   """
   del state
   num_experts, num_null = options.num_experts, options.num_null_experts
+  weight = options.null_balance_weight
   tokens = jnp.maximum(jnp.sum(sums.tokens), 1)
   assignments = options.num_selected_experts * tokens
   counts = jnp.sum(sums.tokens_per_expert.reshape(-1, num_experts), axis=0)
@@ -81,13 +86,15 @@ def loss(sums: RouterSums, state: State, options: RouterOptions) -> Float[Array,
   null_prob_sum = jnp.sum(sums.tokens) - jnp.sum(prob_sum)
   real = jnp.sum(jax.lax.stop_gradient(counts) * prob_sum)
   null = jax.lax.stop_gradient(sums.own['null']) * null_prob_sum / max(num_null, 1)
-  return (num_experts + num_null) * (real + null) / (assignments * tokens)
+  return (num_experts + num_null / weight) * (real + weight * null) / (assignments * tokens)
 
 
 def allowed(options: RouterOptions) -> tuple[str, str] | None:
   """Rejects a router without null experts, and what `top_k` rejects."""
   if options.num_null_experts < 1:
     return 'num_null_experts', 'must be at least 1; without null experts the router is top_k'
+  if options.null_balance_weight <= 0:
+    return 'null_balance_weight', 'must be above 0'
   return top_k.allowed(options)
 
 
@@ -100,6 +107,7 @@ ROUTER = router_lib.Router(
   learns=True,
   balance='loss',
   cost='D (E + null) products, top-k of E + null',
+  reads=('num_null_experts', 'null_balance_weight'),
   params=params,
   loss=loss,
   allowed=allowed,

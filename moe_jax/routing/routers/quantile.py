@@ -106,6 +106,7 @@ ROUTER = router_lib.Router(
   learns=True,
   balance='state',
   cost='D E products, top-k of E; in training 32 counts of the tokens for each expert',
+  reads=('bias_rate',),
   state=state,
   update=update,
   allowed=loss_free.gates_allowed,

@@ -112,6 +112,7 @@ ROUTER = router_lib.Router(
   learns=True,
   balance='loss',
   cost='D E products; E assignments to sort',
+  reads=('sparsity_factor', 'sparsity_start'),
   state=new_state,
   update=update,
   loss=loss,

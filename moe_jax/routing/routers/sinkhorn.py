@@ -142,5 +142,6 @@ ROUTER = router_lib.Router(
   learns=True,
   balance='assignment',
   cost='D E products, top-k of E, tens to hundreds of passes over E',
+  reads=('assignment_tolerance',),
   allowed=allowed,
 )

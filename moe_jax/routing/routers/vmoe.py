@@ -101,6 +101,7 @@ ROUTER = router_lib.Router(
   learns=True,
   balance='loss',
   cost='D E products, E random numbers, top-k of E',
+  reads=('noise_scale',),
   loss=loss,
   allowed=allowed,
 )

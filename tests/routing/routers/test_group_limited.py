@@ -65,9 +65,13 @@ def expected_balance(logits, valid, options):
 @hypothesis.given(
   st.data(),
   # Experts, groups, groups kept, K.
-  st.sampled_from([(1, 1, 1, 1), (4, 2, 1, 2), (6, 3, 2, 3), (4, 4, 2, 1), (6, 2, 1, 2)]),
+  st.sampled_from(
+    [(1, 1, 1, 1), (4, 2, 1, 2), (6, 3, 2, 3), (4, 4, 2, 1), (6, 2, 1, 2), (3, 3, 3, 3)]
+  ),
   st.sampled_from([1, 2, 3]),
-  st.sampled_from([('sigmoid', 'before_drop'), ('softmax', 'none')]),
+  st.sampled_from(
+    [('sigmoid', 'before_drop'), ('softmax', 'none'), ('sqrt_softplus', 'before_drop')]
+  ),
 )
 def test_matches_the_oracle(data, sizes, group_size, names):
   num_experts, num_groups, num_kept, k = sizes

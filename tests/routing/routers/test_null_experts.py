@@ -34,7 +34,7 @@ def expected_choice(params, tokens, valid, options):
 
 
 def expected_loss(made, valid, options):
-  """With every null expert apart: each has an equal share of the null assignments."""
+  """With every null expert apart: each has an equal share of the null assignments, eta = tau."""
   num_experts, num_null = options.num_experts, options.num_null_experts
   tokens = max(1, valid.sum())
   counts = np.zeros(num_experts + num_null)
@@ -46,7 +46,8 @@ def expected_loss(made, valid, options):
   for row in made['probs'][valid]:
     prob[:num_experts] += row / tokens
     prob[num_experts:] += (1 - row.sum()) / num_null / tokens
-  return (num_experts + num_null) * sum(share * prob)
+  eta = np.array([1.0] * num_experts + [options.null_balance_weight] * num_null)
+  return sum(1 / eta) * sum(eta * share * prob)
 
 
 def options_for(num_experts, num_selected, **changes):
@@ -60,12 +61,19 @@ def options_for(num_experts, num_selected, **changes):
 
 @hypothesis.given(
   token_choice.cases(SHAPES, lambda num_experts: num_experts + NUM_NULL),
-  st.sampled_from([('before', 'none'), ('before', 'before_drop'), ('after', 'none')]),
+  st.sampled_from(
+    [('before', 'none', 1.0), ('before', 'before_drop', 0.25), ('after', 'none', 2.0)]
+  ),
 )
 def test_matches_the_oracle(case, mode):
   tokens, valid, num_experts, num_selected = case
   options = options_for(
-    num_experts, num_selected, softmax_order=mode[0], renormalize=mode[1], gate_scale=1.5
+    num_experts,
+    num_selected,
+    softmax_order=mode[0],
+    renormalize=mode[1],
+    gate_scale=1.5,
+    null_balance_weight=mode[2],
   )
   params = {'router': np.eye(num_experts + NUM_NULL)}
   choice = token_choice.choose(NAME, options, params, tokens, valid)
@@ -90,13 +98,17 @@ def test_by_hand():
   np.testing.assert_array_equal(choice.sums['null'], [1])
   loss = token_choice.objectives(NAME, options, params, tokens, valid)[2]
   np.testing.assert_allclose(loss, 1.3, rtol=1e-5)
+  # tau = 1/2: (2 + 2 * 2) * (1/2 * 4/10 + 1/2 * 1/2 * 5/10 / 2) = 6 * (0.2 + 0.0625).
+  half = options_for(2, 2, null_balance_weight=0.5)
+  loss = token_choice.objectives(NAME, half, params, tokens, valid)[2]
+  np.testing.assert_allclose(loss, 1.575, rtol=1e-5)
 
 
 def test_gradients():
   rng = np.random.default_rng(0)
   tokens, valid = rng.normal(size=(2, 4, 3)).astype(np.float32), rng.random((2, 4)) < 0.8
   params = {'router': rng.normal(size=(3, 6)).astype(np.float32)}
-  options = options_for(4, 3)
+  options = options_for(4, 3, null_balance_weight=0.75)
 
   def expected(params):
     made = expected_choice(params, tokens, valid, options)
@@ -117,6 +129,20 @@ def test_the_loss_is_one_when_all_are_used_alike():
   all_null = np.eye(6)[None, [4, 5, 4, 5, 4, 5]]
   loss = token_choice.objectives(NAME, options, {'router': 200 * np.eye(6)}, all_null, valid)
   np.testing.assert_allclose(loss[2], 6 / 2, rtol=1e-6)
+
+
+def test_the_loss_with_tau_is_one_where_null_experts_get_more():
+  # Eight tokens, each sure: one for each of four real experts, two for each of two null ones.
+  options = options_for(4, 1, renormalize='none', null_balance_weight=0.5)
+  params, valid = {'router': 200 * np.eye(6)}, np.ones((1, 8), bool)
+
+  def loss(chosen):
+    return token_choice.objectives(NAME, options, params, np.eye(6)[None, chosen], valid)[2]
+
+  np.testing.assert_allclose(loss([0, 1, 2, 3, 4, 4, 5, 5]), 1, rtol=1e-6)
+  # One more or fewer for the null experts is worse.
+  assert loss([0, 1, 2, 4, 4, 4, 5, 5]) > 1.01
+  assert loss([0, 1, 2, 3, 0, 4, 5, 5]) > 1.01
 
 
 def test_only_real_experts_get_slots_and_count_as_load():
@@ -168,3 +194,4 @@ def test_params_and_allowed():
   assert router.allowed(options_for(4, 2)) is None
   assert router.allowed(token_choice.options())[0] == 'num_null_experts'
   assert router.allowed(options_for(4, 1))[0] == 'renormalize'
+  assert router.allowed(options_for(4, 2, null_balance_weight=0.0))[0] == 'null_balance_weight'
