@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 from moe_jax import dispatch as dispatch_room
 from moe_jax import routing
 from moe_jax.layers import basic
+from moe_jax.layers.decode import decode_experts
 from moe_jax.parallel.mesh import BATCH_AXES, DATA_AXIS, EXPERT_AXIS
 from moe_jax.routing.router import Mixture, Weight
 
@@ -84,11 +85,16 @@ class TokenInfo(NamedTuple):
 
 
 class MoeParams(NamedTuple):
-  """Weights of one layer. What `router` holds is said by `Router.params`."""
+  """Weights of one layer. What `router` holds is said by `Router.params`.
+
+  With `layer`, `w_in` and `w_out` hold the experts of all layers, and it says which are meant: for
+  decoding, which reads few of them and where a slice would copy all of a layer.
+  """
 
   router: dict[str, Array]
-  w_in: Float[Array, 'E D F1']
-  w_out: Float[Array, 'E F D']
+  w_in: Float[Array, '*L E D F1']
+  w_out: Float[Array, '*L E F D']
+  layer: Int[Array, ''] | None = None
 
 
 class LayerOutput(NamedTuple):
@@ -133,15 +139,18 @@ def moe_layer(
   """
   num_groups = _num_groups(x.shape[0], mesh, options)
 
+  platform = mesh.devices.flat[0].platform
+
   def local(x, info, params, state, keys):
-    return _local_layer(x, info, params, state, keys, options, num_groups, deterministic)
+    return _local_layer(x, info, params, state, keys, options, num_groups, deterministic, platform)
 
   by_token = PartitionSpec(BATCH_AXES)
   # Over a data axis of one device the experts' gradients need no sum. Unless that axis is named,
   # JAX asks for one all the same, and XLA on CPUs copies all of them for it.
   alone = (DATA_AXIS,) if mesh.shape[DATA_AXIS] == 1 else ()
-  by_expert = PartitionSpec((*alone, EXPERT_AXIS))
-  of_params: tuple[Any, ...] = (PartitionSpec(), by_expert, by_expert)
+  by_layer = () if params.layer is None else (None,)
+  by_expert = PartitionSpec(*by_layer, (*alone, EXPERT_AXIS))
+  of_params: tuple[Any, ...] = (PartitionSpec(), by_expert, by_expert, PartitionSpec())
   of_output: tuple[Any, ...] = (by_token, PartitionSpec(), by_token)
   return jax.shard_map(
     local,
@@ -183,6 +192,7 @@ def _local_layer(
   options: MoeOptions,
   num_groups: int,
   deterministic: bool,
+  platform: str,
 ) -> LayerOutput:
   """The layer on one device: its tokens, its experts."""
   tokens_GSD = to_groups(x, options.group_size)
@@ -211,20 +221,19 @@ def _local_layer(
     renormalize=options.choice.renormalize,
   )
 
-  if router.mix is None:
-    dispatcher = dispatch_room.DISPATCHERS[options.dispatch]
-    expert_inputs = dispatcher.dispatch(tokens_GSD, plan)
+  if router.mix is None and options.dispatch == dispatch_room.DECODE:
+    y_GSD = decode_experts(
+      tokens_GSD,
+      plan,
+      (params.w_in, params.w_out),
+      options.activation,
+      layer=params.layer,
+      axis_name=EXPERT_AXIS,
+      platform=platform,
+    )
   else:
-    mixture = router.mix(params.router, state, inputs, choice_options)
-    expert_inputs = mix_tokens(mixture, tokens_GSD)
-  # What crossed the mesh is kept where blocks are recomputed: no exchange is made twice.
-  exchanged = checkpoint_name(dispatch_room.to_experts(expert_inputs, EXPERT_AXIS), EXCHANGED)
-  expert_outputs = run_experts(exchanged, params, options.activation)
-  returned = checkpoint_name(dispatch_room.from_experts(expert_outputs, EXPERT_AXIS), EXCHANGED)
-  if router.mix is None:
-    y_GSD = dispatcher.combine(returned, plan)
-  else:
-    y_GSD = mix_slots(mixture, returned)
+    mixture = router.mix and router.mix(params.router, state, inputs, choice_options)
+    y_GSD = _through_slots(tokens_GSD, plan, mixture, params, options)
   y = from_groups(y_GSD, options.group_size)
 
   device = jax.lax.axis_index(BATCH_AXES)
@@ -236,6 +245,28 @@ def _local_layer(
   if options.returns_choices:
     choices = from_groups(jnp.where(plan.asked, plan.expert_index, -1), options.group_size)
   return LayerOutput(y, _sum_over_devices(sums), choices)
+
+
+def _through_slots(
+  tokens: Float[Array, 'G S D'],
+  plan: routing.Plan,
+  mixture: Mixture | None,
+  params: MoeParams,
+  options: MoeOptions,
+) -> Float[Array, 'G S D']:
+  """Fills the slots of all experts, crosses the mesh, runs the experts, and comes back."""
+  if mixture is None:
+    dispatcher = dispatch_room.DISPATCHERS[options.dispatch]
+    expert_inputs = dispatcher.dispatch(tokens, plan)
+  else:
+    expert_inputs = mix_tokens(mixture, tokens)
+  # What crossed the mesh is kept where blocks are recomputed: no exchange is made twice.
+  exchanged = checkpoint_name(dispatch_room.to_experts(expert_inputs, EXPERT_AXIS), EXCHANGED)
+  expert_outputs = run_experts(exchanged, params, options.activation)
+  returned = checkpoint_name(dispatch_room.from_experts(expert_outputs, EXPERT_AXIS), EXCHANGED)
+  if mixture is None:
+    return dispatcher.combine(returned, plan)
+  return mix_slots(mixture, returned)
 
 
 def mix_tokens(mixture: Mixture, tokens: Float[Array, 'G S D']) -> Float[Array, 'E G P D']:
@@ -325,8 +356,17 @@ class Moe(nn.Module):
     x: Float[Array, 'B T D'],
     info: TokenInfo,
     deterministic: bool,
+    of_all_layers: tuple[Array, Array, Array] | None = None,
   ) -> LayerOutput:
-    """Returns what `moe_layer` does."""
+    """Returns what `moe_layer` does.
+
+    Args:
+      x: normalised input.
+      info: what else there is to know of each token.
+      deterministic: evaluation.
+      of_all_layers: `w_in` and `w_out` of all layers and the number of this one, for decoding; see
+        `MoeParams`. Its own are not looked at then.
+    """
     options = self.options
     router = routing.ROUTERS[options.router]
     embed_dim = x.shape[-1]
@@ -348,6 +388,8 @@ class Moe(nn.Module):
         (experts, options.mlp_dim, embed_dim),
       ),
     )
+    if of_all_layers is not None:
+      params = MoeParams(params.router, *of_all_layers)
     # Evaluation needs no key: what a policy draws there is drawn from a fixed one, so that the same
     # text always gives the same number.
     key = jax.random.key(0) if deterministic else self.make_rng('routing')

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax import routing
+from moe_jax.dispatch import DECODE
 from moe_jax.layers.attention import Attention, KeyValueCache, packed_causal_mask
 from moe_jax.layers.basic import Mlp, RMSNorm, logical, matrix_init
 from moe_jax.layers.moe import EXCHANGED, ROUTER_STATE, Moe, MoeOptions, TokenInfo
@@ -81,7 +82,7 @@ class _Block(nn.Module):
   sparse: bool
 
   @nn.compact
-  def __call__(self, x, mask, info, cache, deterministic):
+  def __call__(self, x, mask, info, cache, of_all_layers, deterministic):
     options = self.options
     attention = Attention(
       options.num_heads,
@@ -99,7 +100,7 @@ class _Block(nn.Module):
       return x + Mlp(options.mlp_dim, options.activation, name='mlp')(normed), (None, None), cache
     assert options.moe is not None
     moe = Moe(options.moe, self.mesh, options.vocab_size, name='moe')
-    y, sums, choices = moe(normed, info, deterministic)
+    y, sums, choices = moe(normed, info, deterministic, of_all_layers)
     if options.num_shared_experts:
       shared_dim = options.num_shared_experts * options.moe.mlp_dim
       y = y + Mlp(shared_dim, options.activation, name='shared')(normed)
@@ -114,14 +115,15 @@ class _Unit(nn.Module):
   deterministic: bool
 
   @nn.compact
-  def __call__(self, x, cache, mask, info):
+  def __call__(self, x, cache, layer, mask, info, experts):
     routed = (None, None)
+    of_all_layers = None if experts is None else (*experts, layer)
     new_cache = []
     for i in range(self.options.every):
       sparse = self.options.moe is not None and i == self.options.every - 1
       block = _Block(self.options, self.mesh, sparse, name=f'block_{i}')
       block_cache = None if cache is None else cache[i]
-      x, routed, block_cache = block(x, mask, info, block_cache, self.deterministic)
+      x, routed, block_cache = block(x, mask, info, block_cache, of_all_layers, self.deterministic)
       new_cache.append(block_cache)
     return _shard_batch(x, self.mesh), (*routed, None if cache is None else tuple(new_cache))
 
@@ -170,17 +172,23 @@ class Decoder(nn.Module):
     if options.remat:
       policy = jax.checkpoint_policies.save_only_these_names(EXCHANGED)
       unit = nn.remat(_Unit, prevent_cse=False, policy=policy)
+    num_units = options.num_layers // options.every
     scanned = nn.scan(
       unit,
       variable_axes={'params': 0, ROUTER_STATE: 0},
       split_rngs={'params': True, 'routing': True},
-      in_axes=(0, nn.broadcast, nn.broadcast),
+      in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
       out_axes=0,
-      length=options.num_layers // options.every,
+      length=num_units,
       metadata_params={nn.PARTITION_NAME: 'layers'},
     )
     x, (sums, choices, cache) = scanned(options, self.mesh, deterministic, name='layers')(
-      x, cache, mask, TokenInfo(segment_ids > 0, inputs, positions)
+      x,
+      cache,
+      jnp.arange(num_units, dtype=jnp.int32),
+      mask,
+      TokenInfo(segment_ids > 0, inputs, positions),
+      self._experts_of_all_layers(),
     )
     x = RMSNorm(options.norm_epsilon, name='final_norm')(x)
     if options.tied_embeddings:
@@ -190,6 +198,17 @@ class Decoder(nn.Module):
         'output', logical(matrix_init, 'embed', 'vocab'), (options.embed_dim, options.vocab_size)
       )
     return DecoderOutput(x, output.astype(dtype), sums, choices, cache)
+
+  def _experts_of_all_layers(self) -> tuple[Array, Array] | None:
+    """Returns the experts' weights as they are stored, where decoding reads few of them.
+
+    The scan over layers would copy all experts of each layer, chosen or not.
+    """
+    moe = self.options.moe
+    if moe is None or moe.dispatch != DECODE or self.is_initializing():
+      return None
+    weights = self.variables['params']['layers'][f'block_{self.options.every - 1}']['moe']
+    return weights['w_in'], weights['w_out']
 
 
 def forward(
