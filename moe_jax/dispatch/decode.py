@@ -7,7 +7,7 @@ says; a step that goes through these alone reads the weights of no expert that n
 
   assignments of expert 0: a d f   1: -   2: b   3: c e        b = 2
 
-  blocks   [a d] [f .] [b .] [c e] [. .] [. .]      count = 4
+  blocks   [a d] [f .] [b .] [c e] [. .] [. .]      num_filled = 4
   expert     0     0     2     3     .     .
 
 Source: Gale et al. 2022, arXiv:2211.15841 (blocks of one expert each). Differs: forward only.
@@ -30,15 +30,15 @@ class Blocks(NamedTuple):
 
   Attributes:
     rows: of each block; zero where there is no assignment.
-    expert: of each block, counted from the first of the device; any of them from `count` on.
-    count: blocks that hold an assignment. They come first.
+    expert: of each block, counted from the first of the device; any of them from `num_filled` on.
+    num_filled: blocks that hold an assignment. They come first.
     place: the row, of all N * b, of each assignment; N * b where its expert is not here or it was
       not kept.
   """
 
   rows: Float[Array, 'N b D']
   expert: Int[Array, 'N']
-  count: Int[Array, '']
+  num_filled: Int[Array, '']
   place: Int[Array, 'G S K']
 
 

@@ -56,9 +56,8 @@ def decode_experts(
   """
   experts = weights[0].shape[-3]
   size = 1 if axis_name is None else jax.lax.axis_size(axis_name)
-  spread = size > 1
   everyone, whole_plan, first = tokens, plan, jnp.int32(0)
-  if spread:
+  if axis_name is not None and size > 1:
     everyone = exchange.to_everyone(tokens, axis_name)
     asked = exchange.to_everyone(jnp.where(plan.keep, plan.expert_index, -1), axis_name)
     weight = exchange.to_everyone(plan.combine_weights, axis_name)
@@ -71,7 +70,7 @@ def decode_experts(
   )
   run = {'gather': _gathered, 'loop': _looped}[way or way_of(total, experts * size, platform)]
   y = decode.combine(run(blocks, weights, activation, layer), blocks, whole_plan)
-  if spread:
+  if axis_name is not None and size > 1:
     y = exchange.sum_of_parts(y, axis_name)
   return y.astype(tokens.dtype)
 
@@ -94,10 +93,10 @@ def _looped(blocks: decode.Blocks, weights, activation: str, layer) -> Float[Arr
     return i + 1, jax.lax.dynamic_update_index_in_dim(outputs, new, i, axis=0)
 
   start = varying_like((jnp.int32(0), jnp.zeros_like(blocks.rows)), blocks.rows)
-  return jax.lax.while_loop(lambda carry: carry[0] < blocks.count, run_one, start)[1]
+  return jax.lax.while_loop(lambda carry: carry[0] < blocks.num_filled, run_one, start)[1]
 
 
 def _one_expert(weights: Float[Array, '*L E A B'], at: tuple[Array, ...]) -> Float[Array, 'A B']:
-  start = (*at, *(0 for _ in weights.shape[len(at) :]))
-  sizes = (*(1 for _ in at), *weights.shape[len(at) :])
-  return jax.lax.dynamic_slice(weights, start, sizes).reshape(weights.shape[len(at) :])
+  shape = weights.shape[len(at) :]
+  start = (*at, jnp.int32(0), jnp.int32(0))
+  return jax.lax.dynamic_slice(weights, start, (*(1 for _ in at), *shape)).reshape(shape)

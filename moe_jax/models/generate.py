@@ -34,7 +34,7 @@ class Rows(NamedTuple):
     token: drawn last, not in the cache yet.
     done: whether the end was drawn before it.
     lengths: of the prompts.
-    index: of the next token, from 0.
+    place: of the next token among the new ones, from 0.
     keys: of each row.
     cache: of all tokens before.
   """
@@ -42,7 +42,7 @@ class Rows(NamedTuple):
   token: Int[Array, 'B']
   done: Bool[Array, 'B']
   lengths: Int[Array, 'B']
-  index: Int[Array, '']
+  place: Int[Array, '']
   keys: Key[Array, 'B']
   cache: Any
 
@@ -218,7 +218,7 @@ def continue_rows(
   def step(rows: Rows, _):
     done = rows.done | (rows.token == how.eos_id)
     ones = jnp.ones((rows.token.shape[0], 1), jnp.int32)
-    position = (rows.lengths + rows.index - 1)[:, None]
+    position = (rows.lengths + rows.place - 1)[:, None]
     out = forward(
       model,
       params,
@@ -228,9 +228,9 @@ def continue_rows(
       cache=rows.cache,
       router_state=router_state,
     )
-    drawn = _draw(out.logits[:, 0], rows.keys, rows.index, how)
+    drawn = _draw(out.logits[:, 0], rows.keys, rows.place, how)
     drawn = jnp.where(done, how.eos_id, drawn)
-    return rows._replace(token=drawn, done=done, index=rows.index + 1, cache=out.cache), drawn
+    return rows._replace(token=drawn, done=done, place=rows.place + 1, cache=out.cache), drawn
 
   rows, new = jax.lax.scan(step, rows, None, length=num_tokens)
   new = jax.lax.with_sharding_constraint(new.T, replicated(model.mesh))
@@ -255,7 +255,7 @@ def _by_row(rows: Rows, model: Decoder) -> Rows:
     token=constrain(rows.token, by_row),
     done=constrain(rows.done, by_row),
     lengths=constrain(rows.lengths, by_row),
-    index=constrain(rows.index, replicated(model.mesh)),
+    place=constrain(rows.place, replicated(model.mesh)),
     keys=constrain(rows.keys, by_row),
     cache=constrain(rows.cache, by_layer_and_row),
   )

@@ -58,10 +58,10 @@ def test_each_kept_assignment_has_a_row_of_its_own_at_its_expert(
     assert blocks.expert[place[at] // num_rows] == expert
     np.testing.assert_array_equal(flat[place[at]], tokens[at[:2]])
   assert len(seen) == loads.sum()
-  assert blocks.count == sum(-(-load // num_rows) for load in loads) <= rows.shape[0]
+  assert blocks.num_filled == sum(-(-load // num_rows) for load in loads) <= rows.shape[0]
   empty = np.ones(flat.shape[0], bool)
   empty[list(seen)] = False
-  assert not flat[empty].any() and empty[int(blocks.count) * num_rows :].all()
+  assert not flat[empty].any() and empty[int(blocks.num_filled) * num_rows :].all()
   assert set(np.asarray(blocks.expert).tolist()) <= set(range(here))
 
 
@@ -95,5 +95,5 @@ def test_number_of_blocks_is_enough_for_the_worst_routing():
   plan = draw_plan(1, 7, 1, 3, 1.0, 0)._replace(expert_index=expert)
   blocks = decode.dispatch(jnp.ones((1, 7, 2)), plan, num_rows=2, num_experts=3)
   assert blocks.rows.shape == (6, 2, 2)
-  assert blocks.count == 5
+  assert blocks.num_filled == 5
   np.testing.assert_array_equal(blocks.expert[:5], [0, 0, 1, 1, 2])
