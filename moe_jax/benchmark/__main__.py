@@ -14,11 +14,12 @@ sweep: what it gains to train several trials as one program (--config=...).
 import json
 import re
 import sys
+from typing import Any
 
 import jax
 from absl import flags
 
-from moe_jax import cli, routing
+from moe_jax import cli, profiling, routing
 from moe_jax.benchmark import decode, dispatch, expert_parallel, layer, router, step, sweep
 from moe_jax.benchmark.arms import Shape
 from moe_jax.benchmark.timing import Ratio
@@ -60,6 +61,10 @@ _TOKENS_PER_EXPERT = flags.DEFINE_integer(
 _MESHES = flags.DEFINE_list('meshes', ['1x8', '2x4'], 'ep: data x expert of each.')
 _BATCHES = flags.DEFINE_list('batches', ['1', '16', '256'], 'decode: sequences at a time.')
 _NUM_LAYERS = flags.DEFINE_integer('num_layers', 4, 'decode: of the model; 0 leaves it out.')
+_PROFILE = flags.DEFINE_string(
+  'profile', None, 'decode, layer, step: directory for traces and tables of the time by part.'
+)
+_PROFILED = ('decode', 'layer', 'step')
 _COMMANDS = ('decode', 'dispatch', 'ep', 'layer', 'router', 'step', 'sweep')
 
 
@@ -67,6 +72,10 @@ def main() -> None:
   """Runs the benchmark that the first argument names."""
   if _ROUNDS.value < 9:
     raise UserError('--rounds', _ROUNDS.value, 'must be at least 9')
+  if _PROFILE.value is not None:
+    if _COMMAND not in _PROFILED:
+      raise UserError('--profile', _PROFILE.value, f'only {", ".join(_PROFILED)} can be traced')
+    profiling.check_directory('--profile', _PROFILE.value)
   if not _JSON.value:
     print(f'on {jax.devices()[0].device_kind}, {jax.device_count()} device(s)')
   {
@@ -181,6 +190,7 @@ def _decode() -> None:
     num_layers=_NUM_LAYERS.value,
     rounds=_ROUNDS.value,
     seed=_SEED.value,
+    profile=_PROFILE.value or '',
   )
   for row in rows:
     if _JSON.value:
@@ -203,7 +213,13 @@ def _decode() -> None:
       )
     for name, why in row['not_measured'].items():
       print(f'  {name:<12}not measured: {why}')
-    sys.stdout.flush()
+    _print_profile(row)
+
+
+def _print_profile(row: dict[str, Any]) -> None:
+  if 'profile' in row:
+    print(profiling.as_text(row['profile']))
+  sys.stdout.flush()
 
 
 def _ep() -> None:
@@ -238,6 +254,7 @@ def _layer() -> None:
     dispatch=_DISPATCH.value,
     rounds=_ROUNDS.value,
     seed=_SEED.value,
+    profile=_PROFILE.value or '',
   )
   if not _JSON.value:
     print(
@@ -255,12 +272,12 @@ def _layer() -> None:
       f'{row["tokens_per_expert"]:>10.0f}{row["max_load"]:>8.2f}x{row["compile_seconds"]:>10.1f}'
       f'{row["temporary_bytes"] / 1e6:>8,.0f} MB'
       f'{"  VOID: restless machine" if row["void"] else ""}',
-      flush=True,
     )
+    _print_profile(row)
 
 
 def _step() -> None:
-  result = step.shares(_CONFIG(), _ROUNDS.value, _STEPS.value)
+  result = step.shares(_CONFIG(), _ROUNDS.value, _STEPS.value, _PROFILE.value or '')
   if _JSON.value:
     print(json.dumps(result))
     return
@@ -268,6 +285,7 @@ def _step() -> None:
     print(f'{name:<12}{result[name]:>7.1%} of a step')
   print(f'{"data wait":<12}{result["data_wait"]:>7.2%} of the time of {_STEPS.value} real steps')
   print(f'compilations of the step: {result["compilations"]}')
+  _print_profile(result)
 
 
 def _sweep() -> None:

@@ -20,7 +20,7 @@ from moe_jax import routing
 from moe_jax.benchmark.arms import Shape, dense_of, dense_weights, expert_weights
 from moe_jax.benchmark.dispatch import choose, layer_of
 from moe_jax.benchmark.layer import options_of
-from moe_jax.benchmark.timing import Compiled, compile_arm, is_void, measure, ratio
+from moe_jax.benchmark.timing import Compiled, compile_arm, is_void, measure, profiled, ratio
 from moe_jax.layers.basic import hidden_dim
 from moe_jax.layers.decode import decode_experts, way_of
 from moe_jax.models.decoder import Decoder, DecoderOptions, init_cache
@@ -47,6 +47,7 @@ def rows(
   num_layers: int,
   rounds: int,
   seed: int,
+  profile: str = '',
 ) -> Iterator[dict[str, Any]]:
   """Measures each number of experts and each batch on one device, the layer and the model.
 
@@ -57,23 +58,27 @@ def rows(
     num_layers: of the model; 0 leaves it out.
     rounds: of interleaved calls.
     seed: of weights, routings and orders.
+    profile: directory for a trace of each row's arm `decode`; empty for none.
 
   Yields:
     level, batch, num_experts, way (what `decode` is), rows_in_block, experts_chosen (different
     ones of a layer; None for the model), null, void, `arms`: {name: eta_dense (time of dense / time
     of the arm), tokens_per_second, weight_bytes (of the experts that one layer reads in a step, a
     block at a time; None where the routing is not known), compile_seconds, temporary_bytes}, and
-    `not_measured`: {name: why}. `dense` is among the arms.
+    `not_measured`: {name: why}, and with `profile` the table of the time of `decode` by part.
+    `dense` is among the arms.
   """
   for experts in num_experts:
     for batch in batches:
       of_batch = shape._replace(num_tokens=batch)
-      yield _layer_row(of_batch, experts, rounds, seed)
+      yield _layer_row(of_batch, experts, rounds, seed, profile)
       if num_layers:
-        yield _model_row(of_batch, experts, num_layers, rounds, seed)
+        yield _model_row(of_batch, experts, num_layers, rounds, seed, profile)
 
 
-def _layer_row(shape: Shape, num_experts: int, rounds: int, seed: int) -> dict[str, Any]:
+def _layer_row(
+  shape: Shape, num_experts: int, rounds: int, seed: int, profile: str
+) -> dict[str, Any]:
   plan = plan_of(shape, num_experts, seed)
   keys = jax.random.split(jax.random.key(seed), 3)
   dtype = jnp.dtype(shape.dtype)
@@ -97,11 +102,12 @@ def _layer_row(shape: Shape, num_experts: int, rounds: int, seed: int) -> dict[s
     'experts_chosen': int((loads > 0).sum()),
     'arms': _arms(compiled, seconds, shape.num_tokens, weight_bytes),
     'not_measured': not_measured,
+    **profiled(compiled['decode'], profile, f'E{num_experts}-batch{shape.num_tokens}-layer'),
   }
 
 
 def _model_row(
-  shape: Shape, num_experts: int, num_layers: int, rounds: int, seed: int
+  shape: Shape, num_experts: int, num_layers: int, rounds: int, seed: int, profile: str
 ) -> dict[str, Any]:
   mesh = make_mesh(1, 1, jax.devices()[:1])
   not_measured = {}
@@ -116,10 +122,13 @@ def _model_row(
       model = decoder_of(shape, num_experts, num_layers, dispatcher, mesh)
       compiled[name] = _model_arm(model, shape, seed)
     seconds = measure({name: arm.call for name, arm in compiled.items()}, rounds, seed)
+    name = f'E{num_experts}-batch{shape.num_tokens}-model'
+    table = profiled(compiled['decode'], profile, name)
   return _row('model', shape, num_experts, seconds) | {
     'experts_chosen': None,
     'arms': _arms(compiled, seconds, shape.num_tokens * STEPS, {}),
     'not_measured': not_measured,
+    **table,
   }
 
 
@@ -279,4 +288,4 @@ def _model_arm(model: Decoder, shape: Shape, seed: int) -> Compiled:
 
   call()
   analysis: Any = compiled.memory_analysis()
-  return Compiled(call, seconds, analysis.temp_size_in_bytes)
+  return Compiled(call, seconds, analysis.temp_size_in_bytes, lambda: compiled.as_text() or '')

@@ -57,22 +57,26 @@ def decode_experts(
   experts = weights[0].shape[-3]
   size = 1 if axis_name is None else jax.lax.axis_size(axis_name)
   everyone, whole_plan, first = tokens, plan, jnp.int32(0)
-  if axis_name is not None and size > 1:
-    everyone = exchange.to_everyone(tokens, axis_name)
-    asked = exchange.to_everyone(jnp.where(plan.keep, plan.expert_index, -1), axis_name)
-    weight = exchange.to_everyone(plan.combine_weights, axis_name)
-    whole_plan = plan._replace(expert_index=asked, keep=asked >= 0, combine_weights=weight)
-    first = jax.lax.axis_index(axis_name) * experts
-  total = whole_plan.expert_index.size
-  num_rows = num_rows or decode.rows_in_block(total, experts * size)
-  blocks = decode.dispatch(
-    everyone, whole_plan, num_rows=num_rows, num_experts=experts, first_expert=first
-  )
-  run = {'gather': _gathered, 'loop': _looped}[way or way_of(total, experts * size, platform)]
-  y = decode.combine(run(blocks, weights, activation, layer), blocks, whole_plan)
-  if axis_name is not None and size > 1:
-    y = exchange.sum_of_parts(y, axis_name)
-  return y.astype(tokens.dtype)
+  with jax.named_scope('dispatch'):
+    if axis_name is not None and size > 1:
+      everyone = exchange.to_everyone(tokens, axis_name)
+      asked = exchange.to_everyone(jnp.where(plan.keep, plan.expert_index, -1), axis_name)
+      weight = exchange.to_everyone(plan.combine_weights, axis_name)
+      whole_plan = plan._replace(expert_index=asked, keep=asked >= 0, combine_weights=weight)
+      first = jax.lax.axis_index(axis_name) * experts
+    total = whole_plan.expert_index.size
+    num_rows = num_rows or decode.rows_in_block(total, experts * size)
+    blocks = decode.dispatch(
+      everyone, whole_plan, num_rows=num_rows, num_experts=experts, first_expert=first
+    )
+  with jax.named_scope('experts'):
+    run = {'gather': _gathered, 'loop': _looped}[way or way_of(total, experts * size, platform)]
+    outputs = run(blocks, weights, activation, layer)
+  with jax.named_scope('combine'):
+    y = decode.combine(outputs, blocks, whole_plan)
+    if axis_name is not None and size > 1:
+      y = exchange.sum_of_parts(y, axis_name)
+    return y.astype(tokens.dtype)
 
 
 def _gathered(blocks: decode.Blocks, weights, activation: str, layer) -> Float[Array, 'N b D']:

@@ -207,19 +207,21 @@ def _local_layer(
     options.choice, capacity=capacity, training=not deterministic
   )
 
-  router_input = tokens_GSD.astype(jnp.float32)
-  if options.jitter and not deterministic:
-    router_input = routing.jitter(router_input, noise_keys, options.jitter)
-  inputs = routing.RouterInputs(router_input, *info_GS, choice_keys)
-  choice = router.choose(params.router, state, inputs, choice_options)
-  plan = routing.make_plan(
-    choice,
-    valid_GS,
-    order_keys,
-    capacity=capacity,
-    priority=options.priority,
-    renormalize=options.choice.renormalize,
-  )
+  with jax.named_scope('router'):
+    router_input = tokens_GSD.astype(jnp.float32)
+    if options.jitter and not deterministic:
+      router_input = routing.jitter(router_input, noise_keys, options.jitter)
+    inputs = routing.RouterInputs(router_input, *info_GS, choice_keys)
+    choice = router.choose(params.router, state, inputs, choice_options)
+  with jax.named_scope('plan'):
+    plan = routing.make_plan(
+      choice,
+      valid_GS,
+      order_keys,
+      capacity=capacity,
+      priority=options.priority,
+      renormalize=options.choice.renormalize,
+    )
 
   if router.mix is None and options.dispatch == dispatch_room.DECODE:
     y_GSD = decode_experts(
@@ -240,11 +242,13 @@ def _local_layer(
   parts = -(-options.balance_scopes // num_groups)  # of a group, each in one scope
   part = device * local_groups * parts + jnp.arange(local_groups * parts)
   scope = part.reshape(local_groups, parts) // (num_groups * parts // options.balance_scopes)
-  sums = routing.router_sums(choice, plan, valid_GS, scope, options.balance_scopes)
+  with jax.named_scope('statistics'):
+    sums = routing.router_sums(choice, plan, valid_GS, scope, options.balance_scopes)
+    sums = _sum_over_devices(sums)
   choices = None
   if options.returns_choices:
     choices = from_groups(jnp.where(plan.asked, plan.expert_index, -1), options.group_size)
-  return LayerOutput(y, _sum_over_devices(sums), choices)
+  return LayerOutput(y, sums, choices)
 
 
 def _through_slots(
@@ -255,18 +259,21 @@ def _through_slots(
   options: MoeOptions,
 ) -> Float[Array, 'G S D']:
   """Fills the slots of all experts, crosses the mesh, runs the experts, and comes back."""
-  if mixture is None:
-    dispatcher = dispatch_room.DISPATCHERS[options.dispatch]
-    expert_inputs = dispatcher.dispatch(tokens, plan)
-  else:
-    expert_inputs = mix_tokens(mixture, tokens)
-  # What crossed the mesh is kept where blocks are recomputed: no exchange is made twice.
-  exchanged = checkpoint_name(dispatch_room.to_experts(expert_inputs, EXPERT_AXIS), EXCHANGED)
-  expert_outputs = run_experts(exchanged, params, options.activation)
-  returned = checkpoint_name(dispatch_room.from_experts(expert_outputs, EXPERT_AXIS), EXCHANGED)
-  if mixture is None:
-    return dispatcher.combine(returned, plan)
-  return mix_slots(mixture, returned)
+  with jax.named_scope('dispatch'):
+    if mixture is None:
+      dispatcher = dispatch_room.DISPATCHERS[options.dispatch]
+      expert_inputs = dispatcher.dispatch(tokens, plan)
+    else:
+      expert_inputs = mix_tokens(mixture, tokens)
+    # What crossed the mesh is kept where blocks are recomputed: no exchange is made twice.
+    exchanged = checkpoint_name(dispatch_room.to_experts(expert_inputs, EXPERT_AXIS), EXCHANGED)
+  with jax.named_scope('experts'):
+    expert_outputs = run_experts(exchanged, params, options.activation)
+  with jax.named_scope('combine'):
+    returned = checkpoint_name(dispatch_room.from_experts(expert_outputs, EXPERT_AXIS), EXCHANGED)
+    if mixture is None:
+      return dispatcher.combine(returned, plan)
+    return mix_slots(mixture, returned)
 
 
 def mix_tokens(mixture: Mixture, tokens: Float[Array, 'G S D']) -> Float[Array, 'E G P D']:

@@ -91,19 +91,23 @@ class _Block(nn.Module):
       options.rope_theta,
       name='attention',
     )
-    attended, cache = attention(
-      RMSNorm(options.norm_epsilon, name='attention_norm')(x), info.positions, mask, cache
-    )
+    with jax.named_scope('attention'):
+      attended, cache = attention(
+        RMSNorm(options.norm_epsilon, name='attention_norm')(x), info.positions, mask, cache
+      )
     x = _shard_batch(x + attended, self.mesh)
     normed = RMSNorm(options.norm_epsilon, name='mlp_norm')(x)
     if not self.sparse:
-      return x + Mlp(options.mlp_dim, options.activation, name='mlp')(normed), (None, None), cache
+      with jax.named_scope('mlp'):
+        y = Mlp(options.mlp_dim, options.activation, name='mlp')(normed)
+      return x + y, (None, None), cache
     assert options.moe is not None
     moe = Moe(options.moe, self.mesh, options.vocab_size, name='moe')
     y, sums, choices = moe(normed, info, deterministic, of_all_layers)
     if options.num_shared_experts:
       shared_dim = options.num_shared_experts * options.moe.mlp_dim
-      y = y + Mlp(shared_dim, options.activation, name='shared')(normed)
+      with jax.named_scope('mlp'):
+        y = y + Mlp(shared_dim, options.activation, name='shared')(normed)
     return x + y, (sums, choices), cache
 
 
@@ -166,7 +170,8 @@ class Decoder(nn.Module):
       logical(nn.initializers.normal(0.02), 'vocab', 'embed'),
       (options.vocab_size, options.embed_dim),
     )
-    x = _shard_batch(embedding.astype(dtype)[inputs], self.mesh)
+    with jax.named_scope('embedding'):
+      x = _shard_batch(embedding.astype(dtype)[inputs], self.mesh)
     mask = packed_causal_mask(segment_ids) if cache is None else _cache_mask(positions, cache)
     unit = _Unit
     if options.remat:
