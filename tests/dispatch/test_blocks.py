@@ -1,7 +1,10 @@
 """Blocks of one expert each: what is in them, by the definition, in NumPy."""
 
+import functools
+
 import hypothesis
 import hypothesis.strategies as st
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -43,9 +46,8 @@ def test_each_kept_assignment_has_a_row_of_its_own_at_its_expert(
   plan = draw_plan(groups, size, k, num_experts, keep, seed)
   tokens = np.random.default_rng(seed).normal(size=(groups, size, 3)).astype(np.float32)
   first, here = (num_experts // 2, num_experts - num_experts // 2) if half else (0, num_experts)
-  blocks = decode.dispatch(
-    jnp.asarray(tokens), plan, num_rows=num_rows, num_experts=here, first_expert=first
-  )
+  how = {'num_rows': num_rows, 'num_experts': here, 'first_expert': first}
+  blocks = jax.jit(functools.partial(decode.dispatch, **how))(jnp.asarray(tokens), plan)
   rows, place = np.asarray(blocks.rows), np.asarray(blocks.place)
   flat, seen, loads = rows.reshape(-1, 3), set(), np.zeros(here, int)
   for at in np.ndindex(groups, size, k):

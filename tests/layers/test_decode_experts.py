@@ -53,14 +53,18 @@ def test_every_way_gives_what_one_hot_products_give(
   plan = draw_plan(groups, size, k, num_experts, keep, seed=1)
   tokens = jnp.asarray(np.random.default_rng(2).normal(size=(groups, size, 4)), jnp.float32)
   weights = draw_weights(num_experts, 4, 5, activation, (3,) if stacked else ())
-  of_layer = jax.tree.map(lambda w: w[2], weights) if stacked else weights
-  layer = jnp.int32(2) if stacked else None
-  found = decode.decode_experts(
-    tokens, plan, weights, activation, layer=layer, way=way, num_rows=num_rows
-  )
-  np.testing.assert_allclose(
-    found, oracle(tokens, plan, of_layer, activation), rtol=1e-4, atol=1e-5
-  )
+
+  @jax.jit
+  def both(tokens, plan, weights):
+    of_layer = jax.tree.map(lambda w: w[2], weights) if stacked else weights
+    layer = jnp.int32(2) if stacked else None
+    found = decode.decode_experts(
+      tokens, plan, weights, activation, layer=layer, way=way, num_rows=num_rows
+    )
+    return found, oracle(tokens, plan, of_layer, activation)
+
+  found, expected = both(tokens, plan, weights)
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 # On (2, 4) with padding and drops, every router: tests/layers/test_every_router.py.
