@@ -87,14 +87,12 @@ class TokenInfo(NamedTuple):
 class MoeParams(NamedTuple):
   """Weights of one layer. What `router` holds is said by `Router.params`.
 
-  With `layer`, `w_in` and `w_out` hold the experts of all layers, and it says which are meant: for
-  decoding, which reads few of them and where a slice would copy all of a layer.
+  In decoding the experts may be those of all layers, see `moe_layer`.
   """
 
   router: dict[str, Array]
   w_in: Float[Array, '*L E D F1']
   w_out: Float[Array, '*L E F D']
-  layer: Int[Array, ''] | None = None
 
 
 class LayerOutput(NamedTuple):
@@ -121,6 +119,7 @@ def moe_layer(
   mesh: Mesh,
   options: MoeOptions,
   deterministic: bool,
+  layer: Int[Array, ''] | None = None,
 ) -> LayerOutput:
   """Routes every token to its experts and back.
 
@@ -133,6 +132,8 @@ def moe_layer(
     mesh: axes ('data', 'expert').
     options: static choices.
     deterministic: evaluation: no jitter, and nothing drawn by the router.
+    layer: for decoding alone: whose experts are meant, where `params` has those of all layers. It
+      reads few of them, and a slice of one layer would copy all of that layer's.
 
   Raises:
     ValueError: if the mesh does not divide the experts, or mesh and groups the batch.
@@ -141,24 +142,32 @@ def moe_layer(
 
   platform = mesh.devices.flat[0].platform
 
-  def local(x, info, params, state, keys):
-    return _local_layer(x, info, params, state, keys, options, num_groups, deterministic, platform)
+  def local(x, info, params, state, keys, layer):
+    choices = (options, num_groups, deterministic, platform)
+    return _local_layer(x, info, params, state, keys, layer, *choices)
 
   by_token = PartitionSpec(BATCH_AXES)
   # Over a data axis of one device the experts' gradients need no sum. Unless that axis is named,
   # JAX asks for one all the same, and XLA on CPUs copies all of them for it.
   alone = (DATA_AXIS,) if mesh.shape[DATA_AXIS] == 1 else ()
-  by_layer = () if params.layer is None else (None,)
+  by_layer = () if layer is None else (None,)
   by_expert = PartitionSpec(*by_layer, (*alone, EXPERT_AXIS))
-  of_params: tuple[Any, ...] = (PartitionSpec(), by_expert, by_expert, PartitionSpec())
+  of_params: tuple[Any, ...] = (PartitionSpec(), by_expert, by_expert)
   of_output: tuple[Any, ...] = (by_token, PartitionSpec(), by_token)
   return jax.shard_map(
     local,
     mesh=mesh,
-    in_specs=(by_token, by_token, MoeParams(*of_params), PartitionSpec(), by_token),
+    in_specs=(
+      by_token,
+      by_token,
+      MoeParams(*of_params),
+      PartitionSpec(),
+      by_token,
+      PartitionSpec(),
+    ),
     out_specs=LayerOutput(*of_output),
     check_vma=True,
-  )(x, info, params, state, keys)
+  )(x, info, params, state, keys, layer)
 
 
 def _num_groups(batch_size: int, mesh: Mesh, options: MoeOptions) -> int:
@@ -189,6 +198,7 @@ def _local_layer(
   params: MoeParams,
   state: dict[str, Array],
   keys: Key[Array, 'g'],
+  layer: Int[Array, ''] | None,
   options: MoeOptions,
   num_groups: int,
   deterministic: bool,
@@ -229,7 +239,7 @@ def _local_layer(
       plan,
       (params.w_in, params.w_out),
       options.activation,
-      layer=params.layer,
+      layer=layer,
       axis_name=EXPERT_AXIS,
       platform=platform,
     )
@@ -363,7 +373,8 @@ class Moe(nn.Module):
     x: Float[Array, 'B T D'],
     info: TokenInfo,
     deterministic: bool,
-    of_all_layers: tuple[Array, Array, Array] | None = None,
+    of_all_layers: tuple[Array, Array] | None = None,
+    layer: Int[Array, ''] | None = None,
   ) -> LayerOutput:
     """Returns what `moe_layer` does.
 
@@ -371,8 +382,8 @@ class Moe(nn.Module):
       x: normalised input.
       info: what else there is to know of each token.
       deterministic: evaluation.
-      of_all_layers: `w_in` and `w_out` of all layers and the number of this one, for decoding; see
-        `MoeParams`. Its own are not looked at then.
+      of_all_layers: for decoding: `w_in` and `w_out` of all layers, to be read in place of its own.
+      layer: the number of this one among them.
     """
     options = self.options
     router = routing.ROUTERS[options.router]
@@ -395,7 +406,9 @@ class Moe(nn.Module):
         (experts, options.mlp_dim, embed_dim),
       ),
     )
-    if of_all_layers is not None:
+    if of_all_layers is None:
+      layer = None
+    else:
       params = MoeParams(params.router, *of_all_layers)
     # Evaluation needs no key: what a policy draws there is drawn from a fixed one, so that the same
     # text always gives the same number.
@@ -409,7 +422,7 @@ class Moe(nn.Module):
       name: self.variable(ROUTER_STATE, name, lambda name=name: new_state()[name]).value
       for name in jax.eval_shape(new_state)
     }
-    return moe_layer(x, info, params, state, keys, self.mesh, options, deterministic)
+    return moe_layer(x, info, params, state, keys, self.mesh, options, deterministic, layer)
 
   def _router_init(self, weight: Weight) -> Any:
     init = {

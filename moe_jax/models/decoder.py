@@ -82,7 +82,7 @@ class _Block(nn.Module):
   sparse: bool
 
   @nn.compact
-  def __call__(self, x, mask, info, cache, of_all_layers, deterministic):
+  def __call__(self, x, mask, info, cache, experts, layer, deterministic):
     options = self.options
     attention = Attention(
       options.num_heads,
@@ -103,7 +103,7 @@ class _Block(nn.Module):
       return x + y, (None, None), cache
     assert options.moe is not None
     moe = Moe(options.moe, self.mesh, options.vocab_size, name='moe')
-    y, sums, choices = moe(normed, info, deterministic, of_all_layers)
+    y, sums, choices = moe(normed, info, deterministic, experts, layer)
     if options.num_shared_experts:
       shared_dim = options.num_shared_experts * options.moe.mlp_dim
       with jax.named_scope('mlp'):
@@ -121,13 +121,12 @@ class _Unit(nn.Module):
   @nn.compact
   def __call__(self, x, cache, layer, mask, info, experts):
     routed = (None, None)
-    of_all_layers = None if experts is None else (*experts, layer)
     new_cache = []
     for i in range(self.options.every):
       sparse = self.options.moe is not None and i == self.options.every - 1
       block = _Block(self.options, self.mesh, sparse, name=f'block_{i}')
       block_cache = None if cache is None else cache[i]
-      x, routed, block_cache = block(x, mask, info, block_cache, of_all_layers, self.deterministic)
+      x, routed, block_cache = block(x, mask, info, block_cache, experts, layer, self.deterministic)
       new_cache.append(block_cache)
     return _shard_batch(x, self.mesh), (*routed, None if cache is None else tuple(new_cache))
 
