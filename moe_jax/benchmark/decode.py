@@ -33,8 +33,8 @@ from moe_jax.train.state import init_params
 # copied, two batched products. one_by_one: a loop over blocks of one row. grouped: a loop over
 # blocks of twice the mean load. slots: a slot for every token at every expert.
 WAYS = ('decode', 'gather', 'one_by_one', 'grouped', 'slots')
-# Slots cost E / K times the active FLOPs, and gathering copies weights: beyond these not measured.
-MOST_SLOTS, MOST_BYTES = 40, 4e9
+# There are E slots for each token, and gathering copies weights: beyond these not measured.
+MOST_SLOTS, MOST_BYTES = 4096, 4e9
 # Of the model: tokens drawn in one call, tokens in the cache before, vocabulary, width of a head.
 STEPS, CONTEXT, VOCAB_SIZE, HEAD_DIM = 8, 128, 1024, 64
 
@@ -223,8 +223,8 @@ def bytes_of_expert(shape: Shape) -> int:
 
 def _too_much(name: str, shape: Shape, num_experts: int) -> str:
   """Says why an arm is not measured; empty if it is."""
-  if name == 'slots' and num_experts / shape.num_selected_experts > MOST_SLOTS:
-    return f'{num_experts / shape.num_selected_experts:.0f} times the active FLOPs'
+  if name == 'slots' and num_experts * shape.num_tokens > MOST_SLOTS:
+    return f'{num_experts * shape.num_tokens:,} slots for {shape.num_tokens} tokens'
   copied = shape.num_tokens * shape.num_selected_experts * bytes_of_expert(shape)
   if name == 'gather' and copied > MOST_BYTES:
     return f'{copied / 1e9:.0f} GB of copied weights'

@@ -43,12 +43,12 @@ class Blocks(NamedTuple):
 
 
 def rows_in_block(num_assignments: int, num_experts: int) -> int:
-  """Returns b, by shape: 1 while there are fewer assignments than experts.
+  """Returns b, by shape: 1 while there are fewer assignments than half the experts.
 
   Then most chosen experts have one row, and a block of more would be padding. Otherwise about twice
   the mean load, so that most experts need one block, whose weights are read once.
   """
-  if num_assignments < num_experts:
+  if 2 * num_assignments < num_experts:
     return 1
   mean = -(-num_assignments // num_experts)
   return min(MOST_ROWS, 2 ** (2 * mean - 1).bit_length())

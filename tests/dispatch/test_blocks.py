@@ -84,7 +84,15 @@ def test_combine_sums_what_is_here_in_float32():
 
 @pytest.mark.parametrize(
   ('assignments', 'experts', 'rows'),
-  [(2, 64, 1), (63, 64, 1), (64, 64, 2), (512, 64, 16), (520, 64, 32), (10**6, 8, 128)],
+  [
+    (31, 64, 1),
+    (32, 64, 2),
+    (64, 64, 2),
+    (65, 64, 4),
+    (512, 64, 16),
+    (520, 64, 32),
+    (10**6, 8, 128),
+  ],
 )
 def test_rows_in_a_block_hold_twice_the_mean_load(assignments, experts, rows):
   # 512 / 64 = 8, twice that is 16; 520 / 64 is more than 8, so 9 and the power of 2 from 18 on.
