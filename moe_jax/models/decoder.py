@@ -93,7 +93,11 @@ class _Block(nn.Module):
     )
     with jax.named_scope('attention'):
       attended, cache = attention(
-        RMSNorm(options.norm_epsilon, name='attention_norm')(x), info.positions, mask, cache
+        RMSNorm(options.norm_epsilon, name='attention_norm')(x),
+        info.positions,
+        mask,
+        cache,
+        layer,
       )
     x = _shard_batch(x + attended, self.mesh)
     normed = RMSNorm(options.norm_epsilon, name='mlp_norm')(x)
@@ -119,7 +123,8 @@ class _Unit(nn.Module):
   deterministic: bool
 
   @nn.compact
-  def __call__(self, x, cache, layer, mask, info, experts):
+  def __call__(self, carry, layer, mask, info, experts):
+    x, cache = carry
     routed = (None, None)
     new_cache = []
     for i in range(self.options.every):
@@ -128,7 +133,8 @@ class _Unit(nn.Module):
       block_cache = None if cache is None else cache[i]
       x, routed, block_cache = block(x, mask, info, block_cache, experts, layer, self.deterministic)
       new_cache.append(block_cache)
-    return _shard_batch(x, self.mesh), (*routed, None if cache is None else tuple(new_cache))
+    cache = None if cache is None else tuple(new_cache)
+    return (_shard_batch(x, self.mesh), cache), routed
 
 
 class Decoder(nn.Module):
@@ -181,14 +187,13 @@ class Decoder(nn.Module):
       unit,
       variable_axes={'params': 0, ROUTER_STATE: 0},
       split_rngs={'params': True, 'routing': True},
-      in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
+      in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
       out_axes=0,
       length=num_units,
       metadata_params={nn.PARTITION_NAME: 'layers'},
     )
-    x, (sums, choices, cache) = scanned(options, self.mesh, deterministic, name='layers')(
-      x,
-      cache,
+    (x, cache), (sums, choices) = scanned(options, self.mesh, deterministic, name='layers')(
+      (x, cache),
       jnp.arange(num_units, dtype=jnp.int32),
       mask,
       TokenInfo(segment_ids > 0, inputs, positions),
@@ -273,8 +278,8 @@ def _linen_state(options: DecoderOptions, router_state: Any) -> dict[str, Any]:
 def init_cache(options: DecoderOptions, batch_size: int, max_length: int) -> tuple:
   """Returns an empty cache for `batch_size` sequences of at most `max_length` tokens."""
   shape = (
-    options.num_layers // options.every,
     batch_size,
+    options.num_layers // options.every,
     max_length,
     options.num_kv_heads,
     options.head_dim,

@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax.data import Tokenizer
 from moe_jax.errors import UserError
 from moe_jax.models.decoder import Decoder, forward, init_cache, logits
-from moe_jax.parallel.mesh import BATCH_AXES, batch_sharding, replicated
+from moe_jax.parallel.mesh import batch_sharding, replicated
 
 
 class Sampling(NamedTuple):
@@ -250,12 +249,11 @@ def _by_row(rows: Rows, model: Decoder) -> Rows:
   """Fixes how rows lie on the mesh: a donated array is used again only if it comes back alike."""
   constrain = jax.lax.with_sharding_constraint
   by_row = batch_sharding(model.mesh)
-  by_layer_and_row = NamedSharding(model.mesh, PartitionSpec(None, BATCH_AXES))
   return rows._replace(
     token=constrain(rows.token, by_row),
     done=constrain(rows.done, by_row),
     lengths=constrain(rows.lengths, by_row),
     place=constrain(rows.place, replicated(model.mesh)),
     keys=constrain(rows.keys, by_row),
-    cache=constrain(rows.cache, by_layer_and_row),
+    cache=constrain(rows.cache, by_row),
   )

@@ -18,13 +18,14 @@ ROWS, CELLS, PROMPT = 16, 64, 8
 
 
 @functools.cache
-def compiled_steps(mesh=(1, 1), dispatch='decode'):
+def compiled_steps(mesh=(1, 1), dispatch='decode', num_layers=2):
   """Returns the program of four decoding steps of 16 rows, and the bytes of their cache."""
   config = tiny.config(
     {
       'mesh.data': mesh[0],
       'mesh.expert': mesh[1],
       'model.embed_dim': 64,
+      'model.num_layers': num_layers,
       'moe.num_experts': 64,
       'moe.mlp_dim': 128,
     }
@@ -59,6 +60,13 @@ def test_the_cache_that_goes_in_is_the_cache_that_comes_out(mesh):
   # Beside it the other state of the rows, some 20 bytes for each.
   assert cache <= compiled.memory_analysis().alias_size_in_bytes < cache + 40 * ROWS
   assert 'input_output_alias={' in compiled.as_text()
+
+
+@pytest.mark.parametrize('mesh', [(1, 1), (2, 4)])
+def test_a_step_copies_the_cache_of_one_layer(mesh):
+  # Keys and values of one layer of 8 are read from a copy. A second cache would be all of it.
+  compiled, cache = compiled_steps(mesh, num_layers=8)
+  assert compiled.memory_analysis().temp_size_in_bytes < 0.7 * cache
 
 
 def test_a_step_copies_the_experts_of_no_layer():
