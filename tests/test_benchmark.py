@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax.benchmark import dispatch
+from moe_jax.benchmark import decode, dispatch
 from moe_jax.benchmark.arms import Shape, expert_weights
 from tests import tiny
 
@@ -79,6 +79,44 @@ def test_dispatch_and_layer_print_a_row_for_each_pass():
   for flags in (['--routings=luck'], ['--arms=magic'], ['--tokens_per_expert=-1']):
     refused = tiny.command('benchmark', 'dispatch', *SMALL, *flags)
     refused.assert_error(flags[0].partition('=')[0])
+
+
+def test_arms_of_the_decode_benchmark_compute_the_same():
+  plan = decode.plan_of(SHAPE, 6, seed=0)
+  assert plan.keep.shape == (12, 1, 2) and bool(plan.keep.all())
+  params = expert_weights(jax.random.key(0), SHAPE, 6)
+  tokens = jax.random.normal(jax.random.key(1), (12, 1, 8))
+  found = [decode.arm_of(arm, SHAPE, 6)(params, tokens, plan) for arm in decode.WAYS]
+  for outputs in found[1:]:
+    np.testing.assert_allclose(outputs, found[0], rtol=1e-5, atol=1e-6)
+
+
+def test_decode_prints_the_layer_and_the_model():
+  flags = ('--embed_dim=8', '--mlp_dim=4', '--num_experts=8', '--json', '--num_layers=1')
+  result = tiny.command('benchmark', 'decode', *flags, '--batches=1,8')
+  assert result.code == 0, result.err
+  rows = [json.loads(line) for line in result.out.splitlines()]
+  assert [(row['level'], row['batch']) for row in rows] == [
+    ('layer', 1),
+    ('model', 1),
+    ('layer', 8),
+    ('model', 8),
+  ]
+  assert [row['rows_in_block'] for row in rows] == [1, 1, 4, 4]
+  for row in rows:
+    assert row['void'] == (not 0.95 <= row['null']['median'] <= 1.05)
+    assert all(arm['tokens_per_second'] > 0 for arm in row['arms'].values())
+  assert set(rows[1]['arms']) == {'dense', 'decode', 'slots'}
+  layer = rows[2]['arms']
+  of_expert = 3 * 8 * 4 * 4
+  assert layer['slots']['weight_bytes'] == 8 * of_expert
+  assert layer['one_by_one']['weight_bytes'] == 16 * of_expert
+  # 16 assignments to 8 experts in blocks of 4 rows.
+  loads = np.bincount(decode.plan_of(SHAPE._replace(num_tokens=8), 8, 0).expert_index.ravel())
+  assert layer['grouped']['weight_bytes'] == sum(-(-load // 4) for load in loads) * of_expert
+  assert rows[2]['experts_chosen'] == np.count_nonzero(loads)
+  for flag in ('--batches=0', '--batches=', '--num_layers=-1'):
+    tiny.command('benchmark', 'decode', *flags, flag).assert_error(flag.partition('=')[0])
 
 
 def test_sweep_prints_a_ratio_for_each_size_of_pack(tmp_path):

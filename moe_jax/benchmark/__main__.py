@@ -1,5 +1,7 @@
-"""Benchmarks: python -m moe_jax.benchmark {dispatch,ep,layer,router,step,sweep} [--json].
+"""Benchmarks: python -m moe_jax.benchmark {decode,dispatch,ep,layer,router,step,sweep} [--json].
 
+decode: single tokens that meet many experts: ways of running few of them, and whole decoding steps,
+  against dense; tokens per second.
 dispatch: moving tokens and the experts' products under a given routing, against dense, the batched
   products alone, one-hot products, lax.ragged_dot, and a copy of the same bytes.
 ep: the MoE layer over a mesh against the same work on one device, and the bytes it exchanges.
@@ -12,12 +14,13 @@ sweep: what it gains to train several trials as one program (--config=...).
 import json
 import re
 import sys
+from typing import Any
 
 import jax
 from absl import flags
 
-from moe_jax import cli, routing
-from moe_jax.benchmark import dispatch, expert_parallel, layer, router, step, sweep
+from moe_jax import cli, profiling, routing
+from moe_jax.benchmark import decode, dispatch, expert_parallel, layer, router, step, sweep
 from moe_jax.benchmark.arms import Shape
 from moe_jax.benchmark.timing import Ratio
 from moe_jax.errors import UserError
@@ -27,21 +30,23 @@ _JSON = flags.DEFINE_bool('json', False, 'Print one JSON object per row.')
 _ROUNDS = flags.DEFINE_integer('rounds', 9, 'Rounds of interleaved calls.')
 _STEPS = flags.DEFINE_integer('steps', 20, 'step: real steps with the data pipeline.')
 _NUM_EXPERTS = flags.DEFINE_list(
-  'num_experts', None, 'Values of E; dispatch, layer: 8,64,256; ep: 8,64; router: 8,64,256,1024.'
+  'num_experts',
+  None,
+  'Values of E; decode, dispatch, layer: 8,64,256; ep: 8,64; router: 8,64,256,1024.',
 )
 _NUM_TOKENS = flags.DEFINE_integer(
   'num_tokens', 4096, 'dispatch, layer: tokens, one routing group.'
 )
-_EMBED_DIM = flags.DEFINE_integer('embed_dim', 512, 'dispatch, layer: D.')
-_MLP_DIM = flags.DEFINE_integer('mlp_dim', 1024, 'dispatch, layer: F of one expert.')
-_SELECTED = flags.DEFINE_integer('num_selected_experts', 2, 'dispatch, layer: K.')
+_EMBED_DIM = flags.DEFINE_integer('embed_dim', 512, 'decode, dispatch, layer: D.')
+_MLP_DIM = flags.DEFINE_integer('mlp_dim', 1024, 'decode, dispatch, layer: F of one expert.')
+_SELECTED = flags.DEFINE_integer('num_selected_experts', 2, 'decode, dispatch, layer: K.')
 _CAPACITY_FACTOR = flags.DEFINE_float('capacity_factor', 1.25, 'dispatch, layer: of every E.')
 _DISPATCH = flags.DEFINE_enum('dispatch', 'gather', ['gather', 'einsum'], 'layer: dispatcher.')
 _ACTIVATION = flags.DEFINE_enum(
-  'activation', 'swiglu', ['swiglu', 'gelu'], 'dispatch, layer: of all arms.'
+  'activation', 'swiglu', ['swiglu', 'gelu'], 'decode, dispatch, layer: of all arms.'
 )
 _DTYPE = flags.DEFINE_enum(
-  'dtype', 'float32', ['float32', 'bfloat16'], 'dispatch, layer: of the products.'
+  'dtype', 'float32', ['float32', 'bfloat16'], 'decode, dispatch, layer: of the products.'
 )
 _SEED = flags.DEFINE_integer('seed', 0, 'Of weights, inputs and orders.')
 _ROUTERS = flags.DEFINE_list('routers', sorted(routing.ROUTERS), 'router: which.')
@@ -54,16 +59,27 @@ _TOKENS_PER_EXPERT = flags.DEFINE_integer(
   'tokens_per_expert', 0, 'dispatch: as many tokens as give each expert so many; 0 for num_tokens.'
 )
 _MESHES = flags.DEFINE_list('meshes', ['1x8', '2x4'], 'ep: data x expert of each.')
-_COMMANDS = ('dispatch', 'ep', 'layer', 'router', 'step', 'sweep')
+_BATCHES = flags.DEFINE_list('batches', ['1', '16', '256'], 'decode: sequences at a time.')
+_NUM_LAYERS = flags.DEFINE_integer('num_layers', 4, 'decode: of the model; 0 leaves it out.')
+_PROFILE = flags.DEFINE_string(
+  'profile', None, 'decode, layer, step: directory for traces and tables of the time by part.'
+)
+_PROFILED = ('decode', 'layer', 'step')
+_COMMANDS = ('decode', 'dispatch', 'ep', 'layer', 'router', 'step', 'sweep')
 
 
 def main() -> None:
   """Runs the benchmark that the first argument names."""
   if _ROUNDS.value < 9:
     raise UserError('--rounds', _ROUNDS.value, 'must be at least 9')
+  if _PROFILE.value is not None:
+    if _COMMAND not in _PROFILED:
+      raise UserError('--profile', _PROFILE.value, f'only {", ".join(_PROFILED)} can be traced')
+    profiling.check_directory('--profile', _PROFILE.value)
   if not _JSON.value:
     print(f'on {jax.devices()[0].device_kind}, {jax.device_count()} device(s)')
   {
+    'decode': _decode,
     'dispatch': _dispatch,
     'ep': _ep,
     'layer': _layer,
@@ -161,6 +177,51 @@ def _dispatch() -> None:
     sys.stdout.flush()
 
 
+def _decode() -> None:
+  numbers = [re.fullmatch(r'[1-9]\d*', batch) for batch in _BATCHES.value]
+  if not numbers or not all(numbers):
+    raise UserError('--batches', ','.join(_BATCHES.value), 'must be numbers >= 1')
+  if _NUM_LAYERS.value < 0:
+    raise UserError('--num_layers', _NUM_LAYERS.value, 'must not be below 0')
+  rows = decode.rows(
+    _shape(),
+    batches=[int(batch) for batch in _BATCHES.value],
+    num_experts=_values_of_e([8, 64, 256]),
+    num_layers=_NUM_LAYERS.value,
+    rounds=_ROUNDS.value,
+    seed=_SEED.value,
+    profile=_PROFILE.value or '',
+  )
+  for row in rows:
+    if _JSON.value:
+      print(json.dumps(row), flush=True)
+      continue
+    chosen = row['experts_chosen']
+    print(
+      f'E={row["num_experts"]} batch={row["batch"]} {row["level"]}: decode is {row["way"]} with '
+      f'{row["rows_in_block"]} rows in a block'
+      f'{f", {chosen} experts chosen" if chosen else ""}, null {Ratio(**row["null"])}'
+      f'{"  VOID: restless machine" if row["void"] else ""}'
+    )
+    for name, arm in row['arms'].items():
+      size = arm['weight_bytes']
+      weights = f', {size / 1e6:,.1f} MB of experts read' if size is not None else ''
+      print(
+        f'  {name:<12}{arm["tokens_per_second"]:>10,.1f} tokens/s   dense/arm '
+        f'{Ratio(**arm["eta_dense"])!s:<20}compiled in {arm["compile_seconds"]:.1f} s, '
+        f'{arm["temporary_bytes"] / 1e6:,.1f} MB temporary{weights}'
+      )
+    for name, why in row['not_measured'].items():
+      print(f'  {name:<12}not measured: {why}')
+    _print_profile(row)
+
+
+def _print_profile(row: dict[str, Any]) -> None:
+  if 'profile' in row:
+    print(profiling.as_text(row['profile']))
+  sys.stdout.flush()
+
+
 def _ep() -> None:
   if not all(re.fullmatch(r'[1-9]\d*x[1-9]\d*', mesh) for mesh in _MESHES.value):
     raise UserError('--meshes', ','.join(_MESHES.value), 'must read DATAxEXPERT,...')
@@ -193,6 +254,7 @@ def _layer() -> None:
     dispatch=_DISPATCH.value,
     rounds=_ROUNDS.value,
     seed=_SEED.value,
+    profile=_PROFILE.value or '',
   )
   if not _JSON.value:
     print(
@@ -210,12 +272,12 @@ def _layer() -> None:
       f'{row["tokens_per_expert"]:>10.0f}{row["max_load"]:>8.2f}x{row["compile_seconds"]:>10.1f}'
       f'{row["temporary_bytes"] / 1e6:>8,.0f} MB'
       f'{"  VOID: restless machine" if row["void"] else ""}',
-      flush=True,
     )
+    _print_profile(row)
 
 
 def _step() -> None:
-  result = step.shares(_CONFIG(), _ROUNDS.value, _STEPS.value)
+  result = step.shares(_CONFIG(), _ROUNDS.value, _STEPS.value, _PROFILE.value or '')
   if _JSON.value:
     print(json.dumps(result))
     return
@@ -223,6 +285,7 @@ def _step() -> None:
     print(f'{name:<12}{result[name]:>7.1%} of a step')
   print(f'{"data wait":<12}{result["data_wait"]:>7.2%} of the time of {_STEPS.value} real steps')
   print(f'compilations of the step: {result["compilations"]}')
+  _print_profile(result)
 
 
 def _sweep() -> None:

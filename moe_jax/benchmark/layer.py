@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from moe_jax import routing
 from moe_jax.benchmark.arms import Shape, dense_of, dense_weights, expert_weights, timed
-from moe_jax.benchmark.timing import compile_arm, is_void, measure, ratio
+from moe_jax.benchmark.timing import compile_arm, is_void, measure, profiled, ratio
 from moe_jax.layers.moe import MoeOptions, TokenInfo, group_capacity, moe_layer, run_experts
 from moe_jax.parallel.mesh import make_mesh
 
@@ -18,7 +18,13 @@ ROUTER_INIT_SCALE = 0.1
 
 
 def rows(
-  shape: Shape, *, num_experts: Sequence[int], dispatch: str, rounds: int, seed: int
+  shape: Shape,
+  *,
+  num_experts: Sequence[int],
+  dispatch: str,
+  rounds: int,
+  seed: int,
+  profile: str = '',
 ) -> Iterator[dict[str, Any]]:
   """Measures each number of experts, forward and forward + backward, on one device.
 
@@ -31,12 +37,14 @@ def rows(
     dispatch: the dispatcher.
     rounds: of interleaved calls.
     seed: of weights, inputs and orders.
+    profile: directory for a trace of each row's layer; empty for none.
 
   Yields:
     num_experts, pass, eta_dense (time of dense / time of MoE), eta_bmm (time of the layer's own
     batched products, on its own padded buffers / time of MoE), null (dense / copy of dense), void,
     drop_share, tokens_per_expert, max_load (of the fullest expert over the mean), padding (share of
-    the slots that are empty), compile_seconds, temporary_bytes.
+    the slots that are empty), compile_seconds, temporary_bytes, and with `profile` the table of
+    the layer's time by part.
   """
   mesh = make_mesh(1, 1, jax.devices()[:1])
   key = jax.random.key(seed)
@@ -44,7 +52,7 @@ def rows(
   for experts in num_experts:
     options = options_of(shape, experts, dispatch)
     for backward in (False, True):
-      yield _row(shape, options, mesh, x, backward, rounds, seed)
+      yield _row(shape, options, mesh, x, backward, rounds, seed, profile)
 
 
 def options_of(shape: Shape, num_experts: int, dispatch: str) -> MoeOptions:
@@ -75,6 +83,7 @@ def _row(
   backward: bool,
   rounds: int,
   seed: int,
+  profile: str,
 ) -> dict[str, Any]:
   num_tokens, embed_dim = x.shape[1:]
   keys = jax.random.split(jax.random.key(seed + 1), 5)
@@ -108,6 +117,8 @@ def _row(
     }
     calls = {name: arm.call for name, arm in arms.items()}
     seconds = measure(calls, rounds, seed)
+    name = f'E{options.num_experts}-{"forward+backward" if backward else "forward"}'
+    table = profiled(arms['moe'], profile, name)
   null = ratio(seconds['dense'], seconds['dense copy'])
   kept = float(np.sum(sums.kept_per_expert))
   load = np.asarray(sums.tokens_per_expert, np.float64).ravel()
@@ -124,4 +135,4 @@ def _row(
     'padding': 1 - kept / (buffers.size / embed_dim),
     'compile_seconds': arms['moe'].compile_seconds,
     'temporary_bytes': arms['moe'].temporary_bytes,
-  }
+  } | table

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from moe_jax import optim
+from moe_jax import optim, profiling
 from moe_jax.data import train_iterator
 from moe_jax.models.build import build_model
 from moe_jax.train.knobs import knobs_of
@@ -18,7 +18,9 @@ from moe_jax.train.state import init_state
 from moe_jax.train.step import make_gradient, make_loss, make_train_step, put_batch
 
 
-def shares(config: ml_collections.ConfigDict, rounds: int, steps: int) -> dict[str, Any]:
+def shares(
+  config: ml_collections.ConfigDict, rounds: int, steps: int, profile: str = ''
+) -> dict[str, Any]:
   """Measures the parts of a step, as shares of it.
 
   Forward, forward + backward, and the whole step are compiled apart and run in turn on the same
@@ -27,7 +29,8 @@ def shares(config: ml_collections.ConfigDict, rounds: int, steps: int) -> dict[s
   Returns:
     Medians over rounds: `forward`, `backward`, `optimizer` (what is left: clipping and update), as
     shares of the step; `data_wait`, the share of the time of the real steps in which the devices
-    waited for the next batch, at most; `compilations` of the step.
+    waited for the next batch, at most; `compilations` of the step; with `profile`, a directory for
+    a trace, the table of the step's time by part.
   """
   mesh = mesh_of(config)
   dataset = dataset_of(config)
@@ -88,6 +91,7 @@ def shares(config: ml_collections.ConfigDict, rounds: int, steps: int) -> dict[s
       pending = metrics
     jax.block_until_ready(pending)
     total = time.perf_counter() - start
+    table = _traced(step, state, batch, knobs, profile)
   whole = np.array(seconds['step'])
   forward = float(np.median(np.array(seconds['forward']) / whole))
   gradient_share = float(np.median(np.array(seconds['gradient']) / whole))
@@ -97,4 +101,20 @@ def shares(config: ml_collections.ConfigDict, rounds: int, steps: int) -> dict[s
     'optimizer': 1 - gradient_share,
     'data_wait': waited / total,
     'compilations': step._cache_size(),
+  } | table
+
+
+def _traced(step, state, batch, knobs, profile: str) -> dict[str, Any]:
+  """Returns the table of the time of a step by part, as `profile`; {} if not asked for."""
+  if not profile:
+    return {}
+  compiled = step.lower(state, batch, knobs).compile()
+  held = [state]
+
+  def call() -> None:
+    held[0], _ = jax.block_until_ready(compiled(held[0], batch, knobs))
+
+  call()
+  return {
+    'profile': profiling.trace_calls(call, compiled.as_text(), '--profile', profile).to_json()
   }

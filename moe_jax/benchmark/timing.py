@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from moe_jax import profiling
+
 NULL_BOUNDS = (0.95, 1.05)
 
 
@@ -24,11 +26,13 @@ class Compiled(NamedTuple):
     call: runs it once and waits.
     compile_seconds: what XLA took.
     temporary_bytes: what it needs beside arguments and results.
+    program: returns its text.
   """
 
   call: Callable[[], Any]
   compile_seconds: float
   temporary_bytes: int
+  program: Callable[[], str]
 
 
 class Ratio(NamedTuple):
@@ -54,7 +58,7 @@ def compile_arm(function: Callable, *arguments: Any) -> Compiled:
 
   call()
   analysis: Any = compiled.memory_analysis()
-  return Compiled(call, seconds, analysis.temp_size_in_bytes)
+  return Compiled(call, seconds, analysis.temp_size_in_bytes, lambda: compiled.as_text() or '')
 
 
 def measure(
@@ -86,6 +90,20 @@ def ratio(reference: list[float], arm: list[float]) -> Ratio:
   """Returns the time of a reference over that of an arm, round by round."""
   low, median, high = np.quantile(np.array(reference) / np.array(arm), [0.25, 0.5, 0.75])
   return Ratio(float(median), float(low), float(high))
+
+
+def profiled(arm: Compiled, directory: str, name: str) -> dict[str, Any]:
+  """Traces an arm after it was measured: {'profile': table of its time by part}.
+
+  Args:
+    arm: what to trace.
+    directory: of --profile; without one nothing happens and {} comes back.
+    name: of the directory in it.
+  """
+  if not directory:
+    return {}
+  table = profiling.trace_calls(arm.call, arm.program(), '--profile', f'{directory}/{name}')
+  return {'profile': table.to_json()}
 
 
 def is_void(null: Ratio) -> bool:

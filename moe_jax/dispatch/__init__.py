@@ -7,24 +7,30 @@ Two dispatchers have the same two halves, each the inverse of the other on kept 
 
 `einsum` is the oracle, `gather` the fast one. `dropless` needs no C: its buffer holds little more
 than the mean load, and what is beyond is computed block by block. `run` puts any of them around the
-experts; `exchange` moves buffers between the devices of a mesh axis and serves all.
+experts; `exchange` moves buffers between the devices of a mesh axis and serves all. `decode` is for
+decoding alone: it has no gradient, so no config can name it.
 """
 
+import jax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from moe_jax.dispatch import dropless, einsum, gather
+from moe_jax.dispatch import decode, dropless, einsum, gather
 from moe_jax.dispatch.blocks import Experts, Weights
 from moe_jax.dispatch.exchange import from_experts, to_experts
 from moe_jax.routing.plan import Plan
 
+# Value of `MoeOptions.dispatch` in decoding, in place of one of `DISPATCHERS`.
+DECODE = 'decode'
 DISPATCHERS = ('gather', 'dropless', 'einsum')
 # The name of what crossed the mesh, for policies of recomputation.
 EXCHANGED = 'exchanged'
 
 __all__ = [
+  'DECODE',
   'DISPATCHERS',
   'EXCHANGED',
+  'decode',
   'dropless',
   'einsum',
   'from_experts',
@@ -62,8 +68,11 @@ def run(
 
     return dropless.run(tokens, plan, weights, through, experts, axis_name, num_selected)
   dispatcher = {'gather': gather, 'einsum': einsum}[name]
-  inputs = dispatcher.dispatch(tokens, plan)
-  return dispatcher.combine(through_experts(inputs, weights, experts, axis_name), plan)
+  with jax.named_scope('dispatch'):
+    inputs = dispatcher.dispatch(tokens, plan)
+  outputs = through_experts(inputs, weights, experts, axis_name)
+  with jax.named_scope('combine'):
+    return dispatcher.combine(outputs, plan)
 
 
 def through_experts(
@@ -71,7 +80,10 @@ def through_experts(
 ) -> Float[Array, 'E G C D']:
   """Sends each slot to the device of its expert, computes it there, and sends it back."""
   # What crossed the mesh is kept where blocks are recomputed: no exchange is made twice.
-  exchanged = checkpoint_name(to_experts(buffer, axis_name), EXCHANGED)
+  with jax.named_scope('dispatch'):
+    exchanged = checkpoint_name(to_experts(buffer, axis_name), EXCHANGED)
   num_experts, groups, capacity, width = exchanged.shape
-  outputs = experts(exchanged.reshape(num_experts, groups * capacity, width), weights)
-  return checkpoint_name(from_experts(outputs.reshape(exchanged.shape), axis_name), EXCHANGED)
+  with jax.named_scope('experts'):
+    outputs = experts(exchanged.reshape(num_experts, groups * capacity, width), weights)
+  with jax.named_scope('combine'):
+    return checkpoint_name(from_experts(outputs.reshape(exchanged.shape), axis_name), EXCHANGED)

@@ -6,6 +6,9 @@ groups. After: every device holds the slots of ITS experts, filled from all devi
           device 0   device 1                     device 0       device 1
   expert 0   a          c       to_experts          a c
   expert 1   b          d      ------------>                       b d
+
+When decoding, tokens are fewer than slots would be: `to_everyone` gives each device the tokens of
+all, and `sum_of_parts` adds up what the devices' experts made of each token.
 """
 
 import jax
@@ -33,3 +36,13 @@ def from_experts(
 def swap(rows: Shaped[Array, 'R_X D'], axis_name: str) -> Shaped[Array, 'R_X D']:
   """Sends part r of R equal parts of the rows to device r: its own inverse."""
   return jax.lax.all_to_all(rows, axis_name, split_axis=0, concat_axis=0, tiled=True)
+
+
+def to_everyone(x: Shaped[Array, 'G *rest'], axis_name: str) -> Shaped[Array, 'G_axis *rest']:
+  """Returns the groups of all devices of the axis, in order of the device."""
+  return jax.lax.all_gather(x, axis_name, axis=0, tiled=True)
+
+
+def sum_of_parts(y: Float[Array, 'G_axis S D'], axis_name: str) -> Float[Array, 'G S D']:
+  """Sums the devices' parts and gives each device its own groups: the way back."""
+  return jax.lax.psum_scatter(y, axis_name, scatter_dimension=0, tiled=True)

@@ -11,10 +11,14 @@ from moe_jax.layers.basic import logical, matrix_init
 
 
 class KeyValueCache(NamedTuple):
-  """Keys (rotated) and values of the positions seen so far; M is the longest sequence it holds."""
+  """Keys (rotated) and values of the positions seen so far; M is the longest sequence it holds.
 
-  key: Float[Array, 'B M KV H']
-  value: Float[Array, 'B M KV H']
+  Of all L layers in one array each, so that a step writes its cells where they are: a loop that
+  takes the cache of one layer after the other copies all of it at each step.
+  """
+
+  key: Float[Array, 'B L M KV H']
+  value: Float[Array, 'B L M KV H']
 
 
 def rotate(
@@ -65,6 +69,7 @@ class Attention(nn.Module):
     positions: Int[Array, 'B T'],
     mask: Bool[Array, 'B 1 T M'],
     cache: KeyValueCache | None = None,
+    layer: Int[Array, ''] | int = 0,
   ) -> tuple[Float[Array, 'B T D'], KeyValueCache | None]:
     """Returns the output and, if a cache came in, the cache with these positions written.
 
@@ -74,6 +79,7 @@ class Attention(nn.Module):
         cache, the T positions of a row are consecutive.
       mask: True where a query may see a key.
       cache: keys and values of earlier positions.
+      layer: the number of this one in the cache.
     """
     embed_dim = x.shape[-1]
 
@@ -88,8 +94,12 @@ class Attention(nn.Module):
     value = project('value', self.num_kv_heads, 'kv_heads')
     if cache is not None:
       start = positions[:, 0]
-      cache = KeyValueCache(_write(cache.key, key, start), _write(cache.value, value, start))
-      key, value = cache
+      cache = KeyValueCache(
+        _write(cache.key, key, layer, start), _write(cache.value, value, layer, start)
+      )
+      key, value = (
+        jax.lax.dynamic_index_in_dim(cells, layer, axis=1, keepdims=False) for cells in cache
+      )
     attended = jax.nn.dot_product_attention(
       query, key.astype(query.dtype), value.astype(query.dtype), mask=mask
     )
@@ -100,7 +110,12 @@ class Attention(nn.Module):
 
 
 def _write(
-  cells: Float[Array, 'B M KV H'], new: Float[Array, 'B T KV H'], start: Int[Array, 'B']
-) -> Float[Array, 'B M KV H']:
-  write_row = jax.vmap(lambda row, x, at: jax.lax.dynamic_update_slice(row, x, (at, 0, 0)))
+  cells: Float[Array, 'B L M KV H'],
+  new: Float[Array, 'B T KV H'],
+  layer: Int[Array, ''] | int,
+  start: Int[Array, 'B'],
+) -> Float[Array, 'B L M KV H']:
+  write_row = jax.vmap(
+    lambda row, x, at: jax.lax.dynamic_update_slice(row, x[None], (layer, at, 0, 0))
+  )
   return write_row(cells, new.astype(cells.dtype), start)

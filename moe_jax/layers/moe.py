@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 from moe_jax import dispatch as dispatch_room
 from moe_jax import routing
 from moe_jax.layers import basic
+from moe_jax.layers.decode import decode_experts
 from moe_jax.parallel.mesh import BATCH_AXES, DATA_AXIS, EXPERT_AXIS
 from moe_jax.routing.router import Mixture, Weight
 
@@ -82,11 +83,14 @@ class TokenInfo(NamedTuple):
 
 
 class MoeParams(NamedTuple):
-  """Weights of one layer. What `router` holds is said by `Router.params`."""
+  """Weights of one layer. What `router` holds is said by `Router.params`.
+
+  In decoding the experts may be those of all layers, see `moe_layer`.
+  """
 
   router: dict[str, Array]
-  w_in: Float[Array, 'E D F1']
-  w_out: Float[Array, 'E F D']
+  w_in: Float[Array, '*L E D F1']
+  w_out: Float[Array, '*L E F D']
 
 
 class LayerOutput(NamedTuple):
@@ -113,6 +117,7 @@ def moe_layer(
   mesh: Mesh,
   options: MoeOptions,
   deterministic: bool,
+  layer: Int[Array, ''] | None = None,
 ) -> LayerOutput:
   """Routes every token to its experts and back.
 
@@ -125,29 +130,42 @@ def moe_layer(
     mesh: axes ('data', 'expert').
     options: static choices.
     deterministic: evaluation: no jitter, and nothing drawn by the router.
+    layer: for decoding alone: whose experts are meant, where `params` has those of all layers. It
+      reads few of them, and a slice of one layer would copy all of that layer's.
 
   Raises:
     ValueError: if the mesh does not divide the experts, or mesh and groups the batch.
   """
   num_groups = _num_groups(x.shape[0], mesh, options)
 
-  def local(x, info, params, state, keys):
-    return _local_layer(x, info, params, state, keys, options, num_groups, deterministic)
+  platform = mesh.devices.flat[0].platform
+
+  def local(x, info, params, state, keys, layer):
+    choices = (options, num_groups, deterministic, platform)
+    return _local_layer(x, info, params, state, keys, layer, *choices)
 
   by_token = PartitionSpec(BATCH_AXES)
   # Over a data axis of one device the experts' gradients need no sum. Unless that axis is named,
   # JAX asks for one all the same, and XLA on CPUs copies all of them for it.
   alone = (DATA_AXIS,) if mesh.shape[DATA_AXIS] == 1 else ()
-  by_expert = PartitionSpec((*alone, EXPERT_AXIS))
+  by_layer = () if layer is None else (None,)
+  by_expert = PartitionSpec(*by_layer, (*alone, EXPERT_AXIS))
   of_params: tuple[Any, ...] = (PartitionSpec(), by_expert, by_expert)
   of_output: tuple[Any, ...] = (by_token, PartitionSpec(), by_token)
   return jax.shard_map(
     local,
     mesh=mesh,
-    in_specs=(by_token, by_token, MoeParams(*of_params), PartitionSpec(), by_token),
+    in_specs=(
+      by_token,
+      by_token,
+      MoeParams(*of_params),
+      PartitionSpec(),
+      by_token,
+      PartitionSpec(),
+    ),
     out_specs=LayerOutput(*of_output),
     check_vma=True,
-  )(x, info, params, state, keys)
+  )(x, info, params, state, keys, layer)
 
 
 def _num_groups(batch_size: int, mesh: Mesh, options: MoeOptions) -> int:
@@ -178,9 +196,11 @@ def _local_layer(
   params: MoeParams,
   state: dict[str, Array],
   keys: Key[Array, 'g'],
+  layer: Int[Array, ''] | None,
   options: MoeOptions,
   num_groups: int,
   deterministic: bool,
+  platform: str,
 ) -> LayerOutput:
   """The layer on one device: its tokens, its experts."""
   tokens_GSD = to_groups(x, options.group_size)
@@ -195,49 +215,72 @@ def _local_layer(
     options.choice, capacity=capacity, training=not deterministic
   )
 
-  router_input = tokens_GSD.astype(jnp.float32)
-  if options.jitter and not deterministic:
-    router_input = routing.jitter(router_input, noise_keys, options.jitter)
-  inputs = routing.RouterInputs(router_input, *info_GS, choice_keys)
-  choice = router.choose(params.router, state, inputs, choice_options)
-  plan = routing.make_plan(
-    choice,
-    valid_GS,
-    order_keys,
-    capacity=capacity,
-    priority=options.priority,
-    renormalize=options.choice.renormalize,
-  )
+  with jax.named_scope('router'):
+    router_input = tokens_GSD.astype(jnp.float32)
+    if options.jitter and not deterministic:
+      router_input = routing.jitter(router_input, noise_keys, options.jitter)
+    inputs = routing.RouterInputs(router_input, *info_GS, choice_keys)
+    choice = router.choose(params.router, state, inputs, choice_options)
+  with jax.named_scope('plan'):
+    plan = routing.make_plan(
+      choice,
+      valid_GS,
+      order_keys,
+      capacity=capacity,
+      priority=options.priority,
+      renormalize=options.choice.renormalize,
+    )
 
   weights = (params.w_in, params.w_out)
-  experts = functools.partial(run_experts, activation=options.activation)
-  if router.mix is None:
-    y_GSD = dispatch_room.run(
-      _dispatcher(options, capacity, tokens_in_group),
+  if router.mix is None and options.dispatch == dispatch_room.DECODE:
+    y_GSD = decode_experts(
       tokens_GSD,
       plan,
       weights,
-      experts,
-      EXPERT_AXIS,
-      _mean_selected(options, capacity, tokens_in_group),
+      options.activation,
+      layer=layer,
+      axis_name=EXPERT_AXIS,
+      platform=platform,
     )
   else:
-    mixture = router.mix(params.router, state, inputs, choice_options)
-    slots = mix_tokens(mixture, tokens_GSD)
-    y_GSD = mix_slots(mixture, dispatch_room.through_experts(slots, weights, experts, EXPERT_AXIS))
+    mixture = router.mix and router.mix(params.router, state, inputs, choice_options)
+    y_GSD = _through_slots(tokens_GSD, plan, mixture, weights, options, capacity)
   y = from_groups(y_GSD, options.group_size)
 
   device = jax.lax.axis_index(BATCH_AXES)
   parts = -(-options.balance_scopes // num_groups)  # of a group, each in one scope
   part = device * local_groups * parts + jnp.arange(local_groups * parts)
   scope = part.reshape(local_groups, parts) // (num_groups * parts // options.balance_scopes)
-  sums = routing.router_sums(choice, plan, valid_GS, scope, options.balance_scopes)
-  if options.capacity_factor is None:
-    sums = sums._replace(slots=jnp.sum(sums.kept_per_expert))  # none is set aside
+  with jax.named_scope('statistics'):
+    sums = routing.router_sums(choice, plan, valid_GS, scope, options.balance_scopes)
+    if options.capacity_factor is None:
+      sums = sums._replace(slots=jnp.sum(sums.kept_per_expert))  # none is set aside
+    sums = _sum_over_devices(sums)
   choices = None
   if options.returns_choices:
     choices = from_groups(jnp.where(plan.asked, plan.expert_index, -1), options.group_size)
-  return LayerOutput(y, _sum_over_devices(sums), choices)
+  return LayerOutput(y, sums, choices)
+
+
+def _through_slots(
+  tokens: Float[Array, 'G S D'],
+  plan: routing.Plan,
+  mixture: Mixture | None,
+  weights: tuple[Float[Array, 'E D F1'], Float[Array, 'E F D']],
+  options: MoeOptions,
+  capacity: int,
+) -> Float[Array, 'G S D']:
+  """Fills the slots of all experts, crosses the mesh, runs the experts, and comes back."""
+  experts = functools.partial(run_experts, activation=options.activation)
+  if mixture is None:
+    name = _dispatcher(options, capacity, tokens.shape[1])
+    mean = _mean_selected(options, capacity, tokens.shape[1])
+    return dispatch_room.run(name, tokens, plan, weights, experts, EXPERT_AXIS, mean)
+  with jax.named_scope('dispatch'):
+    slots = mix_tokens(mixture, tokens)
+  outputs = dispatch_room.through_experts(slots, weights, experts, EXPERT_AXIS)
+  with jax.named_scope('combine'):
+    return mix_slots(mixture, outputs)
 
 
 def mix_tokens(mixture: Mixture, tokens: Float[Array, 'G S D']) -> Float[Array, 'E G P D']:
@@ -343,8 +386,18 @@ class Moe(nn.Module):
     x: Float[Array, 'B T D'],
     info: TokenInfo,
     deterministic: bool,
+    of_all_layers: tuple[Array, Array] | None = None,
+    layer: Int[Array, ''] | None = None,
   ) -> LayerOutput:
-    """Returns what `moe_layer` does."""
+    """Returns what `moe_layer` does.
+
+    Args:
+      x: normalised input.
+      info: what else there is to know of each token.
+      deterministic: evaluation.
+      of_all_layers: for decoding: `w_in` and `w_out` of all layers, to be read in place of its own.
+      layer: the number of this one among them.
+    """
     options = self.options
     router = routing.ROUTERS[options.router]
     embed_dim = x.shape[-1]
@@ -366,6 +419,10 @@ class Moe(nn.Module):
         (experts, options.mlp_dim, embed_dim),
       ),
     )
+    if of_all_layers is None:
+      layer = None
+    else:
+      params = MoeParams(params.router, *of_all_layers)
     # Evaluation needs no key: what a policy draws there is drawn from a fixed one, so that the same
     # text always gives the same number.
     key = jax.random.key(0) if deterministic else self.make_rng('routing')
@@ -378,7 +435,7 @@ class Moe(nn.Module):
       name: self.variable(ROUTER_STATE, name, lambda name=name: new_state()[name]).value
       for name in jax.eval_shape(new_state)
     }
-    return moe_layer(x, info, params, state, keys, self.mesh, options, deterministic)
+    return moe_layer(x, info, params, state, keys, self.mesh, options, deterministic, layer)
 
   def _router_init(self, weight: Weight) -> Any:
     init = {

@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 
 from moe_jax import config as config_lib
 from moe_jax import routing
+from moe_jax.dispatch import DECODE
 from moe_jax.errors import UserError
 from moe_jax.layers.moe import MoeOptions
 from moe_jax.models.decoder import Decoder, DecoderOptions
@@ -29,7 +30,8 @@ def build_model(
     mesh: axes ('data', 'expert').
     vocab_size: V of the tokenizer.
     mode: `train` uses capacity_factor and the balance scopes of the config; `eval` uses
-      eval_capacity_factor and one scope; `decode` never drops.
+      eval_capacity_factor and one scope; `decode` never drops, reads
+      only the experts that were chosen, and has no gradient.
     batch_size: sequences in a (micro-)batch; `train` derives the balance scopes from it.
     returns_choices: whether a forward pass says which experts each token asked for.
   """
@@ -91,7 +93,7 @@ def _moe_options(
     balance_scopes=config_lib.balance_scopes(config, batch_size) if mode == 'train' else 1,
     balance_normalization=moe.balance_normalization,
     device_balance_parts=moe.device_balance_parts,
-    dispatch=moe.dispatch,
+    dispatch=DECODE if mode == 'decode' else moe.dispatch,
     router_init_scale=moe.router_init_scale,
     returns_choices=returns_choices,
   )

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax import routing
-from moe_jax.dispatch import EXCHANGED
+from moe_jax.dispatch import DECODE, EXCHANGED
 from moe_jax.layers.attention import Attention, KeyValueCache, packed_causal_mask
 from moe_jax.layers.basic import Mlp, RMSNorm, logical, matrix_init
 from moe_jax.layers.moe import ROUTER_STATE, Moe, MoeOptions, TokenInfo
@@ -82,7 +82,7 @@ class _Block(nn.Module):
   sparse: bool
 
   @nn.compact
-  def __call__(self, x, mask, info, cache, deterministic):
+  def __call__(self, x, mask, info, cache, experts, layer, deterministic):
     options = self.options
     attention = Attention(
       options.num_heads,
@@ -91,19 +91,27 @@ class _Block(nn.Module):
       options.rope_theta,
       name='attention',
     )
-    attended, cache = attention(
-      RMSNorm(options.norm_epsilon, name='attention_norm')(x), info.positions, mask, cache
-    )
+    with jax.named_scope('attention'):
+      attended, cache = attention(
+        RMSNorm(options.norm_epsilon, name='attention_norm')(x),
+        info.positions,
+        mask,
+        cache,
+        layer,
+      )
     x = _shard_batch(x + attended, self.mesh)
     normed = RMSNorm(options.norm_epsilon, name='mlp_norm')(x)
     if not self.sparse:
-      return x + Mlp(options.mlp_dim, options.activation, name='mlp')(normed), (None, None), cache
+      with jax.named_scope('mlp'):
+        y = Mlp(options.mlp_dim, options.activation, name='mlp')(normed)
+      return x + y, (None, None), cache
     assert options.moe is not None
     moe = Moe(options.moe, self.mesh, options.vocab_size, name='moe')
-    y, sums, choices = moe(normed, info, deterministic)
+    y, sums, choices = moe(normed, info, deterministic, experts, layer)
     if options.num_shared_experts:
       shared_dim = options.num_shared_experts * options.moe.mlp_dim
-      y = y + Mlp(shared_dim, options.activation, name='shared')(normed)
+      with jax.named_scope('mlp'):
+        y = y + Mlp(shared_dim, options.activation, name='shared')(normed)
     return x + y, (sums, choices), cache
 
 
@@ -115,16 +123,18 @@ class _Unit(nn.Module):
   deterministic: bool
 
   @nn.compact
-  def __call__(self, x, cache, mask, info):
+  def __call__(self, carry, layer, mask, info, experts):
+    x, cache = carry
     routed = (None, None)
     new_cache = []
     for i in range(self.options.every):
       sparse = self.options.moe is not None and i == self.options.every - 1
       block = _Block(self.options, self.mesh, sparse, name=f'block_{i}')
       block_cache = None if cache is None else cache[i]
-      x, routed, block_cache = block(x, mask, info, block_cache, self.deterministic)
+      x, routed, block_cache = block(x, mask, info, block_cache, experts, layer, self.deterministic)
       new_cache.append(block_cache)
-    return _shard_batch(x, self.mesh), (*routed, None if cache is None else tuple(new_cache))
+    cache = None if cache is None else tuple(new_cache)
+    return (_shard_batch(x, self.mesh), cache), routed
 
 
 class Decoder(nn.Module):
@@ -165,23 +175,29 @@ class Decoder(nn.Module):
       logical(nn.initializers.normal(0.02), 'vocab', 'embed'),
       (options.vocab_size, options.embed_dim),
     )
-    x = _shard_batch(embedding.astype(dtype)[inputs], self.mesh)
+    with jax.named_scope('embedding'):
+      x = _shard_batch(embedding.astype(dtype)[inputs], self.mesh)
     mask = packed_causal_mask(segment_ids) if cache is None else _cache_mask(positions, cache)
     unit = _Unit
     if options.remat:
       policy = jax.checkpoint_policies.save_only_these_names(EXCHANGED)
       unit = nn.remat(_Unit, prevent_cse=False, policy=policy)
+    num_units = options.num_layers // options.every
     scanned = nn.scan(
       unit,
       variable_axes={'params': 0, ROUTER_STATE: 0},
       split_rngs={'params': True, 'routing': True},
-      in_axes=(0, nn.broadcast, nn.broadcast),
+      in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
       out_axes=0,
-      length=options.num_layers // options.every,
+      length=num_units,
       metadata_params={nn.PARTITION_NAME: 'layers'},
     )
-    x, (sums, choices, cache) = scanned(options, self.mesh, deterministic, name='layers')(
-      x, cache, mask, TokenInfo(segment_ids > 0, inputs, positions)
+    (x, cache), (sums, choices) = scanned(options, self.mesh, deterministic, name='layers')(
+      (x, cache),
+      jnp.arange(num_units, dtype=jnp.int32),
+      mask,
+      TokenInfo(segment_ids > 0, inputs, positions),
+      self._experts_of_all_layers(),
     )
     x = RMSNorm(options.norm_epsilon, name='final_norm')(x)
     if options.tied_embeddings:
@@ -191,6 +207,17 @@ class Decoder(nn.Module):
         'output', logical(matrix_init, 'embed', 'vocab'), (options.embed_dim, options.vocab_size)
       )
     return DecoderOutput(x, output.astype(dtype), sums, choices, cache)
+
+  def _experts_of_all_layers(self) -> tuple[Array, Array] | None:
+    """Returns the experts' weights as they are stored, where decoding reads few of them.
+
+    The scan over layers would copy all experts of each layer, chosen or not.
+    """
+    moe = self.options.moe
+    if moe is None or moe.dispatch != DECODE or self.is_initializing():
+      return None
+    weights = self.variables['params']['layers'][f'block_{self.options.every - 1}']['moe']
+    return weights['w_in'], weights['w_out']
 
 
 def forward(
@@ -251,8 +278,8 @@ def _linen_state(options: DecoderOptions, router_state: Any) -> dict[str, Any]:
 def init_cache(options: DecoderOptions, batch_size: int, max_length: int) -> tuple:
   """Returns an empty cache for `batch_size` sequences of at most `max_length` tokens."""
   shape = (
-    options.num_layers // options.every,
     batch_size,
+    options.num_layers // options.every,
     max_length,
     options.num_kv_heads,
     options.head_dim,

@@ -4,7 +4,7 @@ No token is ever dropped, so what is sampled does not depend on the other prompt
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,35 @@ from moe_jax.data import Tokenizer
 from moe_jax.errors import UserError
 from moe_jax.models.decoder import Decoder, forward, init_cache, logits
 from moe_jax.parallel.mesh import batch_sharding, replicated
+
+
+class Sampling(NamedTuple):
+  """How tokens are drawn: see `sample_token`; `eos_id` ends a row."""
+
+  temperature: Float[Array, '']
+  top_k: Int[Array, '']
+  top_p: Float[Array, '']
+  eos_id: Int[Array, '']
+
+
+class Rows(NamedTuple):
+  """Where the continuation of each prompt stands.
+
+  Attributes:
+    token: drawn last, not in the cache yet.
+    done: whether the end was drawn before it.
+    lengths: of the prompts.
+    place: of the next token among the new ones, from 0.
+    keys: of each row.
+    cache: of all tokens before.
+  """
+
+  token: Int[Array, 'B']
+  done: Bool[Array, 'B']
+  lengths: Int[Array, 'B']
+  place: Int[Array, '']
+  keys: Key[Array, 'B']
+  cache: Any
 
 
 def encode_prompt(prompt: str, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
@@ -108,54 +137,123 @@ def generate(
     prompt = prompts[row if row < rows else 0]
     tokens[row, : len(prompt)] = prompt
     lengths[row] = len(prompt)
-  numbers = (jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p), jnp.int32(eos_id))
+  how = Sampling(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p), jnp.int32(eos_id))
   by_row = batch_sharding(model.mesh)
   with jax.set_mesh(model.mesh):
-    new = _generate(
+    start = prefill(
       model,
-      num_tokens,
+      longest + num_tokens,
       params,
       router_state,
       jax.device_put(tokens, by_row),
       jax.device_put(lengths, by_row),
       jax.random.key(seed),
-      numbers,
+      how,
     )
+    first = np.asarray(start.token)
+    rest, _ = continue_rows(model, num_tokens - 1, params, router_state, start, how)
+  new = np.concatenate([first[:, None], np.asarray(rest)], axis=1)
   result = []
-  for row in np.asarray(new)[:rows].tolist():
+  for row in new[:rows].tolist():
     result.append(row[: row.index(eos_id)] if eos_id in row else row)
   return result
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _generate(model, num_tokens, params, router_state, tokens, lengths, key, numbers):
-  temperature, top_k, top_p, eos_id = numbers
+def prefill(
+  model: Decoder,
+  max_length: int,
+  params: Any,
+  router_state: Any,
+  tokens: Int[Array, 'B T'],
+  lengths: Int[Array, 'B'],
+  key: Key[Array, ''],
+  how: Sampling,
+) -> Rows:
+  """Reads the prompts and draws the first new token of each.
+
+  Args:
+    model: in mode `decode`.
+    max_length: cells of the cache, for prompt and continuation.
+    params: of the model.
+    router_state: of the model.
+    tokens: of the prompts, filled up on the right with anything.
+    lengths: of the prompts, at least 1.
+    key: with the row and the place of a token, determines what is drawn.
+    how: it is drawn.
+  """
   batch_size, longest = tokens.shape
   row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch_size))
-
-  def draw(of_rows: Float[Array, 'B V'], index) -> Int[Array, 'B']:
-    keys = jax.vmap(lambda row_key: jax.random.fold_in(row_key, index))(row_keys)
-    numbers = (temperature, top_k, top_p)
-    return jax.vmap(lambda row, key: sample_token(row, key, *numbers))(of_rows, keys)
-
   cell = jnp.broadcast_to(jnp.arange(longest, dtype=jnp.int32), tokens.shape)
   in_prompt: Bool[Array, 'B T'] = cell < lengths[:, None]
-  cache = init_cache(model.options, batch_size, longest + num_tokens)
-  apply = functools.partial(forward, model, params, router_state=router_state)
-  out = apply(tokens, in_prompt.astype(jnp.int32), cell, cache=cache)
+  cache = init_cache(model.options, batch_size, max_length)
+  segment_ids = in_prompt.astype(jnp.int32)
+  out = forward(model, params, tokens, segment_ids, cell, cache=cache, router_state=router_state)
   last = jnp.take_along_axis(out.hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
-  first = draw(logits(last, out.output), 0)
-
-  def step(carry, index):
-    token, done, cache = carry
-    done = done | (token == eos_id)
-    ones = jnp.ones((batch_size, 1), jnp.int32)
-    position = (lengths + index - 1)[:, None]
-    out = apply(token[:, None], ones, position, cache=cache)
-    drawn = jnp.where(done, eos_id, draw(out.logits[:, 0], index))
-    return (drawn, done, out.cache), drawn
-
+  index = jnp.ones((), jnp.int32)
+  token = _draw(logits(last, out.output), row_keys, index - 1, how)
   done = jnp.zeros((batch_size,), bool)
-  _, rest = jax.lax.scan(step, (first, done, out.cache), jnp.arange(1, num_tokens))
-  new = jnp.concatenate([first[:, None], rest.T], axis=1)
-  return jax.lax.with_sharding_constraint(new, replicated(model.mesh))
+  return _by_row(Rows(token, done, lengths, index, row_keys, out.cache), model)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+def continue_rows(
+  model: Decoder, num_tokens: int, params: Any, router_state: Any, rows: Rows, how: Sampling
+) -> tuple[Int[Array, 'B N'], Rows]:
+  """Draws so many more tokens of each row.
+
+  `rows` are donated, the cache with them: use only those that come back. They are the state to go
+  on from.
+
+  Args:
+    model: in mode `decode`.
+    num_tokens: N; 0 draws nothing.
+    params: of the model.
+    router_state: of the model.
+    rows: from `prefill` or from here.
+    how: tokens are drawn. A row that is done gets the symbol of the end again and again.
+  """
+
+  def step(rows: Rows, _):
+    done = rows.done | (rows.token == how.eos_id)
+    ones = jnp.ones((rows.token.shape[0], 1), jnp.int32)
+    position = (rows.lengths + rows.place - 1)[:, None]
+    out = forward(
+      model,
+      params,
+      rows.token[:, None],
+      ones,
+      position,
+      cache=rows.cache,
+      router_state=router_state,
+    )
+    drawn = _draw(out.logits[:, 0], rows.keys, rows.place, how)
+    drawn = jnp.where(done, how.eos_id, drawn)
+    return rows._replace(token=drawn, done=done, place=rows.place + 1, cache=out.cache), drawn
+
+  rows, new = jax.lax.scan(step, rows, None, length=num_tokens)
+  new = jax.lax.with_sharding_constraint(new.T, replicated(model.mesh))
+  return new, _by_row(rows, model)
+
+
+def _draw(
+  of_rows: Float[Array, 'B V'], row_keys: Key[Array, 'B'], index: Int[Array, ''], how: Sampling
+) -> Int[Array, 'B']:
+  """Draws the token number `index` of each row."""
+  keys = jax.vmap(lambda row_key: jax.random.fold_in(row_key, index))(row_keys)
+  numbers = (how.temperature, how.top_k, how.top_p)
+  return jax.vmap(lambda row, key: sample_token(row, key, *numbers))(of_rows, keys)
+
+
+def _by_row(rows: Rows, model: Decoder) -> Rows:
+  """Fixes how rows lie on the mesh: a donated array is used again only if it comes back alike."""
+  constrain = jax.lax.with_sharding_constraint
+  by_row = batch_sharding(model.mesh)
+  return rows._replace(
+    token=constrain(rows.token, by_row),
+    done=constrain(rows.done, by_row),
+    lengths=constrain(rows.lengths, by_row),
+    place=constrain(rows.place, replicated(model.mesh)),
+    keys=constrain(rows.keys, by_row),
+    cache=constrain(rows.cache, by_row),
+  )

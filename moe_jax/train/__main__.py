@@ -8,13 +8,16 @@ from moe_jax.train.loop import train
 
 _CONFIG = cli.define_config_flag()
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run is kept; new, or the same run.')
+_PROFILE = flags.DEFINE_string(
+  'profile', None, 'Directory for a trace of a few steps and a table of their time by part.'
+)
 
 
 def main() -> int:
   """Trains, or goes on training; 128 + signal if interrupted."""
   config, workdir = _CONFIG(), cli.required(_WORKDIR)
   join_processes()
-  outcome = train(config, workdir)
+  outcome = train(config, workdir, profile=_PROFILE.value)
   return 0 if outcome.finished else 128 + (outcome.interrupted_by or 0)
 
 

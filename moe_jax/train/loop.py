@@ -15,7 +15,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from moe_jax import config as config_lib
-from moe_jax import optim
+from moe_jax import optim, profiling
 from moe_jax.data import Dataset, train_iterator
 from moe_jax.errors import UserError, is_refusal
 from moe_jax.models.build import build_model
@@ -25,6 +25,8 @@ from moe_jax.routing import ROUTERS
 from moe_jax.train import evaluate, manifest, metrics, opening
 from moe_jax.train.checkpoint import Checkpoints
 from moe_jax.train.knobs import knob_fields, knobs_of
+from moe_jax.train.profile import FLAG as TRACE_FLAG
+from moe_jax.train.profile import TracedSteps
 from moe_jax.train.progress import ProgressBar
 from moe_jax.train.signals import Signals
 from moe_jax.train.state import TrainState, abstract_state, init_state, with_token_counts
@@ -91,6 +93,7 @@ class _Run(NamedTuple):
   model: Decoder
   say: Callable[[str], None]
   listener: Listener | None
+  profile: str | None
 
 
 def accumulation_scope(config: ml_collections.ConfigDict) -> str:
@@ -104,7 +107,10 @@ def accumulation_scope(config: ml_collections.ConfigDict) -> str:
 
 
 def train(
-  config: ml_collections.ConfigDict, workdir: str, listener: Listener | None = None
+  config: ml_collections.ConfigDict,
+  workdir: str,
+  listener: Listener | None = None,
+  profile: str | None = None,
 ) -> Outcome:
   """Trains a config in a directory, from its newest good checkpoint if there is one.
 
@@ -112,11 +118,14 @@ def train(
     config: validated.
     workdir: new, empty, or of the same run.
     listener: told what would be shown on the terminal.
+    profile: directory for a trace of a few steps and a table of the time by part; None for none.
 
   Raises:
     UserError: for whatever the user can mend; nothing was changed then.
     DamagedError: if no checkpoint is good.
   """
+  if profile is not None:
+    profiling.check_directory(TRACE_FLAG, profile)
   mesh = opening.mesh_of(config)
   first = jax.process_index() == 0
 
@@ -140,11 +149,13 @@ def train(
         opening.check_splits(config, dataset)
       microbatch = config.data.batch_size // config.train.accumulation_steps
       model = build_model(config, mesh, dataset.tokenizer.vocab_size, 'train', microbatch)
-      run = _Run(config, workdir, mesh, dataset, model, say, listener)
+      run = _Run(config, workdir, mesh, dataset, model, say, listener, profile)
       if old and old['status'] == 'finished':
         if first:
           opening.keep_tokenizer(run.workdir, run.dataset.tokenizer)
         if _is_intact(run):
+          if profile is not None:
+            raise UserError(TRACE_FLAG, profile, f'{workdir} is finished: no step is left to trace')
           say(f'{workdir}: finished at step {old["step"]}')
           return Outcome(old['step'], True, None)
       return _train(run, old)
@@ -325,10 +336,14 @@ def _steps(run, train_step, state, batches, checkpoints, writer, step: int) -> O
     writer.write(step, 'valid', evaluator(state))
   bar = ProgressBar(config.train.num_steps, step, shown=run.listener is None)
   compiled_before = train_step._cache_size()
-  with Signals() as signals, contextlib.closing(bar):
+  with Signals() as signals, contextlib.closing(bar), contextlib.ExitStack() as stack:
+    do_step = train_step
+    if run.profile is not None and jax.process_index() == 0:
+      do_step = TracedSteps(train_step, run.profile, config.train.num_steps - step, run.say)
+      stack.enter_context(contextlib.closing(do_step))
     while step < config.train.num_steps:
       batch, waited = next_batch(batches, run.model, pending and pending[1].grad_norm)
-      state, step_metrics = train_step(state, batch, knobs)
+      state, step_metrics = do_step(state, batch, knobs)
       step += 1
       if run.listener:
         run.listener.on_step(step)

@@ -79,9 +79,10 @@ def make_loss(
 
   def loss(params, router_state, micro, key, weights, batch_tokens, other_sums):
     out = _forward(model, params, router_state, micro, key)
-    nats = cross_entropy_sum(
-      out.hidden, out.output, micro['targets'], micro['segment_ids'], model.mesh
-    )
+    with jax.named_scope('cross_entropy'):
+      nats = cross_entropy_sum(
+        out.hidden, out.output, micro['targets'], micro['segment_ids'], model.mesh
+      )
     cross_entropy = nats / batch_tokens
     if out.router_sums is None or model.options.moe is None:
       return cross_entropy, _Parts(cross_entropy, cross_entropy, None, None)
@@ -91,7 +92,8 @@ def make_loss(
     elif other_sums is not None and accumulation_scope == 'batch':
       fixed = jax.lax.stop_gradient(jax.tree.map(jnp.subtract, other_sums, sums))
       sums, share = jax.tree.map(jnp.add, fixed, sums), jnp.float32(1)
-    auxiliary = objective.auxiliary_losses(sums, model.options.moe, router_state)
+    with jax.named_scope('statistics'):
+      auxiliary = objective.auxiliary_losses(sums, model.options.moe, router_state)
     added = objective.weighted_sum(auxiliary, weights, layer_reduction)
     auxiliary = jax.tree.map(lambda x: x * share, auxiliary)
     total = cross_entropy + added * share
@@ -242,10 +244,11 @@ def make_train_step(
   def step(state, batch, knobs):
     key = jax.random.fold_in(jax.random.key(state.seed), state.step)
     grads, parts = gradient(state.params, state.router_state, batch, key, knobs.weights)
-    updates, opt_state = optax.with_extra_args_support(optimizer).update(
-      grads, state.opt_state, state.params, learning_rate=knobs.learning_rate
-    )
-    params = optax.apply_updates(state.params, updates)
+    with jax.named_scope('optimizer'):
+      updates, opt_state = optax.with_extra_args_support(optimizer).update(
+        grads, state.opt_state, state.params, learning_rate=knobs.learning_rate
+      )
+      params = optax.apply_updates(state.params, updates)
     sums = None if parts.router_sums is None else over_scopes(parts.router_sums)
     router_state = _update_routers(model, state.router_state, sums, knobs.bias_rate)
     average_load = _average(state.average_load, sums, load_decay)
