@@ -22,13 +22,15 @@ class Compiled(NamedTuple):
 
   Attributes:
     call: runs it once and waits.
-    compile_seconds: what XLA took.
-    temporary_bytes: what it needs beside arguments and results.
+    first_seconds: of the first call after compiling.
+    compile_seconds: what XLA took; None where nothing is compiled beforehand.
+    temporary_bytes: what it needs beside arguments and results; None where that is not known.
   """
 
   call: Callable[[], Any]
-  compile_seconds: float
-  temporary_bytes: int
+  first_seconds: float
+  compile_seconds: float | None
+  temporary_bytes: int | None
 
 
 class Ratio(NamedTuple):
@@ -52,9 +54,11 @@ def compile_arm(function: Callable, *arguments: Any) -> Compiled:
   def call():
     return jax.block_until_ready(compiled(*arguments))
 
+  start = time.perf_counter()
   call()
+  first = time.perf_counter() - start
   analysis: Any = compiled.memory_analysis()
-  return Compiled(call, seconds, analysis.temp_size_in_bytes)
+  return Compiled(call, first, seconds, analysis.temp_size_in_bytes)
 
 
 def measure(
@@ -86,6 +90,11 @@ def ratio(reference: list[float], arm: list[float]) -> Ratio:
   """Returns the time of a reference over that of an arm, round by round."""
   low, median, high = np.quantile(np.array(reference) / np.array(arm), [0.25, 0.5, 0.75])
   return Ratio(float(median), float(low), float(high))
+
+
+def milliseconds(seconds: list[float]) -> float:
+  """Returns the median."""
+  return float(np.median(seconds)) * 1000
 
 
 def is_void(null: Ratio) -> bool:
