@@ -175,6 +175,8 @@ def layer(x, valid, router, w_in, w_out, options, noise=None, permutations=None)
       for k, e in enumerate(chosen[s]):
         if made.keep[s, k]:
           y[b, t] += made.weights[s, k] * expert(rows[s], w_in[e], w_out[e], options.activation)
+  if options.capacity_factor is None:
+    sums['slots'] = sums['kept_per_expert'].sum()  # without a capacity none is set aside
   return Layer(y, sums, expert_index, keep)
 
 

@@ -14,15 +14,28 @@ sweep: what it gains to train several trials as one program (--config=...).
 import json
 import re
 import sys
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import jax
 from absl import flags
 
 from moe_jax import cli, profiling, routing
-from moe_jax.benchmark import decode, dispatch, expert_parallel, layer, router, step, sweep
+from moe_jax import dispatch as dispatch_room
+from moe_jax.benchmark import (
+  arms,
+  decode,
+  dispatch,
+  expert_parallel,
+  layer,
+  peers,
+  router,
+  routings,
+  step,
+  sweep,
+  text,
+)
 from moe_jax.benchmark.arms import Shape
-from moe_jax.benchmark.timing import Ratio
 from moe_jax.errors import UserError
 
 _CONFIG = cli.define_config_flag()
@@ -32,7 +45,7 @@ _STEPS = flags.DEFINE_integer('steps', 20, 'step: real steps with the data pipel
 _NUM_EXPERTS = flags.DEFINE_list(
   'num_experts',
   None,
-  'Values of E; decode, dispatch, layer: 8,64,256; ep: 8,64; router: 8,64,256,1024.',
+  'Values of E; decode: 8,64,256; dispatch, layer, router: 8,64,256,1024; ep: 8,64.',
 )
 _NUM_TOKENS = flags.DEFINE_integer(
   'num_tokens', 4096, 'dispatch, layer: tokens, one routing group.'
@@ -41,7 +54,9 @@ _EMBED_DIM = flags.DEFINE_integer('embed_dim', 512, 'decode, dispatch, layer: D.
 _MLP_DIM = flags.DEFINE_integer('mlp_dim', 1024, 'decode, dispatch, layer: F of one expert.')
 _SELECTED = flags.DEFINE_integer('num_selected_experts', 2, 'decode, dispatch, layer: K.')
 _CAPACITY_FACTOR = flags.DEFINE_float('capacity_factor', 1.25, 'dispatch, layer: of every E.')
-_DISPATCH = flags.DEFINE_enum('dispatch', 'gather', ['gather', 'einsum'], 'layer: dispatcher.')
+_DISPATCH = flags.DEFINE_enum(
+  'dispatch', 'gather', sorted(dispatch_room.DISPATCHERS), 'layer: dispatcher.'
+)
 _ACTIVATION = flags.DEFINE_enum(
   'activation', 'swiglu', ['swiglu', 'gelu'], 'decode, dispatch, layer: of all arms.'
 )
@@ -51,12 +66,18 @@ _DTYPE = flags.DEFINE_enum(
 _SEED = flags.DEFINE_integer('seed', 0, 'Of weights, inputs and orders.')
 _ROUTERS = flags.DEFINE_list('routers', sorted(routing.ROUTERS), 'router: which.')
 _NUM_TRIALS = flags.DEFINE_list('num_trials', ['2', '4', '8'], 'sweep: trials in a pack.')
-_ROUTINGS = flags.DEFINE_list('routings', list(dispatch.ROUTINGS), 'dispatch: which.')
+_ROUTINGS = flags.DEFINE_list(
+  'routings', list(routings.DRAWN), f'dispatch: which; {routings.TRACE} needs --workdir.'
+)
+_WORKDIR = flags.DEFINE_string('workdir', None, f'dispatch: run whose routing {routings.TRACE} is.')
+_PEERS = flags.DEFINE_bool(
+  'peers', False, 'dispatch: also time grouped_mm of torch and transformers, which must be there.'
+)
 _ARMS = flags.DEFINE_list(
   'arms', list(dispatch.ARMS), 'dispatch: which, beside dense and products.'
 )
 _TOKENS_PER_EXPERT = flags.DEFINE_integer(
-  'tokens_per_expert', 0, 'dispatch: as many tokens as give each expert so many; 0 for num_tokens.'
+  'tokens_per_expert', 0, 'dispatch, layer: so many tokens for each expert; 0 for num_tokens.'
 )
 _MESHES = flags.DEFINE_list('meshes', ['1x8', '2x4'], 'ep: data x expert of each.')
 _BATCHES = flags.DEFINE_list('batches', ['1', '16', '256'], 'decode: sequences at a time.')
@@ -89,18 +110,35 @@ def main() -> None:
   }[_COMMAND]()
 
 
+def _numbers(flag: flags.FlagHolder, lowest: int) -> list[int]:
+  if not flag.value or not all(n.isdigit() and int(n) >= lowest for n in flag.value):
+    raise UserError(f'--{flag.name}', flag.value, f'must be numbers >= {lowest}')
+  return [int(n) for n in flag.value]
+
+
+def _names(flag: flags.FlagHolder, known: Collection[str]) -> list[str]:
+  for name in flag.value:
+    if name not in known:
+      raise UserError(f'--{flag.name}', name, f'must be of {", ".join(known)}')
+  return flag.value
+
+
 def _values_of_e(default: list[int]) -> list[int]:
-  if _NUM_EXPERTS.value is None:
-    return default
-  if not all(n.isdigit() and int(n) >= _SELECTED.value for n in _NUM_EXPERTS.value):
-    raise UserError('--num_experts', _NUM_EXPERTS.value, 'must be numbers >= num_selected_experts')
-  return [int(n) for n in _NUM_EXPERTS.value]
+  return default if _NUM_EXPERTS.value is None else _numbers(_NUM_EXPERTS, _SELECTED.value)
+
+
+def _tokens_per_expert() -> int:
+  if _TOKENS_PER_EXPERT.value < 0:
+    raise UserError('--tokens_per_expert', _TOKENS_PER_EXPERT.value, 'must not be below 0')
+  return _TOKENS_PER_EXPERT.value
+
+
+def _show(rows: Iterable[dict[str, Any]], of_row: Callable[[dict[str, Any]], str]) -> None:
+  for row in rows:
+    print(json.dumps(row) if _JSON.value else of_row(row), flush=True)
 
 
 def _router() -> None:
-  unknown = [name for name in _ROUTERS.value if name not in routing.ROUTERS]
-  if unknown:
-    raise UserError('--routers', unknown[0], f'must be of {", ".join(routing.ROUTERS)}')
   rows = router.rows(
     num_experts=_values_of_e([8, 64, 256, 1024]),
     num_tokens=_NUM_TOKENS.value,
@@ -108,24 +146,11 @@ def _router() -> None:
     mlp_dim=_MLP_DIM.value,
     num_selected_experts=_SELECTED.value,
     capacity_factor=_CAPACITY_FACTOR.value,
-    routers=_ROUTERS.value,
+    routers=_names(_ROUTERS, routing.ROUTERS),
     rounds=_ROUNDS.value,
     seed=_SEED.value,
   )
-  for row in rows:
-    if _JSON.value:
-      print(json.dumps(row), flush=True)
-      continue
-    if 'not_measured' in row:
-      print(f'E={row["num_experts"]:<5} {row["router"]:<15} not measured: {row["not_measured"]}')
-      continue
-    share = row['share']
-    print(
-      f'E={row["num_experts"]:<5} {row["router"]:<15}{share["median"]:>8.1%} '
-      f'[{share["low"]:.1%}, {share["high"]:.1%}] of the products'
-      f'{"  VOID: restless machine" if row["void"] else ""}',
-      flush=True,
-    )
+  _show(rows, text.of_router)
 
 
 def _shape() -> Shape:
@@ -141,85 +166,47 @@ def _shape() -> Shape:
 
 
 def _dispatch() -> None:
-  for flag, known in ((_ROUTINGS, dispatch.ROUTINGS), (_ARMS, dispatch.ARMS)):
-    for name in flag.value:
-      if name not in known:
-        raise UserError(f'--{flag.name}', name, f'must be of {", ".join(known)}')
-  if _TOKENS_PER_EXPERT.value < 0:
-    raise UserError('--tokens_per_expert', _TOKENS_PER_EXPERT.value, 'must not be below 0')
+  names, shape = _names(_ROUTINGS, routings.ROUTINGS), _shape()
+  num_experts, tokens_per_expert = _values_of_e([8, 64, 256, 1024]), _tokens_per_expert()
+  trace = None
+  if routings.TRACE in names:
+    most = arms.with_tokens_per_expert(shape, tokens_per_expert, max(num_experts))
+    trace = routings.record(cli.required(_WORKDIR), most.num_tokens)
+    if _NUM_EXPERTS.value is None:
+      num_experts = [trace.num_experts]
+  if _PEERS.value:
+    peers.libraries()
   rows = dispatch.rows(
-    _shape(),
-    num_experts=_values_of_e([8, 64, 256]),
-    routings=_ROUTINGS.value,
-    arms=_ARMS.value,
-    tokens_per_expert=_TOKENS_PER_EXPERT.value,
+    shape,
+    num_experts=num_experts,
+    routings=names,
+    arms=_names(_ARMS, dispatch.ARMS),
+    tokens_per_expert=tokens_per_expert,
     rounds=_ROUNDS.value,
     seed=_SEED.value,
+    trace=trace,
+    peers=_PEERS.value,
   )
-  for row in rows:
-    if _JSON.value:
-      print(json.dumps(row), flush=True)
-      continue
-    print(
-      f'E={row["num_experts"]} {row["routing"]} {row["pass"]}: {row["num_tokens"]} tokens, '
-      f'{row["tokens_per_expert"]:.0f} per expert, fullest {row["max_load"]:.2f} x, '
-      f'{row["drop_share"]:.1%} dropped, {row["padding"]:.1%} padding, null '
-      f'{Ratio(**row["null"])}{"  VOID: restless machine" if row["void"] else ""}'
-    )
-    for name, arm in row['arms'].items():
-      print(
-        f'  {name:<12}dense/arm {Ratio(**arm["eta_dense"])!s:<20}products/arm '
-        f'{Ratio(**arm["eta_bmm"])!s:<20}compiled in {arm["compile_seconds"]:.1f} s, '
-        f'{arm["temporary_bytes"] / 1e6:,.0f} MB temporary'
-      )
-    for name, why in row['not_measured'].items():
-      print(f'  {name:<12}not measured: {why}')
-    sys.stdout.flush()
+  _show(rows, text.of_dispatch)
 
 
 def _decode() -> None:
-  numbers = [re.fullmatch(r'[1-9]\d*', batch) for batch in _BATCHES.value]
-  if not numbers or not all(numbers):
-    raise UserError('--batches', ','.join(_BATCHES.value), 'must be numbers >= 1')
   if _NUM_LAYERS.value < 0:
     raise UserError('--num_layers', _NUM_LAYERS.value, 'must not be below 0')
   rows = decode.rows(
     _shape(),
-    batches=[int(batch) for batch in _BATCHES.value],
+    batches=_numbers(_BATCHES, 1),
     num_experts=_values_of_e([8, 64, 256]),
     num_layers=_NUM_LAYERS.value,
     rounds=_ROUNDS.value,
     seed=_SEED.value,
     profile=_PROFILE.value or '',
   )
-  for row in rows:
-    if _JSON.value:
-      print(json.dumps(row), flush=True)
-      continue
-    chosen = row['experts_chosen']
-    print(
-      f'E={row["num_experts"]} batch={row["batch"]} {row["level"]}: decode is {row["way"]} with '
-      f'{row["rows_in_block"]} rows in a block'
-      f'{f", {chosen} experts chosen" if chosen else ""}, null {Ratio(**row["null"])}'
-      f'{"  VOID: restless machine" if row["void"] else ""}'
-    )
-    for name, arm in row['arms'].items():
-      size = arm['weight_bytes']
-      weights = f', {size / 1e6:,.1f} MB of experts read' if size is not None else ''
-      print(
-        f'  {name:<12}{arm["tokens_per_second"]:>10,.1f} tokens/s   dense/arm '
-        f'{Ratio(**arm["eta_dense"])!s:<20}compiled in {arm["compile_seconds"]:.1f} s, '
-        f'{arm["temporary_bytes"] / 1e6:,.1f} MB temporary{weights}'
-      )
-    for name, why in row['not_measured'].items():
-      print(f'  {name:<12}not measured: {why}')
-    _print_profile(row)
+  _show(rows, lambda row: text.of_decode(row) + _profile_text(row))
 
 
-def _print_profile(row: dict[str, Any]) -> None:
-  if 'profile' in row:
-    print(profiling.as_text(row['profile']))
-  sys.stdout.flush()
+def _profile_text(row: dict[str, Any]) -> str:
+  return f'\n{profiling.as_text(row["profile"])}' if 'profile' in row else ''
 
 
 def _ep() -> None:
@@ -233,47 +220,22 @@ def _ep() -> None:
     rounds=_ROUNDS.value,
     seed=_SEED.value,
   )
-  for row in rows:
-    if _JSON.value:
-      print(json.dumps(row), flush=True)
-      continue
-    sent = ', '.join(f'{size / 1e6:.2f}' for size in row['exchanged_bytes']) or 'nothing'
-    print(
-      f'E={row["num_experts"]:<4} data={row["mesh"][0]} expert={row["mesh"][1]} {row["pass"]:<17}'
-      f'one device / mesh {Ratio(**row["speed"])}, null {Ratio(**row["null"])}, MB sent by each '
-      f'device: {sent} (formula {row["formula_bytes"] / 1e6:.2f} each)'
-      f'{"  VOID: restless machine" if row["void"] else ""}',
-      flush=True,
-    )
+  _show(rows, text.of_expert_parallel)
 
 
 def _layer() -> None:
   rows = layer.rows(
     _shape(),
-    num_experts=_values_of_e([8, 64, 256]),
+    num_experts=_values_of_e([8, 64, 256, 1024]),
     dispatch=_DISPATCH.value,
+    tokens_per_expert=_tokens_per_expert(),
     rounds=_ROUNDS.value,
     seed=_SEED.value,
     profile=_PROFILE.value or '',
   )
   if not _JSON.value:
-    print(
-      f'{"E":>5} {"pass":<17}{"dense/MoE":<20}{"products/MoE":<20}{"null":<20}'
-      f'{"drops":>7}{"padding":>9}{"tokens/E":>10}{"fullest":>9}{"compile s":>10}{"temporary":>11}'
-    )
-  for row in rows:
-    if _JSON.value:
-      print(json.dumps(row), flush=True)
-      continue
-    eta = {name: str(Ratio(**row[name])) for name in ('eta_dense', 'eta_bmm', 'null')}
-    print(
-      f'{row["num_experts"]:>5} {row["pass"]:<17}{eta["eta_dense"]:<20}{eta["eta_bmm"]:<20}'
-      f'{eta["null"]:<20}{row["drop_share"]:>7.1%}{row["padding"]:>9.1%}'
-      f'{row["tokens_per_expert"]:>10.0f}{row["max_load"]:>8.2f}x{row["compile_seconds"]:>10.1f}'
-      f'{row["temporary_bytes"] / 1e6:>8,.0f} MB'
-      f'{"  VOID: restless machine" if row["void"] else ""}',
-    )
-    _print_profile(row)
+    print(text.LAYER_HEAD)
+  _show(rows, lambda row: text.of_layer(row) + _profile_text(row))
 
 
 def _step() -> None:
@@ -284,23 +246,12 @@ def _step() -> None:
   for name in ('forward', 'backward', 'optimizer'):
     print(f'{name:<12}{result[name]:>7.1%} of a step')
   print(f'{"data wait":<12}{result["data_wait"]:>7.2%} of the time of {_STEPS.value} real steps')
-  print(f'compilations of the step: {result["compilations"]}')
-  _print_profile(result)
+  print(f'compilations of the step: {result["compilations"]}{_profile_text(result)}')
 
 
 def _sweep() -> None:
-  numbers = _NUM_TRIALS.value
-  if not all(n.isdigit() and int(n) >= 2 for n in numbers):
-    raise UserError('--num_trials', numbers, 'must be numbers >= 2')
-  for row in sweep.rows(_CONFIG(), [int(n) for n in numbers], _ROUNDS.value, _SEED.value):
-    if _JSON.value:
-      print(json.dumps(row), flush=True)
-      continue
-    print(
-      f'{row["num_trials"]:>3} trials: one by one / packed {Ratio(**row["gain"])}, null '
-      f'{Ratio(**row["null"])}{"  VOID: restless machine" if row["void"] else ""}',
-      flush=True,
-    )
+  numbers = _numbers(_NUM_TRIALS, 2)
+  _show(sweep.rows(_CONFIG(), numbers, _ROUNDS.value, _SEED.value), text.of_sweep)
 
 
 def _take_command(argv: list[str]) -> str:

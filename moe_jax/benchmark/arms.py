@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from moe_jax.layers.basic import activate, hidden_dim
-from moe_jax.layers.moe import MoeParams
+from moe_jax.layers.moe import MoeParams, run_experts
 
 
 class Shape(NamedTuple):
@@ -23,6 +24,43 @@ class Shape(NamedTuple):
   dtype: str
 
 
+def with_tokens_per_expert(shape: Shape, tokens_per_expert: int, num_experts: int) -> Shape:
+  """Returns the shape with as many tokens as give each expert so many; as it is for 0."""
+  if not tokens_per_expert:
+    return shape
+  return shape._replace(num_tokens=tokens_per_expert * num_experts // shape.num_selected_experts)
+
+
+def load_facts(load: Any, kept: int, slots: int | None) -> dict[str, float | None]:
+  """Returns what every row says of the load.
+
+  Args:
+    load: assignments that each expert was asked for, before any drop.
+    kept: assignments that got a slot.
+    slots: of all experts; None where experts have as many as they need.
+
+  Returns:
+    tokens_per_expert, on average; max_load, of the fullest expert over the average; drop_share;
+    padding, the share of slots that are empty, None without a number of slots.
+  """
+  load = np.asarray(load, np.float64).ravel()
+  return {
+    'tokens_per_expert': float(load.mean()),
+    'max_load': float(load.max() / load.mean()),
+    'drop_share': float(1 - kept / load.sum()),
+    'padding': None if slots is None else float(1 - kept / slots),
+  }
+
+
+def excess(eta_bmm: float, first_eta_bmm: float) -> float:
+  """Returns how much more an arm grows with E than its batched products do.
+
+  (t(E) / t(first E)) / (the same of the products), from products / arm at both: each was measured
+  within one run.
+  """
+  return first_eta_bmm / eta_bmm
+
+
 def timed(layer: Callable, backward: bool) -> Callable:
   """Returns what is timed: the layer, or the gradients of a scalar of it for weights and input."""
   if not backward:
@@ -34,28 +72,37 @@ def timed(layer: Callable, backward: bool) -> Callable:
 
 
 def expert_weights(key: jax.Array, shape: Shape, num_experts: int) -> MoeParams:
-  """Returns random weights of E experts, without a router."""
-  keys = jax.random.split(key)
+  """Returns random weights of E experts in the dtype of the products, without a router."""
   width, mlp_dim = shape.embed_dim, shape.mlp_dim
   columns = hidden_dim(mlp_dim, shape.activation)
-  return MoeParams(
-    router={},
-    w_in=jax.random.normal(keys[0], (num_experts, width, columns)) * width**-0.5,
-    w_out=jax.random.normal(keys[1], (num_experts, mlp_dim, width)) * mlp_dim**-0.5,
+  w_in, w_out = _matrices(
+    key, (num_experts, width, columns), (num_experts, mlp_dim, width), shape.dtype
   )
+  return MoeParams(router={}, w_in=w_in, w_out=w_out)
 
 
 def dense_weights(key: jax.Array, shape: Shape) -> tuple[Float[Array, 'D F1'], Float[Array, 'F D']]:
   """Returns random weights of the dense layer of the same active FLOPs: K * F hidden units."""
-  keys = jax.random.split(key)
   width, mlp_dim = shape.embed_dim, shape.num_selected_experts * shape.mlp_dim
   columns = hidden_dim(mlp_dim, shape.activation)
-  return (
-    jax.random.normal(keys[0], (width, columns)) * width**-0.5,
-    jax.random.normal(keys[1], (mlp_dim, width)) * mlp_dim**-0.5,
-  )
+  return _matrices(key, (width, columns), (mlp_dim, width), shape.dtype)
+
+
+def _matrices(
+  key: jax.Array, first: tuple[int, ...], second: tuple[int, ...], dtype: str
+) -> tuple[Array, Array]:
+  keys = jax.random.split(key)
+  make = lambda key, shape: jax.random.normal(key, shape, jnp.dtype(dtype)) * shape[-2] ** -0.5  # noqa: E731
+  return make(keys[0], first), make(keys[1], second)
 
 
 def dense_of(weights: Any, x: Float[Array, '*any D'], activation: str) -> Float[Array, '*any D']:
   """Returns the output of the dense layer."""
   return activate(x @ weights[0].astype(x.dtype), activation) @ weights[1].astype(x.dtype)
+
+
+def products_of(
+  params: MoeParams, buffers: Float[Array, 'E C D'], activation: str
+) -> Float[Array, 'E C D']:
+  """Returns what the experts make of their rows: the batched products, without dispatch."""
+  return run_experts(buffers, (params.w_in, params.w_out), activation)

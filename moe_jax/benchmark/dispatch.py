@@ -3,27 +3,67 @@
 All arms get the same tokens, weights and plan. What differs is how tokens reach the experts.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from moe_jax import dispatch as dispatch_room
 from moe_jax import routing
-from moe_jax.benchmark.arms import Shape, dense_of, dense_weights, expert_weights, timed
-from moe_jax.benchmark.timing import Compiled, compile_arm, is_void, measure, ratio
+from moe_jax.benchmark import peers as peers_lib
+from moe_jax.benchmark.arms import (
+  Shape,
+  dense_of,
+  dense_weights,
+  excess,
+  expert_weights,
+  load_facts,
+  products_of,
+  timed,
+  with_tokens_per_expert,
+)
+from moe_jax.benchmark.routings import Trace, choose
+from moe_jax.benchmark.timing import Compiled, compile_arm, is_void, measure, milliseconds, ratio
 from moe_jax.layers.basic import activate
 from moe_jax.layers.moe import MoeParams, run_experts
+from moe_jax.parallel.mesh import BATCH_AXES, EXPERT_AXIS, make_mesh
 from moe_jax.routing.plan import Plan
 
-ROUTINGS = ('round_robin', 'uniform', 'zipf_0.5', 'zipf_1')
 # copy: the bytes of dispatch and combine without an index, and no products.
-ARMS = ('gather', 'einsum', 'ragged_dot', 'copy')
+ARMS = (*sorted(dispatch_room.DISPATCHERS, reverse=True), 'ragged_dot', 'copy')
+# Arms that drop nothing. Their products are those of balanced rows, without a capacity factor.
+DROPLESS = ('dropless', 'ragged_dot')
 # An arm that takes so many times as long as the dense layer in its first call is not measured.
 SLOWEST = 20.0
+
+
+class Case(NamedTuple):
+  """One routing of one E, and what all arms are given.
+
+  Attributes:
+    shape: S, D, F, K, the capacity factor.
+    routing: its name.
+    plan: of the routing.
+    params: of the experts.
+    dense: of the dense layer of the same active FLOPs.
+    tokens: one group.
+    buffers: of the capacity of the plan.
+    balanced: the rows of balanced experts, ceil(S K / E) each.
+  """
+
+  shape: Shape
+  routing: str
+  plan: Plan
+  params: MoeParams
+  dense: tuple[Array, Array]
+  tokens: Float[Array, '1 S D']
+  buffers: Float[Array, 'E 1 C D']
+  balanced: Float[Array, 'E 1 B D']
 
 
 def rows(
@@ -35,54 +75,70 @@ def rows(
   tokens_per_expert: int,
   rounds: int,
   seed: int,
+  trace: Trace | None = None,
+  peers: bool = False,
 ) -> Iterator[dict[str, Any]]:
   """Measures each number of experts under each routing, forward and forward + backward.
 
   Args:
     shape: of all rows.
     num_experts: values of E.
-    routings: of `ROUTINGS`.
+    routings: of `routings.ROUTINGS`.
     arms: of `ARMS`.
     tokens_per_expert: if not 0, tokens are as many as give each expert so many; else
       `shape.num_tokens` for every E.
     rounds: of interleaved calls.
     seed: of tokens, weights, routings and orders.
+    trace: for the routing `trace`.
+    peers: whether to time other libraries beside.
 
   Yields:
-    num_experts, num_tokens, routing, pass, tokens_per_expert, max_load (of the fullest expert over
-    the mean), drop_share, padding (share of the slots that are empty), null, void, `arms`: {name:
-    eta_dense (time of the dense layer of the same active FLOPs / time of the arm), eta_bmm (time of
-    the batched products on the padded buffers / time of the arm), compile_seconds,
-    temporary_bytes}, and `not_measured`: {name: why}.
+    num_experts, num_tokens, routing, pass, what `load_facts` says, null, void, dense_milliseconds,
+    `arms`: {name: eta_dense (time of the dense layer of the same active FLOPs / time of the arm),
+    eta_bmm (time of its batched products without dispatch / time of the arm: `products` are those
+    of the padded buffers, `balanced` those of ceil(S K / E) rows per expert, which arms that drop
+    nothing are held against), excess (over the first E of the same routing and pass; see
+    `arms.excess`), milliseconds, compile_seconds, temporary_bytes}, `not_measured`: {name: why},
+    and `peers`, None without them or what `peers.summary` says.
   """
+  first: dict[tuple[str, ...], float] = {}
+  # What is too slow is so again with more experts.
+  too_slow: dict[bool, dict[str, str]] = {False: {}, True: {}}
   for experts in num_experts:
-    of_experts = shape
-    if tokens_per_expert:
-      tokens = tokens_per_expert * experts // shape.num_selected_experts
-      of_experts = shape._replace(num_tokens=tokens)
+    of_experts = with_tokens_per_expert(shape, tokens_per_expert, experts)
     for name in routings:
+      case = _case(of_experts, experts, name, seed, trace)
       for backward in (False, True):
-        yield _row(of_experts, experts, name, arms, backward, rounds, seed)
+        slow = too_slow[backward]
+        row = _row(case, [arm for arm in arms if arm not in slow], backward, rounds, seed, peers)
+        for arm, facts in row['arms'].items():
+          eta = facts['eta_bmm']['median']
+          facts['excess'] = excess(eta, first.setdefault((name, row['pass'], arm), eta))
+        slow |= {arm: f'{why} at E={experts}' for arm, why in row['not_measured'].items()}
+        row['not_measured'] = dict(slow)
+        yield row
 
 
-def choose(name: str, shape: Shape, num_experts: int, seed: int) -> Int[np.ndarray, 'S K']:
-  """Returns the experts of each token, all different.
+def _case(
+  shape: Shape, num_experts: int, routing_name: str, seed: int, trace: Trace | None
+) -> Case:
+  plan = make_plan(shape, num_experts, choose(routing_name, shape, num_experts, seed, trace))
+  keys = jax.random.split(jax.random.key(seed), 5)
 
-  Args:
-    name: `round_robin`: in turn. `uniform`: at random. `zipf_A`: at random without replacement,
-      expert e in proportion to (e + 1)^-A.
-    shape: S and K.
-    num_experts: E.
-    seed: of what is drawn.
-  """
-  tokens, selected = shape.num_tokens, shape.num_selected_experts
-  if name == 'round_robin':
-    return (np.arange(tokens * selected).reshape(tokens, selected) % num_experts).astype(np.int32)
-  exponent = 0.0 if name == 'uniform' else float(name.removeprefix('zipf_'))
-  # The largest of log weight + Gumbel noise are a draw without replacement.
-  noise = np.random.default_rng(seed).gumbel(size=(tokens, num_experts))
-  scores = noise - exponent * np.log(np.arange(1, num_experts + 1))
-  return np.argsort(-scores, axis=1)[:, :selected].astype(np.int32)
+  def normal(key, *dims):
+    return jax.random.normal(key, (*dims, shape.embed_dim), jnp.dtype(shape.dtype))
+
+  balanced = -(-shape.num_tokens * shape.num_selected_experts // num_experts)
+  return Case(
+    shape=shape,
+    routing=routing_name,
+    plan=plan,
+    params=expert_weights(keys[1], shape, num_experts),
+    dense=dense_weights(keys[2], shape),
+    tokens=normal(keys[0], 1, shape.num_tokens),
+    buffers=normal(keys[3], num_experts, plan.source_index.shape[-1]),
+    balanced=normal(keys[4], num_experts, balanced),
+  )
 
 
 def make_plan(shape: Shape, num_experts: int, expert_index: Int[np.ndarray, 'S K']) -> Plan:
@@ -110,11 +166,20 @@ def layer_of(arm: str, activation: str) -> Callable[[MoeParams, Array, Plan], Ar
     return _copy
   if arm == 'ragged_dot':
     return lambda params, tokens, plan: _ragged(params, tokens, plan, activation)
-  dispatcher = dispatch_room.DISPATCHERS[arm]
+  experts = functools.partial(run_experts, activation=activation)
+  everywhere = PartitionSpec(BATCH_AXES)
+
+  def local(weights, tokens, plan):
+    selected = plan.expert_index.shape[-1]
+    if arm in DROPLESS:
+      plan = plan._replace(keep=plan.asked, combine_weights=plan.asked / selected)
+    return dispatch_room.run(arm, tokens, plan, weights, experts, EXPERT_AXIS, selected)
 
   def layer(params, tokens, plan):
-    buffers = dispatcher.dispatch(tokens, plan)
-    return dispatcher.combine(run_experts(buffers, params, activation), plan)
+    run = jax.shard_map(
+      local, mesh=make_mesh(1, 1, jax.devices()[:1]), in_specs=everywhere, out_specs=everywhere
+    )
+    return run((params.w_in, params.w_out), tokens, plan)
 
   return layer
 
@@ -151,55 +216,33 @@ def _ragged(
 
 
 def _row(
-  shape: Shape,
-  num_experts: int,
-  routing_name: str,
-  names: Sequence[str],
-  backward: bool,
-  rounds: int,
-  seed: int,
+  case: Case, names: Sequence[str], backward: bool, rounds: int, seed: int, with_peers: bool
 ) -> dict[str, Any]:
-  plan = make_plan(shape, num_experts, choose(routing_name, shape, num_experts, seed))
-  keys = jax.random.split(jax.random.key(seed), 4)
-  dtype = jnp.dtype(shape.dtype)
-  tokens = jax.random.normal(keys[0], (1, shape.num_tokens, shape.embed_dim), dtype)
-  params = expert_weights(keys[1], shape, num_experts)
-  dense = dense_weights(keys[2], shape)
-  slots = (num_experts, 1, plan.source_index.shape[-1], shape.embed_dim)
-  buffers = jax.random.normal(keys[3], slots, dtype)
-  dense_layer = lambda weights, x: dense_of(weights, x, shape.activation)  # noqa: E731
-  products = lambda p, x: run_experts(x, p, shape.activation)  # noqa: E731
-  compiled = {
-    'dense': compile_arm(timed(dense_layer, backward), dense, tokens),
-    'dense copy': compile_arm(timed(dense_layer, backward), dense, tokens),
-    'products': compile_arm(timed(products, backward), params, buffers),
-  }
-  not_measured = {}
-  for name in names:
-    arm = compile_arm(timed(layer_of(name, shape.activation), backward), params, tokens, plan)
-    if (slower := seconds_of(arm) / seconds_of(compiled['dense'])) > SLOWEST:
-      not_measured[name] = f'{slower:.0f} times the dense layer'
-    else:
-      compiled[name] = arm
-  seconds = measure({name: arm.call for name, arm in compiled.items()}, rounds, seed)
+  plan, num_experts = case.plan, case.params.w_in.shape[0]
+  compiled, not_measured = _compile(case, names, backward)
+  calls = {name: arm.call for name, arm in compiled.items()}
+  peer_arms = {}
+  if with_peers:
+    peer_arms = peers_lib.arms(
+      case.shape, case.params, case.dense, case.tokens[0], plan.expert_index[0], backward
+    )
+  seconds = measure(calls | peer_arms, rounds, seed)
   null = ratio(seconds['dense'], seconds['dense copy'])
   load = np.bincount(np.asarray(plan.expert_index).ravel(), minlength=num_experts)
-  kept = int(np.sum(plan.keep))
-  return {
+  row = {
     'num_experts': num_experts,
-    'num_tokens': shape.num_tokens,
-    'routing': routing_name,
+    'num_tokens': case.shape.num_tokens,
+    'routing': case.routing,
     'pass': 'forward+backward' if backward else 'forward',
-    'tokens_per_expert': float(load.mean()),
-    'max_load': float(load.max() / load.mean()),
-    'drop_share': 1 - kept / load.sum(),
-    'padding': 1 - kept / plan.source_index.size,
+    **load_facts(load, int(np.sum(plan.keep)), plan.source_index.size),
     'null': null._asdict(),
     'void': is_void(null),
+    'dense_milliseconds': milliseconds(seconds['dense']),
     'arms': {
       name: {
         'eta_dense': ratio(seconds['dense'], seconds[name])._asdict(),
-        'eta_bmm': ratio(seconds['products'], seconds[name])._asdict(),
+        'eta_bmm': ratio(seconds[_products_of(name)], seconds[name])._asdict(),
+        'milliseconds': milliseconds(seconds[name]),
         'compile_seconds': arm.compile_seconds,
         'temporary_bytes': arm.temporary_bytes,
       }
@@ -207,9 +250,39 @@ def _row(
       if name not in ('dense', 'dense copy')
     },
     'not_measured': not_measured,
+    'peers': None,
   }
+  if with_peers:
+    row['peers'] = peers_lib.summary(seconds, [name for name in names if name in compiled])
+  return row
 
 
-def seconds_of(arm: Compiled) -> float:
-  """Returns the seconds of one call."""
-  return measure({'': arm.call}, 1)[''][0]
+def _compile(
+  case: Case, names: Sequence[str], backward: bool
+) -> tuple[dict[str, Compiled], dict[str, str]]:
+  """Returns the compiled arms, the references first, and why others are not measured."""
+  activation = case.shape.activation
+  dense_layer = timed(lambda weights, x: dense_of(weights, x, activation), backward)
+  products = timed(lambda params, x: products_of(params, x, activation), backward)
+  compiled = {
+    'dense': compile_arm(dense_layer, case.dense, case.tokens),
+    'dense copy': compile_arm(dense_layer, case.dense, case.tokens),
+    'products': compile_arm(products, case.params, case.buffers),
+  }
+  if set(names) & set(DROPLESS):
+    compiled['balanced'] = compile_arm(products, case.params, case.balanced)
+  dense_seconds = measure({'': compiled['dense'].call}, 1)[''][0]
+  not_measured = {}
+  for name in names:
+    layer = timed(layer_of(name, activation), backward)
+    arm = compile_arm(layer, case.params, case.tokens, case.plan)
+    if (slower := arm.first_seconds / dense_seconds) > SLOWEST:
+      not_measured[name] = f'{slower:.0f} times the dense layer'
+    else:
+      compiled[name] = arm
+  return compiled, not_measured
+
+
+def _products_of(arm: str) -> str:
+  """Returns the name of the products that an arm is held against."""
+  return 'balanced' if arm in (*DROPLESS, 'balanced') else 'products'

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import routing
-from moe_jax.benchmark.arms import Shape, expert_weights, timed
+from moe_jax.benchmark.arms import Shape, expert_weights, load_facts, timed
 from moe_jax.benchmark.layer import ROUTER_INIT_SCALE, options_of
 from moe_jax.benchmark.timing import Compiled, compile_arm, is_void, measure, ratio
 from moe_jax.errors import UserError
@@ -42,7 +42,8 @@ def rows(
   Yields:
     num_experts, mesh, pass, speed (time of one device / time of the mesh), null, void,
     exchanged_bytes (that a device sends in each exchange, read from the program before it is
-    compiled), and formula_bytes, tokens x K x effective capacity factor x D x bytes x (1 - 1 / R).
+    compiled), formula_bytes, tokens x K x effective capacity factor x D x bytes x (1 - 1 / R), what
+    `load_facts` says (tokens_per_expert of one group), compile_seconds and temporary_bytes.
 
   Raises:
     UserError: if there are too few devices for a mesh.
@@ -80,15 +81,18 @@ def _row(
   seed: int,
 ) -> dict[str, Any]:
   options = options_of(shape, num_experts, 'gather')
-  one, _ = _arm(shape, options, (1, 1), groups, backward, seed)
-  again, _ = _arm(shape, options, (1, 1), groups, backward, seed)
-  many, text = _arm(shape, options, mesh, groups, backward, seed)
+  one, _, _ = _arm(shape, options, (1, 1), groups, backward, seed)
+  again, _, _ = _arm(shape, options, (1, 1), groups, backward, seed)
+  many, text, counts = _arm(shape, options, mesh, groups, backward, seed)
+  sums = counts()
   seconds = measure({'one': one.call, 'again': again.call, 'many': many.call}, rounds, seed)
   null = ratio(seconds['one'], seconds['again'])
   tokens = shape.num_tokens // groups
   capacity = routing.expert_capacity(
     tokens, num_experts, shape.num_selected_experts, shape.capacity_factor
   )
+  facts = load_facts(sums.tokens_per_expert, int(sums.kept_per_expert.sum()), int(sums.slots))
+  assert facts['tokens_per_expert'] is not None
   # tokens x K x effective factor, of the groups of a device.
   slots = num_experts * capacity * groups / math.prod(mesh)
   itemsize = jnp.dtype(shape.dtype).itemsize
@@ -101,6 +105,10 @@ def _row(
     'void': is_void(null),
     'exchanged_bytes': exchanged_bytes(text),
     'formula_bytes': slots * shape.embed_dim * itemsize * (1 - 1 / mesh[1]),
+    **facts,
+    'tokens_per_expert': facts['tokens_per_expert'] / groups,
+    'compile_seconds': many.compile_seconds,
+    'temporary_bytes': many.temporary_bytes,
   }
 
 
@@ -111,8 +119,8 @@ def _arm(
   groups: int,
   backward: bool,
   seed: int,
-) -> tuple[Compiled, str]:
-  """Returns the layer on a mesh, compiled, and its program before that."""
+) -> tuple[Compiled, str, Callable[[], routing.RouterSums]]:
+  """Returns the layer on a mesh, compiled; its program before that; what counts for its router."""
   mesh = make_mesh(*sizes)
   keys = jax.random.split(jax.random.key(seed), 4)
 
@@ -133,9 +141,10 @@ def _arm(
   group_keys = jax.random.split(keys[3], groups)
 
   def layer(params, x):
-    return moe_layer(x, info, params, {}, group_keys, mesh, options, True)[0]
+    return moe_layer(x, info, params, {}, group_keys, mesh, options, True)
 
-  function = timed(layer, backward)
+  function = timed(lambda params, x: layer(params, x).y, backward)
   arguments = params, put(x, BATCH_AXES)
   with jax.set_mesh(mesh):
-    return compile_arm(function, *arguments), jax.jit(function).lower(*arguments).as_text()
+    text = jax.jit(function).lower(*arguments).as_text()
+    return compile_arm(function, *arguments), text, lambda: jax.jit(layer)(*arguments).sums

@@ -1,4 +1,4 @@
-"""The MoE layer against a dense layer of the same active FLOPs and against its own products."""
+"""The MoE layer with its router, against dense of the same active FLOPs and its own products."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,9 +9,20 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moe_jax import routing
-from moe_jax.benchmark.arms import Shape, dense_of, dense_weights, expert_weights, timed
-from moe_jax.benchmark.timing import compile_arm, is_void, measure, profiled, ratio
-from moe_jax.layers.moe import MoeOptions, TokenInfo, group_capacity, moe_layer, run_experts
+from moe_jax.benchmark.arms import (
+  Shape,
+  dense_of,
+  dense_weights,
+  excess,
+  expert_weights,
+  load_facts,
+  products_of,
+  timed,
+  with_tokens_per_expert,
+)
+from moe_jax.benchmark.dispatch import DROPLESS
+from moe_jax.benchmark.timing import compile_arm, is_void, measure, milliseconds, profiled, ratio
+from moe_jax.layers.moe import MoeOptions, TokenInfo, group_capacity, moe_layer
 from moe_jax.parallel.mesh import make_mesh
 
 ROUTER_INIT_SCALE = 0.1
@@ -22,37 +33,46 @@ def rows(
   *,
   num_experts: Sequence[int],
   dispatch: str,
+  tokens_per_expert: int,
   rounds: int,
   seed: int,
   profile: str = '',
 ) -> Iterator[dict[str, Any]]:
   """Measures each number of experts, forward and forward + backward, on one device.
 
-  All tokens are one routing group. Every E has the same tokens and, with K and F fixed, the same
-  active FLOPs, so the dense layer (K * F hidden units) is the same for all. The router is random.
+  All tokens are one routing group. With K and F fixed, active FLOPs per token are those of the
+  dense layer (K * F hidden units) at every E. The router is random.
 
   Args:
     shape: of all rows.
     num_experts: values of E.
-    dispatch: the dispatcher.
+    dispatch: the dispatcher. One that drops nothing has no capacity factor, and its products are
+      those of ceil(S K / E) rows per expert.
+    tokens_per_expert: if not 0, tokens are as many as give each expert so many; else
+      `shape.num_tokens` for every E.
     rounds: of interleaved calls.
     seed: of weights, inputs and orders.
     profile: directory for a trace of each row's layer; empty for none.
 
   Yields:
-    num_experts, pass, eta_dense (time of dense / time of MoE), eta_bmm (time of the layer's own
-    batched products, on its own padded buffers / time of MoE), null (dense / copy of dense), void,
-    drop_share, tokens_per_expert, max_load (of the fullest expert over the mean), padding (share of
-    the slots that are empty), compile_seconds, temporary_bytes, and with `profile` the table of
-    the layer's time by part.
+    num_experts, num_tokens, dispatch, pass, eta_dense (time of dense / time of MoE), eta_bmm (time
+    of the layer's own batched products without dispatch / time of MoE), excess (over the first E;
+    see `arms.excess`), milliseconds and dense_milliseconds, null (dense / copy of dense), void,
+    what `load_facts` says, compile_seconds, temporary_bytes, and with
+    `profile` the table of the layer's time by part.
   """
   mesh = make_mesh(1, 1, jax.devices()[:1])
   key = jax.random.key(seed)
-  x = jax.random.normal(key, (1, shape.num_tokens, shape.embed_dim), jnp.dtype(shape.dtype))
+  first: dict[bool, float] = {}
   for experts in num_experts:
+    of_experts = with_tokens_per_expert(shape, tokens_per_expert, experts)
+    dims = (1, of_experts.num_tokens, shape.embed_dim)
+    x = jax.random.normal(key, dims, jnp.dtype(shape.dtype))
     options = options_of(shape, experts, dispatch)
     for backward in (False, True):
-      yield _row(shape, options, mesh, x, backward, rounds, seed, profile)
+      row = _row(shape, options, mesh, x, backward, rounds, seed, profile)
+      eta = row['eta_bmm']['median']
+      yield row | {'excess': excess(eta, first.setdefault(backward, eta))}
 
 
 def options_of(shape: Shape, num_experts: int, dispatch: str) -> MoeOptions:
@@ -64,7 +84,7 @@ def options_of(shape: Shape, num_experts: int, dispatch: str) -> MoeOptions:
     ),
     mlp_dim=shape.mlp_dim,
     activation=shape.activation,
-    capacity_factor=shape.capacity_factor,
+    capacity_factor=None if dispatch in DROPLESS else shape.capacity_factor,
     jitter=0.0,
     priority='token',
     balance_scopes=1,
@@ -95,8 +115,11 @@ def _row(
   places = jnp.zeros(x.shape[:2], jnp.int32)
   info = TokenInfo(jnp.ones(x.shape[:2], bool), places, places)
   group_keys = jax.random.split(keys[2], 1)
-  slots = (options.num_experts, 1, group_capacity(options, num_tokens), embed_dim)
-  buffers = jax.random.normal(keys[3], slots, x.dtype)
+  if options.capacity_factor is None:
+    slots = -(-num_tokens * options.num_selected_experts // options.num_experts)
+  else:
+    slots = group_capacity(options, num_tokens)
+  buffers = jax.random.normal(keys[3], (options.num_experts, slots, embed_dim), x.dtype)
 
   def moe(params, x):
     return moe_layer(x, info, params, {}, group_keys, mesh, options, True)
@@ -105,7 +128,7 @@ def _row(
     return dense_of(weights, x, options.activation)
 
   def products(params, buffers):
-    return run_experts(buffers, params, options.activation)
+    return products_of(params, buffers, options.activation)
 
   with jax.set_mesh(mesh):
     sums = jax.jit(moe)(params, x)[1]
@@ -120,19 +143,19 @@ def _row(
     name = f'E{options.num_experts}-{"forward+backward" if backward else "forward"}'
     table = profiled(arms['moe'], profile, name)
   null = ratio(seconds['dense'], seconds['dense copy'])
-  kept = float(np.sum(sums.kept_per_expert))
-  load = np.asarray(sums.tokens_per_expert, np.float64).ravel()
+  all_slots = None if options.capacity_factor is None else options.num_experts * slots
   return {
     'num_experts': options.num_experts,
+    'num_tokens': num_tokens,
+    'dispatch': options.dispatch,
     'pass': 'forward+backward' if backward else 'forward',
     'eta_dense': ratio(seconds['dense'], seconds['moe'])._asdict(),
     'eta_bmm': ratio(seconds['products'], seconds['moe'])._asdict(),
+    'milliseconds': milliseconds(seconds['moe']),
+    'dense_milliseconds': milliseconds(seconds['dense']),
     'null': null._asdict(),
     'void': is_void(null),
-    'drop_share': 1 - kept / load.sum(),
-    'tokens_per_expert': num_tokens * options.num_selected_experts / options.num_experts,
-    'max_load': float(load.max() / load.mean()),
-    'padding': 1 - kept / (buffers.size / embed_dim),
+    **load_facts(sums.tokens_per_expert, int(np.sum(sums.kept_per_expert)), all_slots),
     'compile_seconds': arms['moe'].compile_seconds,
     'temporary_bytes': arms['moe'].temporary_bytes,
   } | table

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import routing
-from moe_jax.benchmark.timing import compile_arm, is_void, measure, ratio
+from moe_jax.benchmark.arms import load_facts
+from moe_jax.benchmark.timing import Compiled, compile_arm, is_void, measure, ratio
 from moe_jax.layers.basic import activate, hidden_dim
+from moe_jax.routing.router import Mixture
 
 VOCAB_SIZE = 32_768
 
@@ -60,8 +62,9 @@ def rows(
   any E.
 
   Yields:
-    E, router, and either share (time of choice and plan / time of the products), null and void, or
-    not_measured, the reason.
+    num_experts, router, and either share (time of choice and plan / time of the products), null,
+    void, what `load_facts` says (None where slots are mixtures of tokens), compile_seconds and
+    temporary_bytes; or not_measured, the reason.
   """
   key = jax.random.key(seed)
   tokens = jax.random.normal(key, (1, num_tokens, embed_dim), jnp.float32)
@@ -84,7 +87,7 @@ def rows(
         arms[name] = _arm(name, options, tokens, seed)
       except ValueError as error:
         reasons[name] = str(error)
-    seconds = measure(reference | arms, rounds, seed)
+    seconds = measure(reference | {name: arm.call for name, arm in arms.items()}, rounds, seed)
     null = ratio(seconds['products'], seconds['copy'])
     for name in routers:
       row: dict[str, Any] = {'num_experts': experts, 'router': name}
@@ -92,11 +95,27 @@ def rows(
         yield row | {'not_measured': reasons[name]}
         continue
       share = ratio(seconds[name], seconds['products'])
-      yield row | {'share': share._asdict(), 'null': null._asdict(), 'void': is_void(null)}
+      row |= {'share': share._asdict(), 'null': null._asdict(), 'void': is_void(null)}
+      yield row | {
+        **_facts(arms[name].call()),
+        'compile_seconds': arms[name].compile_seconds,
+        'temporary_bytes': arms[name].temporary_bytes,
+      }
 
 
-def _arm(name: str, options: routing.RouterOptions, tokens: jax.Array, seed: int):
-  """Returns a call that chooses and plans once."""
+def _facts(result: Any) -> dict[str, float | None]:
+  """Returns what a router's choice and plan say of the load."""
+  if isinstance(result, Mixture):
+    return dict.fromkeys(('tokens_per_expert', 'max_load', 'drop_share', 'padding'))
+  _, plan = result
+  num_experts = plan.source_index.shape[1]
+  asked = np.asarray(plan.expert_index)[np.asarray(plan.asked)]
+  load = np.bincount(asked, minlength=num_experts)
+  return load_facts(load, int(np.sum(plan.keep)), plan.source_index.size)
+
+
+def _arm(name: str, options: routing.RouterOptions, tokens: jax.Array, seed: int) -> Compiled:
+  """Returns what chooses and plans once."""
   router = routing.ROUTERS[name]
   _, num_tokens, embed_dim = tokens.shape
   rng = np.random.default_rng(seed)
@@ -118,4 +137,4 @@ def _arm(name: str, options: routing.RouterOptions, tokens: jax.Array, seed: int
     return choice, routing.make_plan(choice, valid, keys, capacity=capacity)
 
   keys = jax.random.split(jax.random.key(seed), 1)
-  return compile_arm(plan, params, state, tokens, ids, keys).call
+  return compile_arm(plan, params, state, tokens, ids, keys)

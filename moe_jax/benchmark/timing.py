@@ -24,15 +24,17 @@ class Compiled(NamedTuple):
 
   Attributes:
     call: runs it once and waits.
-    compile_seconds: what XLA took.
-    temporary_bytes: what it needs beside arguments and results.
-    program: returns its text.
+    first_seconds: of the first call after compiling.
+    compile_seconds: what XLA took; None where nothing is compiled beforehand.
+    temporary_bytes: what it needs beside arguments and results; None where that is not known.
+    program: returns its text; empty where there is none.
   """
 
   call: Callable[[], Any]
-  compile_seconds: float
-  temporary_bytes: int
-  program: Callable[[], str]
+  first_seconds: float
+  compile_seconds: float | None
+  temporary_bytes: int | None
+  program: Callable[[], str] = lambda: ''
 
 
 class Ratio(NamedTuple):
@@ -56,9 +58,12 @@ def compile_arm(function: Callable, *arguments: Any) -> Compiled:
   def call():
     return jax.block_until_ready(compiled(*arguments))
 
+  start = time.perf_counter()
   call()
+  first = time.perf_counter() - start
   analysis: Any = compiled.memory_analysis()
-  return Compiled(call, seconds, analysis.temp_size_in_bytes, lambda: compiled.as_text() or '')
+  temporary = analysis.temp_size_in_bytes
+  return Compiled(call, first, seconds, temporary, lambda: compiled.as_text() or '')
 
 
 def measure(
@@ -104,6 +109,11 @@ def profiled(arm: Compiled, directory: str, name: str) -> dict[str, Any]:
     return {}
   table = profiling.trace_calls(arm.call, arm.program(), '--profile', f'{directory}/{name}')
   return {'profile': table.to_json()}
+
+
+def milliseconds(seconds: list[float]) -> float:
+  """Returns the median."""
+  return float(np.median(seconds)) * 1000
 
 
 def is_void(null: Ratio) -> bool:

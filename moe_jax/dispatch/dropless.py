@@ -206,7 +206,7 @@ def _add_rest_bwd(experts, sizes, axis_name, residuals, grads):
   grad_y, of_tokens, of_weights = grads
   start = Gradients(of_tokens.astype(jnp.float32), jnp.zeros_like(scales), of_weights)
   if axis_name is None:
-    blocks = blocks_lib.make_blocks(*rest, sizes.block)
+    blocks = blocks_lib.make_blocks(rest.expert, rest.rank, rest.counts, sizes.block)
     done = blocks_lib.backward(start, grad_y, tokens, scales, weights, blocks, experts)
   else:
     rounds = _Rounds(experts, sizes, axis_name, weights, rest)
@@ -220,7 +220,7 @@ add_rest.defvjp(_add_rest_fwd, _add_rest_bwd)
 def _forward(experts, sizes, axis_name, tokens, scales, weights, rest):
   y = on_each_device(jnp.zeros(tokens.shape, jnp.float32))
   if axis_name is None:
-    blocks = blocks_lib.make_blocks(*rest, sizes.block)
+    blocks = blocks_lib.make_blocks(rest.expert, rest.rank, rest.counts, sizes.block)
     return blocks_lib.forward(y, tokens, scales, weights, blocks, experts)
   return _Rounds(experts, sizes, axis_name, weights, rest).forward(y, tokens, scales)
 

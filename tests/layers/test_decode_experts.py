@@ -30,8 +30,9 @@ def oracle(tokens, plan, weights, activation):
   own = jnp.broadcast_to(jnp.arange(size * k, dtype=jnp.int32).reshape(size, k), plan.keep.shape)
   source = jnp.zeros((plan.keep.shape[0], weights[0].shape[0], size * k), jnp.int32)
   plan = plan._replace(slot_index=own, source_index=source)
-  params = moe.MoeParams({}, *weights)
-  outputs = moe.run_experts(einsum.dispatch(tokens, plan), params, activation)
+  buffers = einsum.dispatch(tokens, plan)
+  rows = buffers.reshape(buffers.shape[0], -1, buffers.shape[-1])
+  outputs = moe.run_experts(rows, weights, activation).reshape(buffers.shape)
   return einsum.combine(outputs, plan)
 
 

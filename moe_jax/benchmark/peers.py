@@ -1,0 +1,212 @@
+"""Layers of other libraries, on the weights, tokens and routing of ours, timed in the same rounds.
+
+`grouped_mm` is `torch.nn.functional.grouped_mm` through the experts registry of transformers, which
+drops nothing. Never the registry's eager loop: its backward pass is quadratic in E. It is held
+against a dense layer in torch, and against ours in milliseconds. torch and transformers are needed
+for nothing else here. Beside JAX on a GPU, set XLA_PYTHON_CLIENT_PREALLOCATE=false.
+"""
+
+import importlib
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from moe_jax.benchmark.arms import Shape
+from moe_jax.benchmark.timing import is_void, milliseconds, ratio
+from moe_jax.errors import UserError
+from moe_jax.layers.moe import MoeParams
+
+GROUPED = 'grouped_mm'
+DENSE, DENSE_COPY = 'torch dense', 'torch dense copy'
+# How far outputs may be from the oracle's, as a share of its largest.
+_TOLERANCE = {'float32': 1e-4, 'bfloat16': 3e-2}
+_CHECKED_TOKENS = 8
+
+
+def libraries() -> tuple[Any, Any, str]:
+  """Returns torch, the registry's room of transformers, and the versions of both.
+
+  Raises:
+    UserError: if one is not installed, or torch cannot run where JAX does.
+  """
+  found = []
+  for name in ('torch', 'transformers'):
+    try:
+      found.append(importlib.import_module(name))
+    except ModuleNotFoundError as error:
+      if error.name != name:
+        raise
+      raise UserError('--peers', True, f'needs the package {name}: pip install {name}') from error
+  torch, transformers = found
+  platform = jax.devices()[0].platform
+  if platform not in ('cpu', 'gpu') or (platform == 'gpu' and not torch.cuda.is_available()):
+    raise UserError('--peers', True, f'torch {torch.__version__} cannot use this {platform}')
+  if not hasattr(torch.nn.functional, GROUPED):
+    raise UserError(
+      '--peers', True, f'torch {torch.__version__} has no {GROUPED}: use 2.10 or newer'
+    )
+  versions = f'torch {torch.__version__}, transformers {transformers.__version__}'
+  try:
+    registry = importlib.import_module('transformers.integrations.moe')
+  except ModuleNotFoundError as error:
+    raise UserError(
+      '--peers', True, f'transformers {transformers.__version__} has no registry of experts'
+    ) from error
+  return torch, registry, versions
+
+
+def arms(
+  shape: Shape,
+  params: MoeParams,
+  dense: tuple[Array, Array],
+  tokens: Float[Array, 'S D'],
+  expert_index: Int[Array, 'S K'],
+  backward: bool,
+) -> dict[str, Callable[[], Any]]:
+  """Returns calls that run once and wait, warmed up: torch's dense layer twice, and `GROUPED`.
+
+  As with ours, the backward pass gives the gradients of the sum of squares of the outputs for
+  weights and tokens, and gates are equal. Weights are stored [E D F] like ours.
+
+  Raises:
+    UserError: from `libraries`.
+    RuntimeError: if the outputs are not those of the experts that were asked for.
+  """
+  torch, registry, _ = libraries()
+  w_in, w_out, dense_in, dense_out, x = (
+    torch.from_dlpack(array).detach().requires_grad_(backward)
+    for array in (params.w_in, params.w_out, *dense, tokens)
+  )
+  index = torch.from_dlpack(expert_index).long()
+  gates = torch.full(index.shape, 1 / index.shape[1], device=x.device)
+  activate, act_fn = _activation(torch, shape.activation)
+  experts = _experts(torch, registry, w_in, w_out, shape.activation, act_fn)
+
+  def dense_layer():
+    return activate(x @ dense_in) @ dense_out
+
+  def grouped():
+    return experts(x, index, gates)
+
+  weights = [experts.first, experts.down_proj, x]
+  calls = {
+    DENSE: _call(torch, dense_layer, [dense_in, dense_out, x], backward),
+    DENSE_COPY: _call(torch, dense_layer, [dense_in, dense_out, x], backward),
+    GROUPED: _call(torch, grouped, weights, backward),
+  }
+  _check(grouped()[:_CHECKED_TOKENS].detach().float().cpu(), shape, params, tokens, expert_index)
+  for call in calls.values():
+    call()
+  return calls
+
+
+def summary(seconds: dict[str, list[float]], ours: Sequence[str]) -> dict[str, Any]:
+  """Returns what a row says of peers.
+
+  Args:
+    seconds: of all arms, by name.
+    ours: the arms of this package to hold against `GROUPED`.
+
+  Returns:
+    versions, null (torch's dense layer / its copy), void, dense_milliseconds, eta_dense (torch's
+    dense layer / `GROUPED`), milliseconds, and `ours`: {arm: time of `GROUPED` / time of the arm}.
+  """
+  null = ratio(seconds[DENSE], seconds[DENSE_COPY])
+  return {
+    'versions': libraries()[2],
+    'null': null._asdict(),
+    'void': is_void(null),
+    'dense_milliseconds': milliseconds(seconds[DENSE]),
+    'eta_dense': ratio(seconds[DENSE], seconds[GROUPED])._asdict(),
+    'milliseconds': milliseconds(seconds[GROUPED]),
+    'ours': {arm: ratio(seconds[GROUPED], seconds[arm])._asdict() for arm in ours},
+  }
+
+
+def _activation(torch: Any, activation: str) -> tuple[Callable, Callable]:
+  """Returns hidden layer -> activated one as `basic.activate`, and the function within it."""
+  functional = torch.nn.functional
+  if activation == 'gelu':
+    gelu = lambda hidden: functional.gelu(hidden, approximate='tanh')  # noqa: E731
+    return gelu, gelu
+
+  def swiglu(hidden):
+    gate, value = hidden.chunk(2, dim=-1)
+    return functional.silu(gate) * value
+
+  return swiglu, functional.silu
+
+
+def _experts(
+  torch: Any, registry: Any, w_in: Any, w_out: Any, activation: str, act_fn: Callable
+) -> Any:
+  """Returns a module of experts that runs what the registry calls `GROUPED`."""
+
+  class Experts(torch.nn.Module):
+    """As the experts of a model in transformers; its own forward is the eager loop."""
+
+    def __init__(self, config):
+      super().__init__()
+      self.num_experts = w_in.shape[0]
+      self.first, self.down_proj = torch.nn.Parameter(w_in), torch.nn.Parameter(w_out)
+      self.act_fn = act_fn
+      if activation == 'swiglu':
+        self.gate_up_proj = self.first
+      else:
+        self.up_proj = self.first
+
+    def forward(self, *_):
+      raise RuntimeError(f'the registry of experts did not take {GROUPED}')
+
+  decorate = registry.use_experts_implementation(
+    is_transposed=True, has_gate=activation == 'swiglu'
+  )
+  return decorate(Experts)(types.SimpleNamespace(_experts_implementation=GROUPED))
+
+
+def _call(torch: Any, layer: Callable, inputs: list[Any], backward: bool) -> Callable[[], Any]:
+  """Returns a call that runs a layer once, or its gradients, and waits for the device."""
+  wait = torch.cuda.synchronize if inputs[0].is_cuda else lambda: None
+
+  def call():
+    if backward:
+      result = torch.autograd.grad(layer().float().square().sum(), inputs)
+    else:
+      with torch.no_grad():
+        result = layer()
+    wait()
+    return result
+
+  return call
+
+
+def _check(
+  found: Any,
+  shape: Shape,
+  params: MoeParams,
+  tokens: Float[Array, 'S D'],
+  expert_index: Int[Array, 'S K'],
+) -> None:
+  """Compares the outputs of the first tokens with those of their experts, in NumPy."""
+  wanted = np.zeros((len(found), shape.embed_dim))
+  for token, experts in enumerate(np.asarray(expert_index[: len(found)])):
+    for expert in experts:
+      hidden = _wide(tokens[token]) @ _wide(params.w_in[expert])
+      if shape.activation == 'swiglu':
+        gate, value = np.split(hidden, 2)
+        hidden = gate / (1 + np.exp(-gate)) * value
+      else:
+        inner = np.sqrt(2 / np.pi) * (hidden + 0.044715 * hidden**3)
+        hidden = hidden * (1 + np.tanh(inner)) / 2
+      wanted[token] += hidden @ _wide(params.w_out[expert]) / len(experts)
+  off = np.max(np.abs(found.numpy() - wanted)) / np.max(np.abs(wanted))
+  if not off <= _TOLERANCE[shape.dtype]:
+    raise RuntimeError(f'{GROUPED}: outputs are off by {off:.1%} of the largest')
+
+
+def _wide(array: Array) -> Float[np.ndarray, '...']:
+  return np.asarray(array).astype(np.float64)
