@@ -482,7 +482,7 @@ def test_fewer_devices_than_the_run_had_is_said(run, monkeypatch):
 
 
 def test_a_defect_of_ours_is_not_dressed_up(path, tmp_path, monkeypatch):
-  def broken(config, workdir):
+  def broken(*arguments, **more):
     raise ZeroDivisionError('ours')
 
   monkeypatch.setattr(loop, 'train', broken)
