@@ -4,6 +4,10 @@
 drops nothing. Never the registry's eager loop: its backward pass is quadratic in E. It is held
 against a dense layer in torch, and against ours in milliseconds. torch and transformers are needed
 for nothing else here. Beside JAX on a GPU, set XLA_PYTHON_CLIENT_PREALLOCATE=false.
+
+On CPUs torch's threads wait for each other after each product: beside other work its times are
+those of the waits, many times too long. Believe them on a quiet machine only, whatever its null
+arm says.
 """
 
 import importlib

@@ -32,7 +32,7 @@ def of_dispatch(row: dict[str, Any]) -> str:
   for name, arm in row['arms'].items():
     ahead = ''
     if peers and name in peers['ours']:
-      ahead = f'grouped_mm/arm {Ratio(**peers["ours"][name])!s:<20}'
+      ahead = f'grouped_mm/arm {Ratio(**peers["ours"][name])!s:<20} '
     lines.append(
       f'  {name:<12}dense/arm {Ratio(**arm["eta_dense"])!s:<20}products/arm '
       f'{Ratio(**arm["eta_bmm"])!s:<20}excess {arm["excess"]:<6.2f}'
