@@ -177,7 +177,7 @@ def test_a_trace_is_what_the_router_of_a_run_chose(tmp_path, text):
   chosen = routings.choose('trace', SHAPE._replace(num_tokens=64), 8, 0, trace)
   load = np.bincount(chosen.ravel(), minlength=8)
   assert rows[0]['max_load'] == pytest.approx(load.max() / load.mean())
-  for wrong in ('--num_experts=4', '--num_selected_experts=1'):
+  for wrong in ('--num_experts=4', '--num_selected_experts=1', f'--data_dir={tmp_path}/none'):
     refused = tiny.command('benchmark', 'dispatch', *SMALL[:3], *flags, wrong)
     refused.assert_error(wrong.partition('=')[0])
   tiny.command('benchmark', 'dispatch', *SMALL, '--routings=trace').assert_error('--workdir')

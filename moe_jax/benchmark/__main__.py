@@ -70,6 +70,9 @@ _ROUTINGS = flags.DEFINE_list(
   'routings', list(routings.DRAWN), f'dispatch: which; {routings.TRACE} needs --workdir.'
 )
 _WORKDIR = flags.DEFINE_string('workdir', None, f'dispatch: run whose routing {routings.TRACE} is.')
+_DATA_DIR = flags.DEFINE_string(
+  'data_dir', None, "dispatch: where the data of that run is kept; the run's by default."
+)
 _PEERS = flags.DEFINE_bool(
   'peers', False, 'dispatch: also time grouped_mm of torch and transformers, which must be there.'
 )
@@ -171,7 +174,7 @@ def _dispatch() -> None:
   trace = None
   if routings.TRACE in names:
     most = arms.with_tokens_per_expert(shape, tokens_per_expert, max(num_experts))
-    trace = routings.record(cli.required(_WORKDIR), most.num_tokens)
+    trace = routings.record(cli.required(_WORKDIR), most.num_tokens, _DATA_DIR.value)
     if _NUM_EXPERTS.value is None:
       num_experts = [trace.num_experts]
   if _PEERS.value:

@@ -1,5 +1,6 @@
 """Which experts the tokens of a benchmark go to: drawn from a law, or as a trained model chose."""
 
+import os
 from typing import NamedTuple
 
 import jax
@@ -83,7 +84,7 @@ def _of_trace(
   return trace.expert_index[:num_tokens]
 
 
-def record(workdir: str, num_tokens: int) -> Trace:
+def record(workdir: str, num_tokens: int, data_dir: str | None = None) -> Trace:
   """Runs the model of a run over its training text and records what its routers choose.
 
   The batches are those that training starts with: documents of all domains, shuffled. Of the MoE
@@ -92,15 +93,20 @@ def record(workdir: str, num_tokens: int) -> Trace:
   Args:
     workdir: of the run; its newest checkpoint is read.
     num_tokens: as many are recorded, or a few more.
+    data_dir: where its data is kept; where the run says by default.
 
   Raises:
-    UserError: if there is no such run, it has no experts, its text is gone, or a token may ask for
-      fewer experts than others.
+    UserError: if there is no such run, it has no experts, its text is another now, or a token may
+      ask for fewer experts than others.
     DamagedError: if no checkpoint is good.
   """
   run = restore_run(workdir, mesh='data=1,expert=1', flag='--workdir')
   if not run.config.moe.num_experts:
     raise UserError('--workdir', workdir, 'holds a dense model, which routes nothing')
+  if data_dir:
+    if not os.path.isdir(data_dir):
+      raise UserError('--data_dir', data_dir, 'must be a directory that exists')
+    run.config.data.data_dir = data_dir
   choices = _choices(run, workdir, num_tokens)
   if choices.min() < 0:
     raise UserError(
