@@ -121,6 +121,7 @@ def test_a_router_says_which_fields_it_reads(name):
         state = router.from_counts(state, np.arange(5), options)
       jax.eval_shape(functools.partial(run, options), state)
   assert seen & fields - common == set(router.reads)
+  assert ('capacity' in seen) == router.fills_slots
 
 
 def test_segments_keep_what_is_active():

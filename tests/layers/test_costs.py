@@ -82,3 +82,24 @@ def test_exchanged_bytes_are_the_formula(dtype, backward):
   each = tokens * SELECTED * FACTOR * WIDTH * itemsize * (1 - 1 / expert)
   # There and back; and so again for the gradients.
   assert exchanged == [each] * (4 if backward else 2)
+
+
+@pytest.mark.parametrize('dispatch', ['gather', 'dropless'])
+def test_one_program_for_balanced_and_collapsed_routing(dispatch):
+  options = small_layer.make_options(dispatch=dispatch)
+  inputs = small_layer.draw(options)
+  mesh, traced = make_mesh(1, 1), []
+
+  @jax.jit
+  def layer(params):
+    traced.append(params)
+    return small_layer.apply(inputs._replace(params=params), mesh, options)
+
+  loads = []
+  for bias in (0.0, 20.0):
+    # The last feature of every token is 1, so that this is a bias of expert 0.
+    router = inputs.params.router['router'].at[-1, 0].add(bias)
+    _, sums = layer(inputs.params._replace(router={'router': router}))
+    loads.append(sums.tokens_per_expert[0, 0])
+  assert loads[1] == inputs.valid.sum() > loads[0]
+  assert len(traced) == layer._cache_size() == 1

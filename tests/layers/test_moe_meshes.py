@@ -1,6 +1,6 @@
 """One result on every mesh: loss, gradients (plain SGD), every sum, and the keep-mask bit for bit.
 
-Four policies, each with every dispatcher, on eight meshes at three capacity factors; jitter, group
+Four policies, each with the dispatchers, on eight meshes at three capacity factors; jitter, group
 size and balance scopes vary with the policy.
 """
 
@@ -26,7 +26,13 @@ POLICIES = {
   'priority': {'jitter': 0.1, 'group_size': 1, 'balance_scopes': 2, 'renormalize': 'none'},
   'random': {'jitter': 0.0, 'group_size': 2, 'balance_scopes': 16, 'softmax_order': 'after'},
 }
-CASES = [(priority, name) for priority in POLICIES for name in dispatch.DISPATCHERS]
+# `dropless` does not look at who has which slot: one policy that keeps by position, one by chance.
+CASES = [
+  (priority, name)
+  for priority in POLICIES
+  for name in dispatch.DISPATCHERS
+  if name != 'dropless' or priority in ('token', 'random')
+]
 
 
 def options_of(case, capacity_factor):
@@ -112,7 +118,7 @@ def test_every_mesh_gives_the_result_of_one_device(data, expert, one_device):
 @pytest.mark.parametrize('priority', POLICIES)
 def test_one_device_gives_the_result_of_the_oracle(priority, capacity_factor, one_device):
   inputs = small_layer.draw(small_layer.OPTIONS)
-  for name in dispatch.DISPATCHERS:
+  for name in [name for case, name in CASES if case == priority]:
     options = options_of((priority, name), capacity_factor)
     _, y, sums, _, keep = one_device[capacity_factor][priority, name]
     layer = small_layer.expected(inputs, options)
@@ -126,7 +132,7 @@ def test_one_device_gives_the_result_of_the_oracle(priority, capacity_factor, on
 @pytest.mark.parametrize('priority', POLICIES)
 def test_every_dispatcher_gives_the_same_result(priority, capacity_factor, one_device):
   outcome = one_device[capacity_factor]
-  for name in dispatch.DISPATCHERS:
+  for name in [name for case, name in CASES if case == priority]:
     check_same(outcome[priority, name], outcome[priority, 'einsum'])
 
 

@@ -96,3 +96,15 @@ def test_carries_no_gradient():
     return jnp.sum(choice.gates) + jnp.sum(choice.router_probs) + jnp.sum(choice.router_logits)
 
   np.testing.assert_array_equal(jax.grad(total)(jnp.ones((1, 2, 3))), np.zeros((1, 2, 3)))
+
+
+def test_by_hand(monkeypatch):
+  # Drawn 0.2, 0.9, 0.5 and 0.7, 0.1, 0.6 for two tokens: the two largest are of experts 1, 2 and of
+  # 0, 2, in this order. Gates 1 / 2, so probabilities 0, 1/2, 1/2 and 1/2, 0, 1/2.
+  drawn = jnp.array([[0.2, 0.9, 0.5], [0.7, 0.1, 0.6]])
+  monkeypatch.setattr(jax.random, 'uniform', lambda key, shape: drawn)
+  options = RouterOptions(3, 2, training=True)
+  choice = random_choice.choose({}, {}, inputs_at([[0, 1]]), options)
+  np.testing.assert_array_equal(choice.expert_index, [[[1, 2], [0, 2]]])
+  np.testing.assert_array_equal(choice.gates, np.full((1, 2, 2), 0.5))
+  np.testing.assert_allclose(choice.router_probs, [[[0, 0.5, 0.5], [0.5, 0, 0.5]]])
