@@ -74,6 +74,6 @@ def test_control_the_oracle_of_dispatch_is_noticed():
   inputs = arguments[-1]
 
   def run(*arguments):
-    return dispatch.DISPATCHERS['einsum'].dispatch(inputs.tokens, function(*arguments)[1])
+    return dispatch.einsum.dispatch(inputs.tokens, function(*arguments)[1])
 
   assert largest_array(run, *arguments) >= TOKENS * 8 * CAPACITY
