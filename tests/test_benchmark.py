@@ -138,6 +138,15 @@ def test_layer_keeps_tokens_per_expert_and_says_how_much_more_it_grows_than_its_
     assert row['excess'] == pytest.approx(grown)
 
 
+def test_products_print_a_row_for_each_product_of_each_matrix():
+  result = tiny.command('benchmark', 'products', *SMALL)
+  assert result.code == 0, result.err
+  rows = [json.loads(line) for line in result.out.splitlines()]
+  assert [row['product'] for row in rows] == 2 * ['x W', 'dx', 'dW']
+  assert {row['num_rows'] for row in rows} == {40}  # 64 tokens x 2 x 1.25 / 4 experts
+  assert not any(row['loops'] for row in rows)
+
+
 def test_router_says_what_it_asks_of_the_experts():
   flags = ('--num_experts=4', '--routers=top_k,round_robin,soft', *SMALL)
   result = tiny.command('benchmark', 'router', *flags)

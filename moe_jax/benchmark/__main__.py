@@ -1,4 +1,4 @@
-"""Benchmarks: python -m moe_jax.benchmark {decode,dispatch,ep,layer,router,step,sweep} [--json].
+"""Benchmarks: python -m moe_jax.benchmark COMMAND [--json].
 
 decode: single tokens that meet many experts: ways of running few of them, and whole decoding steps,
   against dense; tokens per second.
@@ -6,6 +6,7 @@ dispatch: moving tokens and the experts' products under a given routing, against
   products alone, one-hot products, lax.ragged_dot, and a copy of the same bytes.
 ep: the MoE layer over a mesh against the same work on one device, and the bytes it exchanges.
 layer: the MoE layer against a dense layer of the same active FLOPs and its own batched products.
+products: the experts' products all in one against one expert at a time.
 router: choosing and planning, as a share of the experts' products.
 step:  where the time of a training step goes, and how long it waits for data (--config=...).
 sweep: what it gains to train several trials as one program (--config=...).
@@ -29,6 +30,7 @@ from moe_jax.benchmark import (
   expert_parallel,
   layer,
   peers,
+  products,
   router,
   routings,
   step,
@@ -45,23 +47,27 @@ _STEPS = flags.DEFINE_integer('steps', 20, 'step: real steps with the data pipel
 _NUM_EXPERTS = flags.DEFINE_list(
   'num_experts',
   None,
-  'Values of E; decode: 8,64,256; dispatch, layer, router: 8,64,256,1024; ep: 8,64.',
+  'Values of E; decode: 8,64,256; dispatch, layer, products, router: 8,64,256,1024; ep: 8,64.',
 )
 _NUM_TOKENS = flags.DEFINE_integer(
-  'num_tokens', 4096, 'dispatch, layer: tokens, one routing group.'
+  'num_tokens', 4096, 'dispatch, layer, products: tokens, one routing group.'
 )
-_EMBED_DIM = flags.DEFINE_integer('embed_dim', 512, 'decode, dispatch, layer: D.')
-_MLP_DIM = flags.DEFINE_integer('mlp_dim', 1024, 'decode, dispatch, layer: F of one expert.')
-_SELECTED = flags.DEFINE_integer('num_selected_experts', 2, 'decode, dispatch, layer: K.')
-_CAPACITY_FACTOR = flags.DEFINE_float('capacity_factor', 1.25, 'dispatch, layer: of every E.')
+_EMBED_DIM = flags.DEFINE_integer('embed_dim', 512, 'decode, dispatch, layer, products: D.')
+_MLP_DIM = flags.DEFINE_integer(
+  'mlp_dim', 1024, 'decode, dispatch, layer, products: F of one expert.'
+)
+_SELECTED = flags.DEFINE_integer('num_selected_experts', 2, 'decode, dispatch, layer, products: K.')
+_CAPACITY_FACTOR = flags.DEFINE_float(
+  'capacity_factor', 1.25, 'dispatch, layer, products: of every E.'
+)
 _DISPATCH = flags.DEFINE_enum(
   'dispatch', 'gather', sorted(dispatch_room.DISPATCHERS), 'layer: dispatcher.'
 )
 _ACTIVATION = flags.DEFINE_enum(
-  'activation', 'swiglu', ['swiglu', 'gelu'], 'decode, dispatch, layer: of all arms.'
+  'activation', 'swiglu', ['swiglu', 'gelu'], 'decode, dispatch, layer, products: of all arms.'
 )
 _DTYPE = flags.DEFINE_enum(
-  'dtype', 'float32', ['float32', 'bfloat16'], 'decode, dispatch, layer: of the products.'
+  'dtype', 'float32', ['float32', 'bfloat16'], 'decode, dispatch, layer, products: of the products.'
 )
 _SEED = flags.DEFINE_integer('seed', 0, 'Of weights, inputs and orders.')
 _ROUTERS = flags.DEFINE_list('routers', sorted(routing.ROUTERS), 'router: which.')
@@ -80,7 +86,9 @@ _ARMS = flags.DEFINE_list(
   'arms', list(dispatch.ARMS), 'dispatch: which, beside dense and products.'
 )
 _TOKENS_PER_EXPERT = flags.DEFINE_integer(
-  'tokens_per_expert', 0, 'dispatch, layer: so many tokens for each expert; 0 for num_tokens.'
+  'tokens_per_expert',
+  0,
+  'dispatch, layer, products: so many tokens for each expert; 0 for num_tokens.',
 )
 _MESHES = flags.DEFINE_list('meshes', ['1x8', '2x4'], 'ep: data x expert of each.')
 _BATCHES = flags.DEFINE_list('batches', ['1', '16', '256'], 'decode: sequences at a time.')
@@ -89,7 +97,7 @@ _PROFILE = flags.DEFINE_string(
   'profile', None, 'decode, layer, step: directory for traces and tables of the time by part.'
 )
 _PROFILED = ('decode', 'layer', 'step')
-_COMMANDS = ('decode', 'dispatch', 'ep', 'layer', 'router', 'step', 'sweep')
+_COMMANDS = ('decode', 'dispatch', 'ep', 'layer', 'products', 'router', 'step', 'sweep')
 
 
 def main() -> None:
@@ -107,6 +115,7 @@ def main() -> None:
     'dispatch': _dispatch,
     'ep': _ep,
     'layer': _layer,
+    'products': _products,
     'router': _router,
     'step': _step,
     'sweep': _sweep,
@@ -239,6 +248,17 @@ def _layer() -> None:
   if not _JSON.value:
     print(text.LAYER_HEAD)
   _show(rows, lambda row: text.of_layer(row) + _profile_text(row))
+
+
+def _products() -> None:
+  rows = products.rows(
+    _shape(),
+    num_experts=_values_of_e([8, 64, 256, 1024]),
+    tokens_per_expert=_tokens_per_expert(),
+    rounds=_ROUNDS.value,
+    seed=_SEED.value,
+  )
+  _show(rows, text.of_products)
 
 
 def _step() -> None:

@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from moe_jax.layers.basic import activate, hidden_dim
-from moe_jax.layers.moe import MoeParams, run_experts
+from moe_jax.layers.experts import run_experts
+from moe_jax.layers.moe import MoeParams
 
 
 class Shape(NamedTuple):

@@ -30,7 +30,8 @@ from moe_jax.benchmark.arms import (
 from moe_jax.benchmark.routings import Trace, choose
 from moe_jax.benchmark.timing import Compiled, compile_arm, is_void, measure, milliseconds, ratio
 from moe_jax.layers.basic import activate
-from moe_jax.layers.moe import MoeParams, run_experts
+from moe_jax.layers.experts import run_experts
+from moe_jax.layers.moe import MoeParams
 from moe_jax.parallel.mesh import BATCH_AXES, EXPERT_AXIS, make_mesh
 from moe_jax.routing.plan import Plan
 

@@ -30,8 +30,9 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from moe_jax.dispatch import blocks as blocks_lib
 from moe_jax.dispatch import exchange, gather
 from moe_jax.dispatch.blocks import Experts, Gradients, Weights
-from moe_jax.parallel.mesh import BATCH_AXES, on_each_device, on_each_replica
+from moe_jax.parallel.mesh import BATCH_AXES
 from moe_jax.routing.plan import Plan
+from moe_jax.routing.router import varying_like
 
 # Standard deviations of the load of random routing that the base holds above the mean.
 SLACK = 2.0
@@ -158,7 +159,7 @@ def run(
   rows = tokens.reshape(groups * size, width)
   y = None
   if sizes.base < groups * size:
-    weights = jax.tree.map(on_each_replica, weights)
+    weights = varying_like(weights, rows)
     scales = jnp.where(beyond, plan.combine_weights.reshape(beyond.shape), 0).ravel()
     rest = find_rest(of_base, beyond, sizes.base)
     axis = axis_name if num_devices > 1 else None
@@ -218,7 +219,7 @@ add_rest.defvjp(_add_rest_fwd, _add_rest_bwd)
 
 
 def _forward(experts, sizes, axis_name, tokens, scales, weights, rest):
-  y = on_each_device(jnp.zeros(tokens.shape, jnp.float32))
+  y = varying_like(jnp.zeros(tokens.shape, jnp.float32), tokens)
   if axis_name is None:
     blocks = blocks_lib.make_blocks(rest.expert, rest.rank, rest.counts, sizes.block)
     return blocks_lib.forward(y, tokens, scales, weights, blocks, experts)
@@ -252,8 +253,8 @@ class _Rounds:
       items = self._items(index)
       inputs = self._swap(blocks_lib.rows(tokens, items // fan_out))
       blocks = self._received_blocks(items)
-      start = on_each_device(jnp.zeros(inputs.shape, jnp.float32))
-      ones = on_each_device(jnp.ones(inputs.shape[0], jnp.float32))
+      start = varying_like(jnp.zeros(inputs.shape, jnp.float32), inputs)
+      ones = varying_like(jnp.ones(inputs.shape[0], jnp.float32), inputs)
       outputs = blocks_lib.forward(start, inputs, ones, self._weights, blocks, self._experts)
       returned = self._swap(outputs.astype(tokens.dtype)).astype(jnp.float32)
       scaled = returned * blocks_lib.rows(scales[:, None], items)
@@ -271,7 +272,7 @@ class _Rounds:
       of_outputs = self._swap(blocks_lib.rows(grad_y, token))
       scale = self._swap(blocks_lib.rows(scales[:, None], items))[:, 0]
       blocks = self._received_blocks(items)
-      nothing = on_each_device(jnp.zeros(inputs.shape, jnp.float32))
+      nothing = varying_like(jnp.zeros(inputs.shape, jnp.float32), inputs)
       there = blocks_lib.backward(
         Gradients(nothing, jnp.zeros_like(scale), gradients.weights),
         of_outputs,

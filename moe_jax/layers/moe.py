@@ -21,6 +21,7 @@ from moe_jax import dispatch as dispatch_room
 from moe_jax import routing
 from moe_jax.layers import basic
 from moe_jax.layers.decode import decode_experts
+from moe_jax.layers.experts import run_experts
 from moe_jax.parallel.mesh import BATCH_AXES, DATA_AXIS, EXPERT_AXIS
 from moe_jax.routing.router import Mixture, Weight
 
@@ -353,18 +354,6 @@ def from_groups(x: Shaped[Array, 'g S D'], group_size: int) -> Shaped[Array, 'b 
   length = tokens // group_size
   split = x.reshape(groups, length, group_size, width)
   return split.swapaxes(1, 2).reshape(groups * group_size, length, width)
-
-
-def run_experts(
-  rows: Float[Array, 'E C D'],
-  weights: tuple[Float[Array, 'E D F1'], Float[Array, 'E F D']],
-  activation: str,
-) -> Float[Array, 'E C D']:
-  """Runs each expert on its own rows, as two batched products."""
-  w_in, w_out = weights
-  hidden = jnp.einsum('ecd,edf->ecf', rows, w_in.astype(rows.dtype))
-  hidden = basic.activate(hidden, activation)
-  return jnp.einsum('ecf,efd->ecd', hidden, w_out.astype(rows.dtype))
 
 
 class Moe(nn.Module):

@@ -69,19 +69,3 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
   """Sharding of an array that every device holds whole."""
   return NamedSharding(mesh, PartitionSpec())
-
-
-def on_each_device(x: jax.Array) -> jax.Array:
-  """Marks an array that is the same on all devices as one that each may change, in `shard_map`."""
-  return jax.lax.pcast(x, BATCH_AXES, to='varying')
-
-
-def on_each_replica(weights: jax.Array) -> jax.Array:
-  """The same for weights of experts, which already differ along the expert axis.
-
-  Their gradient is then summed over the replicas. Over a data axis of one device there is no such
-  sum: `moe_layer` gives them as different along it already.
-  """
-  if jax.lax.axis_size(DATA_AXIS) == 1:
-    return weights
-  return jax.lax.pcast(weights, DATA_AXIS, to='varying')

@@ -232,11 +232,15 @@ def varying_like(values: Any, reference: Array) -> Any:
   """Returns a tree of arrays marked as differing between devices where a reference does.
 
   Inside `shard_map`, a loop that starts from constants and goes on with data of the device needs
-  this for what it starts from; outside it changes nothing.
+  this for what it starts from, and so does a gradient of our own for weights that are the same on
+  several devices: marking sums their gradient over these. Outside it changes nothing.
   """
-  # By value and not by `jax.lax.pcast`: nothing here knows the names of mesh axes.
-  never = (reference.ravel()[0] == 0) & jnp.zeros((), bool)
-  return jax.tree.map(lambda value: jnp.where(never, jnp.zeros_like(value), value), values)
+
+  def mark(value):
+    missing = jax.typeof(reference).mat.varying - jax.typeof(value).mat.varying
+    return jax.lax.pcast(value, tuple(sorted(missing)), to='varying') if missing else value
+
+  return jax.tree.map(mark, values)
 
 
 def per_group(function: Callable, *arrays: Any) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax.dispatch import einsum
-from moe_jax.layers import decode, moe
+from moe_jax.layers import decode, experts
 from moe_jax.parallel.mesh import make_mesh
 from tests.dispatch.test_blocks import draw_plan
 from tests.layers import small_layer
@@ -32,7 +32,7 @@ def oracle(tokens, plan, weights, activation):
   plan = plan._replace(slot_index=own, source_index=source)
   buffers = einsum.dispatch(tokens, plan)
   rows = buffers.reshape(buffers.shape[0], -1, buffers.shape[-1])
-  outputs = moe.run_experts(rows, weights, activation).reshape(buffers.shape)
+  outputs = experts.run_experts(rows, weights, activation).reshape(buffers.shape)
   return einsum.combine(outputs, plan)
 
 
