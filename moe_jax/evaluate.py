@@ -1,5 +1,6 @@
 """Bits per byte of a run by domain: python -m moe_jax.evaluate --workdir=runs/quickstart."""
 
+import copy
 import os
 import pathlib
 from typing import Any
@@ -25,6 +26,12 @@ _DATA_DIR = flags.DEFINE_string('data_dir', None, "Where the data is kept; the r
 _STEP = flags.DEFINE_integer('step', None, 'Checkpoint; the newest by default.')
 _COMPARE = flags.DEFINE_integer(
   'compare_step', None, 'An earlier checkpoint: how much routing changed since then.'
+)
+_COMPARE_DTYPE = flags.DEFINE_enum(
+  'compare_router_dtype',
+  None,
+  ['float32', 'bfloat16'],
+  'How much routing would change with moe.router_dtype of this value.',
 )
 _MESH = flags.DEFINE_string('mesh', None, "data=D,expert=E; the run's own by default.")
 _FIGURE = flags.DEFINE_bool('figure', True, 'Also draw expert load into WORKDIR/expert_load.png.')
@@ -56,8 +63,8 @@ def main() -> None:
   model = build_model(run.config, run.mesh, run.tokenizer.vocab_size, 'eval')
   batches = evaluate_room.num_batches(dataset, _SPLIT.value, length, microbatch)
   earlier = _earlier(workdir, run)
-  if earlier is not None:
-    batches *= 2
+  _check_compared_dtype(run)
+  batches *= 1 + (earlier is not None) + (_COMPARE_DTYPE.value is not None)
   progress = tqdm.tqdm(total=batches, unit='batch', leave=False, mininterval=0.2, disable=None)
   with jax.set_mesh(run.mesh), progress as bar:
     result = evaluate_room.evaluate(
@@ -72,8 +79,15 @@ def main() -> None:
       on_batch=bar.update,
     )
     if earlier is not None:
-      changed = _churn(run, earlier, dataset, length, microbatch, bar.update)
-      _add_churn(result, changed, earlier.step)
+      changed = _churn(run, earlier, run.config, dataset, length, microbatch, bar.update)
+      _add_churn(result, changed, 'router/churn')
+      result['compare_step'] = earlier.step
+    if _COMPARE_DTYPE.value is not None:
+      config = copy.deepcopy(run.config)
+      config.moe.router_dtype = _COMPARE_DTYPE.value
+      changed = _churn(run, run, config, dataset, length, microbatch, bar.update)
+      _add_churn(result, changed, 'router/dtype_disagreement')
+      result['compare_router_dtype'] = _COMPARE_DTYPE.value
   result |= {'step': run.step, 'eval_capacity_factor': run.config.moe.eval_capacity_factor}
   _add_baselines(result, dataset, _SPLIT.value)
   path = pathlib.Path(workdir) / f'evaluation_{_SPLIT.value}.json'
@@ -82,7 +96,11 @@ def main() -> None:
   if run.config.moe.num_experts:
     _print_load(result)
     if earlier is not None:
-      _print_churn(result)
+      title = f'assignments that changed since step {earlier.step} (churn)'
+      _print_churn(result, title, 'router/churn')
+    if _COMPARE_DTYPE.value is not None:
+      title = f'assignments that differ with routers in {_COMPARE_DTYPE.value}'
+      _print_churn(result, title, 'router/dtype_disagreement')
     if _FIGURE.value:
       figure = load_figure.draw(workdir, result)
       print(f'expert load over training and by domain: {figure}')
@@ -101,10 +119,24 @@ def _earlier(workdir: str, run: RestoredRun) -> RestoredRun | None:
   return restore_run(workdir, _COMPARE.value, mesh, '--compare_step')
 
 
-def _churn(run, earlier, dataset: Dataset, length: int, microbatch: int, on_batch):
-  model = build_model(run.config, run.mesh, run.tokenizer.vocab_size, 'eval', returns_choices=True)
+def _check_compared_dtype(run: RestoredRun) -> None:
+  value = _COMPARE_DTYPE.value
+  if value is None:
+    return
+  if not run.config.moe.num_experts:
+    raise UserError('--compare_router_dtype', value, 'a dense model has no routing to compare')
+  if value == run.config.moe.router_dtype:
+    raise UserError('--compare_router_dtype', value, 'is what the run has: must be the other one')
+
+
+def _churn(run, earlier, config, dataset: Dataset, length: int, microbatch: int, on_batch):
+  """Compares a run with an earlier checkpoint, or with itself under another config."""
+  mesh, vocab_size = run.mesh, run.tokenizer.vocab_size
+  model, before = (
+    build_model(c, mesh, vocab_size, 'eval', returns_choices=True) for c in (run.config, config)
+  )
   return churn.churn(
-    churn.make_overlap_step(model),
+    churn.make_overlap_step(model, before),
     model,
     churn.Weights(earlier.params, earlier.router_state),
     churn.Weights(run.params, run.router_state),
@@ -116,10 +148,10 @@ def _churn(run, earlier, dataset: Dataset, length: int, microbatch: int, on_batc
   )
 
 
-def _add_churn(result: dict[str, Any], changed: dict[str, Any], step: int) -> None:
-  result |= {'compare_step': step, 'router/churn': changed['router/churn']}
+def _add_churn(result: dict[str, Any], changed: dict[str, Any], name: str) -> None:
+  result[name] = changed['router/churn']
   for domain, summary in changed['domains'].items():
-    result['domains'][domain] |= summary
+    result['domains'][domain][name] = summary['router/churn']
 
 
 def _add_baselines(result: dict[str, Any], dataset: Dataset, split: str) -> None:
@@ -152,10 +184,10 @@ def _print_load(result: dict[str, Any]) -> None:
       print(f'  layer {layer}  {domain:<14}{load}')
 
 
-def _print_churn(result: dict[str, Any]) -> None:
-  print(f'assignments that changed since step {result["compare_step"]} (churn), % by layer:')
+def _print_churn(result: dict[str, Any], title: str, name: str) -> None:
+  print(f'{title}, % by layer:')
   for domain, summary in [*result['domains'].items(), ('all', result)]:
-    print(f'  {domain:<14}' + ''.join(f'{share * 100:>7.1f}' for share in summary['router/churn']))
+    print(f'  {domain:<14}' + ''.join(f'{share * 100:>7.1f}' for share in summary[name]))
 
 
 if __name__ == '__main__':

@@ -159,6 +159,12 @@ SCHEMA: dict[str, dict[str, Field]] = {
     'sparsity_start': _positive(1e-8, 'remoe: that coefficient before the first step.'),
     'slots_per_expert': _at_least(1, 1, 'soft: slots of each expert.'),
     'jitter': _share(0.0, 'epsilon of the noise U(1-e, 1+e) on the router input, training only.'),
+    'router_dtype': _one_of(
+      'float32',
+      ('float32', 'bfloat16'),
+      "Of the factors of the router's product, which is summed in float32; bfloat16 is faster on "
+      'GPUs and picks other experts here and there (evaluate --compare_router_dtype).',
+    ),
     'router_init_scale': _positive(0.1, 'Variance of the router init is this / embed_dim.'),
     'capacity_factor': _positive(
       1.25, 'Slots per assignment in training: C = ceil(S K factor / E); E / K never drops.'

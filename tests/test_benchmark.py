@@ -158,6 +158,16 @@ def test_router_says_what_it_asks_of_the_experts():
   assert rows['soft']['max_load'] is None
 
 
+def test_router_in_bfloat16_says_how_many_choices_differ():
+  flags = ('--routers=top_k,round_robin,soft', '--router_dtype=bfloat16', '--num_tokens=2048')
+  result = tiny.command('benchmark', 'router', *SMALL, *flags)
+  assert result.code == 0, result.err
+  rows = {row['router']: row for row in map(json.loads, result.out.splitlines())}
+  assert 0 < rows['top_k']['disagreement'] < 0.2
+  assert rows['round_robin']['disagreement'] == 0
+  assert rows['soft']['disagreement'] is None
+
+
 def test_an_arm_that_is_too_slow_is_not_tried_with_more_experts(monkeypatch):
   monkeypatch.setattr(dispatch, 'SLOWEST', 0.0)
   shape = SHAPE._replace(num_tokens=8)

@@ -553,3 +553,13 @@ def test_evaluate_compares_routing_with_an_earlier_checkpoint(path, tmp_path):
   assert written['compare_step'] == 2
   for summary in (written, *written['domains'].values()):
     assert all(0 < share < 1 for share in summary['router/churn'])
+  tiny.command('evaluate', *flags, '--compare_router_dtype=float32').assert_error(
+    '--compare_router_dtype', 'the other one'
+  )
+  result = tiny.command('evaluate', *flags, '--compare_router_dtype=bfloat16')
+  assert result.code == 0, result.err
+  assert 'assignments that differ with routers in bfloat16' in result.out
+  written = json.loads((workdir / 'evaluation_test.json').read_text())
+  assert written['compare_router_dtype'] == 'bfloat16'
+  for summary in (written, *written['domains'].values()):
+    assert all(0 <= share < 0.5 for share in summary['router/dtype_disagreement'])

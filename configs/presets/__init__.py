@@ -36,6 +36,7 @@ SILENT = (
   'entropy_weight',
   'router_loss_weight',
   'layer_reduction',
+  'router_dtype',
   'router_init_scale',
 )
 

@@ -39,6 +39,7 @@ def get_config(arg: str = ''):
     entropy_weight=0.0,
     router_loss_weight=0.0,
     layer_reduction='sum',
+    router_dtype='float32',
     router_init_scale=0.1,
   )
   return presets.segmented(config, 2)

@@ -37,5 +37,6 @@ def get_config(arg: str = ''):
     entropy_weight=0.0,
     router_loss_weight=0.01,
     layer_reduction='sum',
+    router_dtype='float32',
     router_init_scale=1.0,
   )

@@ -71,6 +71,9 @@ _DTYPE = flags.DEFINE_enum(
 )
 _SEED = flags.DEFINE_integer('seed', 0, 'Of weights, inputs and orders.')
 _ROUTERS = flags.DEFINE_list('routers', sorted(routing.ROUTERS), 'router: which.')
+_ROUTER_DTYPE = flags.DEFINE_enum(
+  'router_dtype', 'float32', ['float32', 'bfloat16'], 'router: moe.router_dtype.'
+)
 _NUM_TRIALS = flags.DEFINE_list('num_trials', ['2', '4', '8'], 'sweep: trials in a pack.')
 _ROUTINGS = flags.DEFINE_list(
   'routings', list(routings.DRAWN), f'dispatch: which; {routings.TRACE} needs --workdir.'
@@ -159,6 +162,7 @@ def _router() -> None:
     num_selected_experts=_SELECTED.value,
     capacity_factor=_CAPACITY_FACTOR.value,
     routers=_names(_ROUTERS, routing.ROUTERS),
+    router_dtype=_ROUTER_DTYPE.value,
     rounds=_ROUNDS.value,
     seed=_SEED.value,
   )

@@ -1,5 +1,6 @@
 """What choosing and planning cost, as a share of the experts' matrix products."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,9 @@ from moe_jax.routing.router import Mixture
 VOCAB_SIZE = 32_768
 
 
-def options_of(name: str, num_experts: int, num_selected: int, capacity: int):
+def options_of(
+  name: str, num_experts: int, num_selected: int, capacity: int, router_dtype: str = 'float32'
+):
   """Returns sensible numbers of a router, or None where it cannot have so many experts selected."""
   router = routing.ROUTERS[name]
   special: dict[str, Any] = {
@@ -35,6 +38,7 @@ def options_of(name: str, num_experts: int, num_selected: int, capacity: int):
       'num_selected_experts': num_selected,
       'capacity': capacity,
       'renormalize': 'none',
+      'router_dtype': router_dtype,
       **special.get(name, {}),
     }
   )
@@ -52,6 +56,7 @@ def rows(
   num_selected_experts: int,
   capacity_factor: float,
   routers: list[str],
+  router_dtype: str,
   rounds: int,
   seed: int,
 ) -> Iterator[dict[str, Any]]:
@@ -62,8 +67,9 @@ def rows(
   any E.
 
   Yields:
-    num_experts, router, and either share (time of choice and plan / time of the products), null,
-    void, what `load_facts` says (None where slots are mixtures of tokens), compile_seconds and
+    num_experts, router, router_dtype, and either disagreement (with another `router_dtype` than
+    float32: the share of assignments that differ), share (time of choice and plan / time of the
+    products), null, void, what `load_facts` says (None where slots are mixtures of tokens), compile_seconds and
     temporary_bytes; or not_measured, the reason.
   """
   key = jax.random.key(seed)
@@ -81,16 +87,20 @@ def rows(
   for experts in num_experts:
     capacity = routing.expert_capacity(num_tokens, experts, num_selected_experts, capacity_factor)
     arms, reasons = {}, {}
+    disagreement: dict[str, float | None] = {}
     for name in routers:
       try:
-        options = options_of(name, experts, num_selected_experts, capacity)
+        options = options_of(name, experts, num_selected_experts, capacity, router_dtype)
         arms[name] = _arm(name, options, tokens, seed)
+        if router_dtype != 'float32':
+          exact = dataclasses.replace(options, router_dtype='float32')
+          disagreement[name] = _disagreement(arms[name], _arm(name, exact, tokens, seed))
       except ValueError as error:
         reasons[name] = str(error)
     seconds = measure(reference | {name: arm.call for name, arm in arms.items()}, rounds, seed)
     null = ratio(seconds['products'], seconds['copy'])
     for name in routers:
-      row: dict[str, Any] = {'num_experts': experts, 'router': name}
+      row: dict[str, Any] = {'num_experts': experts, 'router': name, 'router_dtype': router_dtype}
       if name in reasons:
         yield row | {'not_measured': reasons[name]}
         continue
@@ -98,6 +108,7 @@ def rows(
       row |= {'share': share._asdict(), 'null': null._asdict(), 'void': is_void(null)}
       yield row | {
         **_facts(arms[name].call()),
+        'disagreement': disagreement.get(name),
         'compile_seconds': arms[name].compile_seconds,
         'temporary_bytes': arms[name].temporary_bytes,
       }
@@ -112,6 +123,22 @@ def _facts(result: Any) -> dict[str, float | None]:
   asked = np.asarray(plan.expert_index)[np.asarray(plan.asked)]
   load = np.bincount(asked, minlength=num_experts)
   return load_facts(load, int(np.sum(plan.keep)), plan.source_index.size)
+
+
+def _disagreement(one: Compiled, other: Compiled) -> float | None:
+  """Returns the share of assignments that only one of two asks for; None for mixtures of tokens."""
+  results = one.call(), other.call()
+  if isinstance(results[0], Mixture):
+    return None
+  asked = []
+  for choice, plan in results:
+    num_experts = plan.source_index.shape[1]
+    index = np.where(np.asarray(plan.asked), np.asarray(choice.expert_index), num_experts)
+    rows = np.zeros((*index.shape[:2], num_experts + 1), bool)
+    np.put_along_axis(rows, index, True, axis=-1)
+    asked.append(rows[..., :-1])
+  shared = np.sum(asked[0] & asked[1])
+  return float(1 - 2 * shared / max(np.sum(asked[0]) + np.sum(asked[1]), 1))
 
 
 def _arm(name: str, options: routing.RouterOptions, tokens: jax.Array, seed: int) -> Compiled:

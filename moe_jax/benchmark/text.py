@@ -74,6 +74,8 @@ def of_router(row: dict[str, Any]) -> str:
     return f'{head} not measured: {row["not_measured"]}'
   share = row['share']
   load = '' if row['tokens_per_expert'] is None else f'{_load(row)}, '
+  if row['disagreement'] is not None:
+    load = f'{row["disagreement"]:.2%} of choices differ from float32, {load}'
   return (
     f'{head}{share["median"]:>8.1%} [{share["low"]:.1%}, {share["high"]:.1%}] of the products; '
     f'{load}{_program(row)}{_void(row)}'

@@ -1,4 +1,7 @@
-"""How many of the experts that tokens ask for change between two checkpoints of a run."""
+"""How many of the experts that tokens ask for change between two checkpoints of a run.
+
+Or between two ways of computing the same one.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -31,23 +34,26 @@ class Overlap(NamedTuple):
   shared: Float[Array, 'L']
 
 
-def make_overlap_step(model: Decoder) -> Callable[[Weights, Weights, Batch], Overlap]:
+def make_overlap_step(
+  model: Decoder, model_before: Decoder | None = None
+) -> Callable[[Weights, Weights, Batch], Overlap]:
   """Returns the compiled (before, after, batch) -> Overlap.
 
   Args:
     model: in mode `eval`, and `returns_choices`.
+    model_before: another one of the same parameters, for `before`; the same by default.
   """
   assert model.options.moe is not None
   num_experts = model.options.moe.num_experts
 
-  def asked(weights: Weights, batch: Batch) -> Bool[Array, 'L B T E']:
+  def asked(model: Decoder, weights: Weights, batch: Batch) -> Bool[Array, 'L B T E']:
     read = (batch[name] for name in ('inputs', 'segment_ids', 'positions'))
     out = forward(model, weights.params, *read, router_state=weights.router_state)
     assert out.choices is not None
     return membership(out.choices, num_experts)
 
   def step(before, after, batch):
-    one, other = asked(before, batch), asked(after, batch)
+    one, other = asked(model_before or model, before, batch), asked(model, after, batch)
     sets = Overlap(one, other, one & other)
     return jax.tree.map(lambda x: jnp.sum(x, axis=(1, 2, 3), dtype=jnp.float32), sets)
 
@@ -79,7 +85,7 @@ def churn(
   """Compares what two checkpoints ask for, on every token of a split, before any drop.
 
   Args:
-    overlap_step: from `make_overlap_step(model)`.
+    overlap_step: from `make_overlap_step(model, ...)`.
     model: as there.
     before: the earlier checkpoint, on the mesh of the model.
     after: the later one.

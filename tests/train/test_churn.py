@@ -1,5 +1,6 @@
 """Churn: what part of the assignments changed between two checkpoints."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 from moe_jax.data import eval_batches
 from moe_jax.models.build import build_model
-from moe_jax.models.decoder import forward, init_router_state
+from moe_jax.models.decoder import Decoder, forward, init_router_state
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.train import churn, opening
 from moe_jax.train.state import init_params, params_shardings
@@ -102,3 +103,24 @@ def test_is_the_same_on_any_mesh_and_zero_for_the_same_weights(dataset, router):
   result = churn_of(dataset, (2, 4), router)
   np.testing.assert_allclose(result['router/churn'], expected['router/churn'], atol=1e-6)
   assert churn_of(dataset, (1, 1), router, same=True)['router/churn'] == [0, 0]
+
+
+def test_what_a_rounded_product_of_the_router_changes(dataset):
+  """A few assignments: those whose logits are close."""
+  model, weights = model_and_weights((2, 4))
+  choice = dataclasses.replace(model.options.moe.choice, router_dtype='bfloat16')
+  moe = dataclasses.replace(model.options.moe, choice=choice)
+  narrow = Decoder(dataclasses.replace(model.options, moe=moe), model.mesh)
+  step = churn.make_overlap_step(model, narrow)
+  with jax.set_mesh(model.mesh):
+    result = churn.churn(
+      step,
+      model,
+      weights[1],
+      weights[1],
+      dataset,
+      split='test',
+      sequence_length=LENGTH,
+      batch_size=BATCH,
+    )
+  assert 0 < result['router/churn'][0] < 0.1

@@ -181,7 +181,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
   The assignment leaves each expert at most ceil(S / E) tokens; a capacity below that still drops.
   """
   del state
-  router_logits = router_lib.logits(params, inputs.tokens)
+  router_logits = router_lib.logits(params, inputs.tokens, options)
   if options.training:
     expert_index = balanced_assignment(jax.lax.stop_gradient(router_logits), inputs.valid)
   else:

@@ -19,7 +19,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
   `gate_scale` are not read; the gates sum to 1 already.
   """
   del state
-  router_logits = router_lib.logits(params, inputs.tokens)
+  router_logits = router_lib.logits(params, inputs.tokens, options)
   router_probs = jax.nn.softmax(router_logits, axis=-1)
   experts = jnp.arange(options.num_experts, dtype=jnp.int32)[None, None, :]
   return Choice(

@@ -64,7 +64,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
   can still pick; no noise, V-MoE adds some of deviation 1 / E; decoders too can have it, Flaxformer
   uses token choice in them; the three evaluations are ours; `gate_scale` is not of the source.
   """
-  router_logits = router_lib.logits(params, inputs.tokens)
+  router_logits = router_lib.logits(params, inputs.tokens, options)
   scores = jax.nn.softmax(router_logits, axis=-1)
   num_experts = scores.shape[-1]
   valid = inputs.valid

@@ -157,7 +157,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
   favourite is full goes on to its next best.
   """
   del state
-  router_logits = router_lib.logits(params, inputs.tokens)
+  router_logits = router_lib.logits(params, inputs.tokens, options)
   if not options.training:
     return choose_top_k(
       router_logits,

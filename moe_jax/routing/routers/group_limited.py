@@ -49,7 +49,7 @@ def limit_to_groups(
 
 def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOptions) -> Choice:
   """Selects the K largest biased scores within the best groups of experts."""
-  router_logits = router_lib.logits(params, inputs.tokens)
+  router_logits = router_lib.logits(params, inputs.tokens, options)
   scores, router_probs = scores_and_probs(router_logits, options.score)
   selection = loss_free.biased_scores(scores, state['bias'], options.bias_update)
   selection = limit_to_groups(selection, options.num_expert_groups, options.num_selected_groups)

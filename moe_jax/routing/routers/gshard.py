@@ -43,7 +43,9 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
   if options.num_selected_experts != 2:
     raise ValueError(f'num_selected_experts={options.num_selected_experts!r}: must be 2')
   choice = top_k.choose_top_k(
-    router_lib.logits(params, inputs.tokens), num_selected_experts=2, renormalize='before_drop'
+    router_lib.logits(params, inputs.tokens, options),
+    num_selected_experts=2,
+    renormalize='before_drop',
   )
   second: Bool[Array, 'G S'] = jnp.ones(inputs.valid.shape, bool)
   if options.training and options.second_choice != 'all':

@@ -60,10 +60,10 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
   size, per_group = options.num_experts // num_groups, options.num_selected_experts // kept
   num_tokens = inputs.valid.shape
   level = {'router': params['router_primary'], 'noise': params['noise_primary']}
-  primary = router_lib.logits(level, inputs.tokens)
-  secondary = router_lib.logits(params, inputs.tokens)
+  primary = router_lib.logits(level, inputs.tokens, options)
+  secondary = router_lib.logits(params, inputs.tokens, options)
   keys = router_lib.per_group(jax.random.split, inputs.keys)
-  deviation = noisy_top_k.noise_deviation(level, inputs.tokens, options.noise_floor)
+  deviation = noisy_top_k.noise_deviation(level, inputs.tokens, options)
   groups, group_probability = _select(primary, deviation, keys[:, 0], kept, options.training)
 
   def in_groups(values: Float[Array, 'G S E']) -> Float[Array, 'G Q size']:
@@ -72,7 +72,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
     rows = jnp.take_along_axis(rows, groups.expert_index[..., None], axis=2)
     return rows.reshape(num_tokens[0], -1, size)
 
-  deviation = in_groups(noisy_top_k.noise_deviation(params, inputs.tokens, options.noise_floor))
+  deviation = in_groups(noisy_top_k.noise_deviation(params, inputs.tokens, options))
   experts, expert_probability = _select(
     in_groups(secondary), deviation, keys[:, 1], per_group, options.training
   )

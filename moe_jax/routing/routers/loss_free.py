@@ -45,7 +45,7 @@ def biased_scores(
 
 def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOptions) -> Choice:
   """Selects the K largest of score + bias; gates are the scores without the bias."""
-  router_logits = router_lib.logits(params, inputs.tokens)
+  router_logits = router_lib.logits(params, inputs.tokens, options)
   scores, router_probs = scores_and_probs(router_logits, options.score)
   selection = biased_scores(scores, state['bias'], options.bias_update)
   _, expert_index = jax.lax.top_k(selection, options.num_selected_experts)

@@ -40,10 +40,10 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
   """
   del state
   num_experts = options.num_experts
-  router_logits = router_lib.logits(params, inputs.tokens)
+  router_logits = router_lib.logits(params, inputs.tokens, options)
   selection = router_logits
   if options.training:
-    deviation = noise_deviation(params, inputs.tokens, options.noise_floor)
+    deviation = noise_deviation(params, inputs.tokens, options)
     selection = router_logits + deviation * normal(inputs.keys, router_logits.shape[1:])
   choice = top_k.choose_top_k(
     selection, num_selected_experts=options.num_selected_experts, softmax_order='after'
@@ -66,11 +66,11 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
 
 
 def noise_deviation(
-  params: Params, tokens: Float[Array, 'G S D'], noise_floor: float
+  params: Params, tokens: Float[Array, 'G S D'], options: RouterOptions
 ) -> Float[Array, 'G S E']:
   """Returns the standard deviation of the noise on each logit."""
-  raw = jnp.einsum('gsd,de->gse', tokens, params['noise'], precision='highest')
-  return jax.nn.softplus(raw) + noise_floor
+  raw = router_lib.product(tokens, params['noise'], options)
+  return jax.nn.softplus(raw) + options.noise_floor
 
 
 def normal(keys: Key[Array, 'G'], shape: tuple[int, ...]) -> Float[Array, 'G *shape']:

@@ -41,7 +41,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
   del state
   num_experts = options.num_experts
   choice = top_k.choose_top_k(
-    router_lib.logits(params, inputs.tokens),
+    router_lib.logits(params, inputs.tokens, options),
     num_selected_experts=options.num_selected_experts,
     score=options.score,
     softmax_order=options.softmax_order,

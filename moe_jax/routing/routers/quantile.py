@@ -43,7 +43,7 @@ def state(options: RouterOptions, embed_dim: int, vocab_size: int) -> State:
 
 def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOptions) -> Choice:
   """Selects the K largest of score + bias and, in training, measures how far the bias is off."""
-  router_logits = router_lib.logits(params, inputs.tokens)
+  router_logits = router_lib.logits(params, inputs.tokens, options)
   scores, router_probs = scores_and_probs(router_logits, options.score)
   biased = loss_free.biased_scores(scores, state['bias'], 'sign')
   num_selected = options.num_selected_experts

@@ -26,7 +26,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
   `router_probs` are ours, for statistics. `score`, `renormalize` and `gate_scale` are not read.
   """
   del state
-  router_logits = router_lib.logits(params, inputs.tokens)
+  router_logits = router_lib.logits(params, inputs.tokens, options)
   gates = jax.nn.relu(router_logits)
   # Never a division by a smaller number: its square, in the gradient, would underflow.
   total = jnp.maximum(jnp.sum(gates, axis=-1, keepdims=True), 1e-12)

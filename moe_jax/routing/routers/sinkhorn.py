@@ -104,7 +104,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
   may be added, which Megatron-LM refuses. `gate_scale` is not of the source.
   """
   del state
-  router_logits = router_lib.logits(params, inputs.tokens)
+  router_logits = router_lib.logits(params, inputs.tokens, options)
   num_selected = options.num_selected_experts
   router_probs = jax.nn.softmax(router_logits, axis=-1)
   selection = jax.lax.stop_gradient(router_logits)

@@ -78,7 +78,7 @@ def _slot_logits(
   # Padding may hold anything; its logits are those of a zero token.
   tokens = _to_unit_length(jnp.where(inputs.valid[..., None], inputs.tokens, 0), axis=-1)
   phi = params['scale'][:, None] * _to_unit_length(params['phi'], axis=0)
-  logits = jnp.einsum('gsd,dp->gsp', tokens, phi, precision='highest')
+  logits = router_lib.product(tokens, phi, options)
   return logits.reshape(*logits.shape[:2], options.num_experts, options.slots_per_expert)
 
 

@@ -65,7 +65,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
   is token by token, hence causal.
   """
   del state
-  router_logits = router_lib.logits(params, inputs.tokens)
+  router_logits = router_lib.logits(params, inputs.tokens, options)
   expert_index, chosen = spill_assignment(
     jax.lax.stop_gradient(router_logits),
     inputs.valid,

@@ -103,7 +103,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
   """See `choose_top_k`."""
   del state
   return choose_top_k(
-    router_lib.logits(params, inputs.tokens),
+    router_lib.logits(params, inputs.tokens, options),
     num_selected_experts=options.num_selected_experts,
     score=options.score,
     softmax_order=options.softmax_order,

@@ -33,7 +33,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
   """
   del state
   num_experts = options.num_experts
-  router_logits = router_lib.logits(params, inputs.tokens)
+  router_logits = router_lib.logits(params, inputs.tokens, options)
   noisy = options.training and options.noise_scale > 0
   selection = router_logits
   if noisy:
