@@ -69,8 +69,8 @@ def rows(
   Yields:
     num_experts, router, router_dtype, and either disagreement (with another `router_dtype` than
     float32: the share of assignments that differ), share (time of choice and plan / time of the
-    products), null, void, what `load_facts` says (None where slots are mixtures of tokens), compile_seconds and
-    temporary_bytes; or not_measured, the reason.
+    products), null, void, what `load_facts` says (None where slots are mixtures of tokens),
+    compile_seconds and temporary_bytes; or not_measured, the reason.
   """
   key = jax.random.key(seed)
   tokens = jax.random.normal(key, (1, num_tokens, embed_dim), jnp.float32)
