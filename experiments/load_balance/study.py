@@ -25,7 +25,7 @@ def get_study():
     question='How strong, and over what, should balance be asked for?',
     base=base.small(),
     arms=arms,
-    seeds=(0, 1, 2),
+    seeds=(0, 1, 2, 3, 4),
     baseline=best,
     comparisons=(
       Comparison('load_balancing_weight=0.0', best),
