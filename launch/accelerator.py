@@ -4,8 +4,9 @@
 
 First y and all gradients of each dispatcher on the accelerator against one-hot products on the CPU,
 in float32 at full precision, under a skewed router; a difference ends it with exit code 1. Then
-`moe_jax.benchmark dispatch` in bfloat16 on the shapes below until the time is up; --peers adds
-transformers' grouped_mm, which needs torch and transformers.
+what the product of the router costs in float32 and in bfloat16, and `moe_jax.benchmark dispatch` in
+bfloat16 on the shapes below, until the time is up; --peers adds transformers' grouped_mm, which
+needs torch and transformers.
 """
 
 import argparse
@@ -89,21 +90,33 @@ def main() -> None:
   end = time.monotonic() + 60 * arguments.minutes
   if not check() < TOLERANCE:
     sys.exit(f'error: the accelerator differs from the CPU by {TOLERANCE} or more')
-  for tokens, width, hidden, experts, selected in SHAPES:
-    command = [
-      sys.executable,
-      *('-m', 'moe_jax.benchmark', 'dispatch', '--dtype=bfloat16', '--routings=uniform'),
-      *(f'--num_tokens={tokens}', f'--embed_dim={width}', f'--mlp_dim={hidden}'),
-      *(f'--num_experts={experts}', f'--num_selected_experts={selected}'),
-      *('--arms=gather,dropless,ragged_dot,copy',),
-      *(['--peers'] if arguments.peers else []),
-    ]
-    print(' '.join(command[1:]), flush=True)
+  for command in commands(arguments.peers):
+    print('python', ' '.join(command), flush=True)
     try:
-      subprocess.run(command, cwd=ROOT, check=True, timeout=max(1, end - time.monotonic()))
+      subprocess.run(
+        [sys.executable, *command], cwd=ROOT, check=True, timeout=max(1, end - time.monotonic())
+      )
     except subprocess.TimeoutExpired:
       print('the time is up; what is missing above was not measured')
       return
+
+
+def commands(peers: bool) -> list[list[str]]:
+  """Returns the benchmarks in their order: the router's two products, then the shapes."""
+  result = []
+  for tokens, width, hidden, experts, selected in SHAPES:
+    shape = [
+      *('--dtype=bfloat16', f'--num_tokens={tokens}', f'--embed_dim={width}'),
+      *(f'--mlp_dim={hidden}', f'--num_experts={experts}', f'--num_selected_experts={selected}'),
+    ]
+    if not result:
+      for dtype in ('float32', 'bfloat16'):
+        flags = ['--routers=top_k,loss_free', f'--router_dtype={dtype}']
+        result.append(['-m', 'moe_jax.benchmark', 'router', *flags, *shape])
+    flags = ['--routings=uniform', '--arms=gather,dropless,ragged_dot,copy']
+    more = ['--peers'] if peers else []
+    result.append(['-m', 'moe_jax.benchmark', 'dispatch', *flags, *shape, *more])
+  return result
 
 
 if __name__ == '__main__':

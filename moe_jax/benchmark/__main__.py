@@ -67,7 +67,7 @@ _ACTIVATION = flags.DEFINE_enum(
   'activation', 'swiglu', ['swiglu', 'gelu'], 'decode, dispatch, layer, products: of all arms.'
 )
 _DTYPE = flags.DEFINE_enum(
-  'dtype', 'float32', ['float32', 'bfloat16'], 'decode, dispatch, layer, products: of the products.'
+  'dtype', 'float32', ['float32', 'bfloat16'], 'All but ep, step, sweep: of the products.'
 )
 _SEED = flags.DEFINE_integer('seed', 0, 'Of weights, inputs and orders.')
 _ROUTERS = flags.DEFINE_list('routers', sorted(routing.ROUTERS), 'router: which.')
@@ -161,6 +161,7 @@ def _router() -> None:
     mlp_dim=_MLP_DIM.value,
     num_selected_experts=_SELECTED.value,
     capacity_factor=_CAPACITY_FACTOR.value,
+    dtype=_DTYPE.value,
     routers=_names(_ROUTERS, routing.ROUTERS),
     router_dtype=_ROUTER_DTYPE.value,
     rounds=_ROUNDS.value,

@@ -55,6 +55,7 @@ def rows(
   mlp_dim: int,
   num_selected_experts: int,
   capacity_factor: float,
+  dtype: str,
   routers: list[str],
   router_dtype: str,
   rounds: int,
@@ -63,8 +64,8 @@ def rows(
   """Measures each router, forward, on one device; all tokens are one routing group.
 
   What is timed is the choice and the plan. The reference is the dense layer of the same active
-  FLOPs (K * F hidden units, SwiGLU, float32, forward), the least that the experts' products cost at
-  any E.
+  FLOPs (K * F hidden units, SwiGLU, of `dtype`, forward), the least that the experts' products cost
+  at any E.
 
   Yields:
     num_experts, router, router_dtype, and either disagreement (with another `router_dtype` than
@@ -82,7 +83,8 @@ def rows(
     return activate(tokens @ w_in, 'swiglu') @ w_out
 
   reference = {
-    name: compile_arm(products, tokens, w_in, w_out).call for name in ('products', 'copy')
+    name: compile_arm(products, *(a.astype(dtype) for a in (tokens, w_in, w_out))).call
+    for name in ('products', 'copy')
   }
   for experts in num_experts:
     capacity = routing.expert_capacity(num_tokens, experts, num_selected_experts, capacity_factor)
