@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from moe_jax import routing
-from moe_jax.layers import moe
+from moe_jax.layers import experts, moe
 from moe_jax.parallel.mesh import make_mesh
 from tests.layers import small_layer
 
@@ -54,6 +54,18 @@ def test_flops_and_memory_are_those_of_the_products(num_experts, backward):
   assert active * 0.9 * FACTOR < flops < active * 1.1 * FACTOR
   # Of each slot: input, hidden (gate and value, then their product), output; and backward the
   # gradients of all of them but the input, which takes the place of its buffer.
+  numbers = 2 * WIDTH + 3 * HIDDEN + (3 * HIDDEN if backward else 0)
+  slots = num_experts * routing.expert_capacity(tokens, num_experts, SELECTED, FACTOR)
+  assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * 4 * slots * numbers
+
+
+@pytest.mark.parametrize('backward', [False, True])
+def test_products_in_a_loop_need_no_more_memory(backward, monkeypatch):
+  """XLA counts a loop's body once, so the FLOPs of these are counted in test_experts.py."""
+  monkeypatch.setattr(experts, 'LEAST_WEIGHTS', 1)
+  tokens, num_experts = 2048, 64
+  compiled = lower(num_experts, 1, tokens, backward=backward).compile()
+  assert ' while(' in compiled.as_text()
   numbers = 2 * WIDTH + 3 * HIDDEN + (3 * HIDDEN if backward else 0)
   slots = num_experts * routing.expert_capacity(tokens, num_experts, SELECTED, FACTOR)
   assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * 4 * slots * numbers
