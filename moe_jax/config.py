@@ -97,6 +97,7 @@ def _check_moe(config: ml_collections.ConfigDict) -> None:
   if wrong:
     field, allowed = wrong
     raise UserError(f'moe.{field}', moe[field], f'{allowed} (moe.router={moe.router})')
+  _check_unread(config, router)
   if moe.router_loss_weight and router.loss is None:
     raise UserError(
       'moe.router_loss_weight', moe.router_loss_weight, f'must be 0: {moe.router} has no own loss'
@@ -111,6 +112,22 @@ def _check_moe(config: ml_collections.ConfigDict) -> None:
     )
   if moe.num_experts % mesh.expert:
     raise UserError('mesh.expert', mesh.expert, f'must divide {moe.num_experts} experts')
+
+
+def _check_unread(config: ml_collections.ConfigDict, router: routing.Router) -> None:
+  """Rejects a choice that the router never reads: two configs would name one and the same model."""
+  for option in dataclasses.fields(routing.RouterOptions):
+    name = option.name
+    if name in routing.COMMON_FIELDS or name in router.reads:
+      continue
+    inert = [SCHEMA['moe'][name].default, *filter(None, [router.always.get(name)])]
+    if config.moe[name] not in inert:
+      allowed = ' or '.join(map(str, inert))
+      raise UserError(
+        f'moe.{name}',
+        config.moe[name],
+        f'must be {allowed}: moe.router={router.name} has no use for it',
+      )
 
 
 def _check_batch(config: ml_collections.ConfigDict) -> None:
@@ -178,13 +195,33 @@ def router_options(config: ml_collections.ConfigDict) -> routing.RouterOptions:
   return routing.RouterOptions(**{name: config.moe[name] for name in names if name in config.moe})
 
 
+def limits_slots(moe: ml_collections.ConfigDict) -> bool:
+  """Whether an expert has fewer slots than it may be asked for: `dropless` gives it all it needs.
+
+  A router that fills slots needs their number even so, and loses none of what it chooses.
+  """
+  return moe.dispatch != 'dropless' or routing.ROUTERS[moe.router].fills_slots
+
+
+def training_capacity(config: ml_collections.ConfigDict) -> int:
+  """Returns the slots of an expert in a routing group: its S tokens where none can be dropped."""
+  moe = config.moe
+  tokens = config.data.sequence_length * moe.group_size
+  if not limits_slots(moe) or routing.ROUTERS[moe.router].keeps_all:
+    return tokens
+  return min(
+    tokens,
+    routing.expert_capacity(tokens, moe.num_experts, moe.num_selected_experts, moe.capacity_factor),
+  )
+
+
 def why_not_causal(config: ml_collections.ConfigDict) -> str | None:
   """Returns the field by which a token's result can depend on later tokens, None if none does."""
   if not config.moe.num_experts:
     return None
   if not routing.ROUTERS[config.moe.router].causal:
     return f'moe.router={config.moe.router}'
-  if config.moe.priority not in CAUSAL_PRIORITIES:
+  if config.moe.priority not in CAUSAL_PRIORITIES and limits_slots(config.moe):
     return f'moe.priority={config.moe.priority}'
   return None
 

@@ -24,8 +24,8 @@ def _one_of(default: str, choices: tuple[str, ...], meaning: str) -> Field:
   return Field(default, meaning, f'must be one of {", ".join(choices)}', lambda v: v in choices)
 
 
-def _at_least(default: int, low: int, meaning: str) -> Field:
-  return Field(default, meaning, f'must be an integer >= {low}', lambda v: v >= low)
+def _at_least(default: int, low: int, meaning: str, high: int = 2**31 - 1) -> Field:
+  return Field(default, meaning, f'must be an integer in {low}..{high}', lambda v: low <= v <= high)
 
 
 def _non_negative(default: float, meaning: str) -> Field:
@@ -87,7 +87,7 @@ SCHEMA: dict[str, dict[str, Field]] = {
     'score': _one_of(
       'softmax',
       routing.SCORES,
-      'What gates are read from. top_k, loss_free, group_limited, quantile.',
+      'What gates are read from: top_k, loss_free, group_limited, quantile, null_experts.',
     ),
     'softmax_order': _one_of(
       'before',
@@ -100,7 +100,9 @@ SCHEMA: dict[str, dict[str, Field]] = {
       'Divide the gates of a token by their sum: never, over the K selected, over those that kept '
       'it. With K = 1 only none, or the gate is always 1 and the router learns nothing.',
     ),
-    'gate_scale': _positive(1.0, 'Multiplies the gates. The same routers.'),
+    'gate_scale': _positive(
+      1.0, 'Multiplies the gates; not of dense, remoe, hash, kmeans, round_robin and random_choice.'
+    ),
     'noise_scale': _positive(1.0, 'vmoe: the noise on the logits has deviation noise_scale / E.'),
     'noise_floor': _non_negative(
       0.0, 'noisy_top_k, hierarchical: added to the softplus of the noise.'
@@ -119,8 +121,8 @@ SCHEMA: dict[str, dict[str, Field]] = {
     'bias_rate': Field(
       0.001,
       'loss_free, group_limited, quantile: size of such a step.',
-      'must be above 0 and at most 1000',
-      lambda v: 0 < v <= 1000,
+      'must be at least 1e-30 and at most 1000',
+      lambda v: 1e-30 <= v <= 1000,
     ),
     'num_expert_groups': _at_least(
       1, 1, 'group_limited, hierarchical: equal groups of experts; divides num_experts.'
@@ -144,7 +146,7 @@ SCHEMA: dict[str, dict[str, Field]] = {
     'kmeans_decay': _share(0.999, 'kmeans: decay of the moving average.'),
     'kmeans_temperature': _positive(1.0, 'kmeans: divides the similarities in the gates.'),
     'kmeans_reseed_after': _at_least(100, 1, 'kmeans: empty steps after which a centroid moves.'),
-    'num_null_experts': _at_least(0, 0, 'null_experts: experts that compute nothing.'),
+    'num_null_experts': _at_least(0, 0, 'null_experts: experts that compute nothing.', high=65_536),
     'null_balance_weight': _positive(
       1.0,
       'null_experts: what such an expert counts in their own loss (tau); at balance it gets '

@@ -16,7 +16,7 @@ from moe_jax import config as schema
 from moe_jax import data, dispatch, optim, routing
 from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.errors import UserError
-from moe_jax.layers import basic
+from moe_jax.layers import basic, moe
 from moe_jax.models.build import build_model
 from moe_jax.models.decoder import forward
 from moe_jax.parallel.mesh import make_mesh
@@ -275,8 +275,42 @@ def test_only_token_priority_is_causal():
   for priority in routing.PRIORITIES:
     config.moe.priority = priority
     assert schema.is_causal(config) == (priority == 'token')
+    # Where nobody is dropped there is no order.
+    config.moe.dispatch = 'dropless'
+    assert schema.is_causal(config)
+    config.moe.dispatch = 'gather'
   config.moe.num_experts = 0
   assert schema.is_causal(config)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'capacity'),
+  [
+    ({}, 80),  # 256 tokens x 2 x 1.25 / 8
+    ({'capacity_factor': 100.0}, 256),
+    ({'dispatch': 'dropless'}, 256),
+    ({'router': 'dense', 'capacity_factor': 0.1}, 256),
+    # Chooses by the number of slots, whatever moves the tokens.
+    ({'router': 'expert_choice', 'dispatch': 'dropless'}, 80),
+  ],
+)
+def test_capacity_of_training_is_that_of_the_layer(changes, capacity):
+  config = schema.get_config()
+  config.moe.update(changes)
+  assert schema.training_capacity(config) == capacity
+  model = build_model(config, make_mesh(1, 1), tiny.VOCAB_SIZE, 'train', 4)
+  assert moe.group_capacity(model.options.moe, config.data.sequence_length) == capacity
+
+
+@pytest.mark.parametrize(
+  ('field', 'value'),
+  [('hash_seed', 2**32), ('kmeans_reseed_after', 10**10), ('num_null_experts', 10**12)],
+)
+def test_integers_that_no_array_can_hold_are_errors(field, value):
+  config = schema.get_config()
+  config.moe[field] = value
+  with pytest.raises(UserError, match=f'^moe.{field}={value}'):
+    schema.validate(config)
 
 
 @pytest.mark.parametrize(

@@ -90,8 +90,6 @@ class Watched(routing.RouterOptions):
 def test_a_router_says_which_fields_it_reads(name):
   """All its functions are traced, in training and evaluation, with the choices of its preset."""
   router, config = routing.ROUTERS[name], preset(name)
-  fields = {field.name for field in dataclasses.fields(routing.RouterOptions)}
-  common = fields & {*presets.SILENT, 'num_experts', 'capacity', 'training'}
   seen = set()
 
   def run(options, state):
@@ -120,8 +118,33 @@ def test_a_router_says_which_fields_it_reads(name):
       if router.from_counts is not None:
         state = router.from_counts(state, np.arange(5), options)
       jax.eval_shape(functools.partial(run, options), state)
-  assert seen & fields - common == set(router.reads)
+  assert seen - set(routing.COMMON_FIELDS) == set(router.reads)
+  assert not set(router.always) & set(router.reads)
   assert ('capacity' in seen) == router.fills_slots
+
+
+@pytest.mark.parametrize('name', [n for n, r in routing.ROUTERS.items() if not r.rejected])
+def test_what_a_router_does_not_read_cannot_be_changed(name):
+  """Or two arms of a study would differ in name alone."""
+  other = {'score': 'sqrt_softplus', 'softmax_order': 'after', 'router_dtype': 'bfloat16'}
+  other |= {'second_choice': 'all', 'bias_update': 'proportional', 'hash_table': 'balanced'}
+  other |= {'kmeans_update': 'minibatch', 'evaluation': 'threshold'}
+  router = routing.ROUTERS[name]
+  for option in dataclasses.fields(routing.RouterOptions):
+    field = option.name
+    if field in routing.COMMON_FIELDS or field in router.reads:
+      continue
+    config = preset(name)
+    field_of = schema.SCHEMA['moe'][field]
+    for inert in (field_of.default, router.always.get(field, field_of.default)):
+      config.moe[field] = inert
+      if not router.allowed(schema.router_options(config)):
+        schema.validate(config)
+    config.moe[field] = other.get(field, 2)
+    if field in ('kmeans_decay', 'threshold_decay'):
+      config.moe[field] = 0.25
+    with pytest.raises(UserError, match=f'^moe.{field}='):
+      schema.validate(config)
 
 
 def test_segments_keep_what_is_active():

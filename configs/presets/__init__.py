@@ -16,6 +16,7 @@ _BASES = {'': debug, 'debug': debug, 'quickstart': quickstart, 'lm_small': lm_sm
 # routers read, `Router.reads` names.
 SILENT = (
   'router',
+  'every',
   'num_selected_experts',
   'num_shared_experts',
   'group_size',
@@ -27,6 +28,7 @@ SILENT = (
   'priority',
   'capacity_factor',
   'eval_capacity_factor',
+  'dispatch',
   'balance_scope',
   'load_balancing_weight',
   'balance_normalization',

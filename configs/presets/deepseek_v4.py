@@ -17,6 +17,7 @@ def get_config(arg: str = ''):
   return presets.make(
     arg,
     router='group_limited',
+    every=1,
     num_selected_experts=2,
     num_expert_groups=1,
     num_selected_groups=1,
@@ -32,6 +33,7 @@ def get_config(arg: str = ''):
     priority='token',
     capacity_factor=4.0,
     eval_capacity_factor=4.0,
+    dispatch='gather',
     balance_scope='global',
     load_balancing_weight=0.0,
     balance_normalization='one',

@@ -14,6 +14,7 @@ def get_config(arg: str = ''):
   return presets.make(
     arg,
     router='expert_choice',
+    every=1,
     num_selected_experts=2,
     evaluation='threshold',
     threshold_decay=0.99,
@@ -27,6 +28,7 @@ def get_config(arg: str = ''):
     priority='token',
     capacity_factor=1.0,
     eval_capacity_factor=4.0,
+    dispatch='gather',
     balance_scope='global',
     load_balancing_weight=0.0,
     balance_normalization='one',

@@ -1,7 +1,7 @@
 """GShard: top-2, the second choice at random by its weight.
 
 Lepikhin et al. 2020, arXiv:2006.16668. Its loss counts first choices alone; 1 at balance here. Not
-stated: the initial scale of the router.
+stated: the initial scale of the router. Differs: a MoE layer in every block, there in every second.
 
 python -m moe_jax.train --config=configs/presets/gshard.py --workdir=runs/gshard
 """
@@ -14,6 +14,7 @@ def get_config(arg: str = ''):
   return presets.make(
     arg,
     router='gshard',
+    every=1,
     num_selected_experts=2,
     second_choice='random',
     num_shared_experts=0,
@@ -26,6 +27,7 @@ def get_config(arg: str = ''):
     priority='choice',
     capacity_factor=1.0,
     eval_capacity_factor=1.0,
+    dispatch='gather',
     balance_scope='global',
     load_balancing_weight=0.0,
     balance_normalization='one',

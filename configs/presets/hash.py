@@ -16,6 +16,7 @@ def get_config(arg: str = ''):
   return presets.make(
     arg,
     router='hash',
+    every=1,
     num_selected_experts=1,
     hash_table='balanced',
     hash_seed=0,
@@ -29,6 +30,7 @@ def get_config(arg: str = ''):
     priority='token',
     capacity_factor=4.0,
     eval_capacity_factor=8.0,
+    dispatch='gather',
     balance_scope='global',
     load_balancing_weight=0.0,
     balance_normalization='one',

@@ -16,6 +16,7 @@ def get_config(arg: str = ''):
   return presets.make(
     arg,
     router='hierarchical',
+    every=1,
     num_selected_experts=4,
     num_expert_groups=4,
     num_selected_groups=2,
@@ -30,6 +31,7 @@ def get_config(arg: str = ''):
     priority='token',
     capacity_factor=2.0,
     eval_capacity_factor=2.0,
+    dispatch='gather',
     balance_scope='global',
     load_balancing_weight=0.0,
     balance_normalization='one',

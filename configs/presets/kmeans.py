@@ -14,6 +14,7 @@ def get_config(arg: str = ''):
   return presets.make(
     arg,
     router='kmeans',
+    every=1,
     num_selected_experts=2,
     kmeans_update='ema',
     kmeans_decay=0.999,
@@ -29,6 +30,7 @@ def get_config(arg: str = ''):
     priority='token',
     capacity_factor=2.0,
     eval_capacity_factor=2.0,
+    dispatch='gather',
     balance_scope='global',
     load_balancing_weight=0.0,
     balance_normalization='one',

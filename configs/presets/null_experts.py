@@ -23,6 +23,7 @@ def get_config(arg: str = ''):
   return presets.make(
     arg,
     router='null_experts',
+    every=1,
     num_selected_experts=2,
     num_null_experts=4,
     null_balance_weight=1.0,
@@ -36,6 +37,7 @@ def get_config(arg: str = ''):
     priority='token',
     capacity_factor=4.0,
     eval_capacity_factor=4.0,
+    dispatch='gather',
     balance_scope='global',
     load_balancing_weight=0.0,
     balance_normalization='one',

@@ -14,6 +14,7 @@ def get_config(arg: str = ''):
   return presets.make(
     arg,
     router='quantile',
+    every=1,
     num_selected_experts=2,
     bias_rate=0.1,
     num_shared_experts=0,
@@ -26,6 +27,7 @@ def get_config(arg: str = ''):
     priority='token',
     capacity_factor=4.0,
     eval_capacity_factor=4.0,
+    dispatch='gather',
     balance_scope='global',
     load_balancing_weight=0.0,
     balance_normalization='one',

@@ -13,6 +13,7 @@ def get_config(arg: str = ''):
   return presets.make(
     arg,
     router='random_choice',
+    every=1,
     num_selected_experts=1,
     num_shared_experts=0,
     group_size=1,
@@ -24,6 +25,7 @@ def get_config(arg: str = ''):
     priority='token',
     capacity_factor=1.25,
     eval_capacity_factor=2.0,
+    dispatch='gather',
     balance_scope='global',
     load_balancing_weight=0.0,
     balance_normalization='one',

@@ -14,6 +14,7 @@ def get_config(arg: str = ''):
   return presets.make(
     arg,
     router='remoe',
+    every=1,
     num_selected_experts=2,
     sparsity_factor=1.2,
     sparsity_start=1e-8,
@@ -27,6 +28,7 @@ def get_config(arg: str = ''):
     priority='token',
     capacity_factor=4.0,
     eval_capacity_factor=4.0,
+    dispatch='gather',
     balance_scope='global',
     load_balancing_weight=0.0,
     balance_normalization='one',

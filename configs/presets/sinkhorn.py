@@ -16,6 +16,7 @@ def get_config(arg: str = ''):
   return presets.make(
     arg,
     router='sinkhorn',
+    every=1,
     num_selected_experts=1,
     assignment_tolerance=1e-4,
     num_shared_experts=0,
@@ -28,6 +29,7 @@ def get_config(arg: str = ''):
     priority='token',
     capacity_factor=2.0,
     eval_capacity_factor=4.0,
+    dispatch='gather',
     balance_scope='global',
     load_balancing_weight=0.0,
     balance_normalization='one',

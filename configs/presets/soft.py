@@ -17,6 +17,7 @@ def get_config(arg: str = ''):
   return presets.make(
     arg,
     router='soft',
+    every=1,
     num_selected_experts=1,
     slots_per_expert=1,
     num_shared_experts=0,
@@ -29,6 +30,7 @@ def get_config(arg: str = ''):
     priority='token',
     capacity_factor=1.0,
     eval_capacity_factor=1.0,
+    dispatch='gather',
     balance_scope='global',
     load_balancing_weight=0.0,
     balance_normalization='one',

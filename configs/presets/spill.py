@@ -13,6 +13,7 @@ def get_config(arg: str = ''):
   return presets.make(
     arg,
     router='spill',
+    every=1,
     num_selected_experts=2,
     num_shared_experts=0,
     group_size=1,
@@ -24,6 +25,7 @@ def get_config(arg: str = ''):
     priority='token',
     capacity_factor=1.0,
     eval_capacity_factor=2.0,
+    dispatch='gather',
     balance_scope='global',
     load_balancing_weight=0.01,
     balance_normalization='one',

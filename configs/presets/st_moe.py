@@ -9,7 +9,8 @@ The second choice asks for a slot with probability min(1, g2 / 0.2), as in Mesh 
 paper's threshold of 1/5, sec. 3.4), and the balance loss counts first choices alone (app. A): both
 are those of the router gshard.
 
-Differs: in evaluation every second choice asks for a slot, there the draw is made too.
+Differs: in evaluation every second choice asks for a slot, there the draw is made too; a MoE layer
+in every block, there in every fourth.
 
 python -m moe_jax.train --config=configs/presets/st_moe.py --workdir=runs/st_moe
 """
@@ -22,6 +23,7 @@ def get_config(arg: str = ''):
   return presets.make(
     arg,
     router='gshard',
+    every=1,
     num_selected_experts=2,
     second_choice='threshold',
     num_shared_experts=0,
@@ -34,6 +36,7 @@ def get_config(arg: str = ''):
     priority='choice',
     capacity_factor=0.625,
     eval_capacity_factor=1.0,
+    dispatch='gather',
     balance_scope='global',
     load_balancing_weight=0.0,
     balance_normalization='one',

@@ -1,6 +1,7 @@
 """Switch Transformer: top-1 with a capacity and an auxiliary loss.
 
-Fedus et al. 2021, arXiv:2101.03961. Differs: the balance is asked for over the batch, not per core.
+Fedus et al. 2021, arXiv:2101.03961. Differs: the balance is asked for over
+the batch, not per core; a MoE layer in every block, there in every second.
 
 python -m moe_jax.train --config=configs/presets/switch.py --workdir=runs/switch
 """
@@ -13,6 +14,7 @@ def get_config(arg: str = ''):
   return presets.make(
     arg,
     router='top_k',
+    every=1,
     num_selected_experts=1,
     num_shared_experts=0,
     group_size=1,
@@ -24,6 +26,7 @@ def get_config(arg: str = ''):
     priority='token',
     capacity_factor=1.25,
     eval_capacity_factor=2.0,
+    dispatch='gather',
     balance_scope='global',
     load_balancing_weight=0.01,
     balance_normalization='one',

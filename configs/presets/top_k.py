@@ -17,6 +17,7 @@ def get_config(arg: str = ''):
   return presets.make(
     arg,
     router='top_k',
+    every=1,
     num_selected_experts=2,
     num_shared_experts=0,
     group_size=1,
@@ -28,6 +29,7 @@ def get_config(arg: str = ''):
     priority='token',
     capacity_factor=4.0,
     eval_capacity_factor=4.0,
+    dispatch='gather',
     balance_scope='global',
     load_balancing_weight=0.01,
     balance_normalization='one',

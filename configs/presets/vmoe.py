@@ -3,7 +3,7 @@
 Riquelme et al. 2021, arXiv:2106.05974, with its code, google-research/vmoe (942a78b): first choices
 get slots first (priority=choice), its default in training, batch priority being an option; the
 router starts as lecun_normal, of variance 1 / D. Neither order is causal. Differs: a language model
-instead of images.
+instead of images; a MoE layer in every block, there in every second or the last few.
 
 python -m moe_jax.train --config=configs/presets/vmoe.py --workdir=runs/vmoe
 """
@@ -16,6 +16,7 @@ def get_config(arg: str = ''):
   return presets.make(
     arg,
     router='vmoe',
+    every=1,
     num_selected_experts=2,
     noise_scale=1.0,
     num_shared_experts=0,
@@ -28,6 +29,7 @@ def get_config(arg: str = ''):
     priority='choice',
     capacity_factor=1.05,
     eval_capacity_factor=1.05,
+    dispatch='gather',
     balance_scope='global',
     load_balancing_weight=0.0,
     balance_normalization='one',

@@ -76,8 +76,7 @@ def _moe_options(
     'eval': moe.eval_capacity_factor,
     'decode': None,
   }[mode]
-  # A router that fills slots needs their number, and loses none of what it chooses.
-  if moe.dispatch == 'dropless' and not routing.ROUTERS[moe.router].fills_slots:
+  if not config_lib.limits_slots(moe):
     capacity_factor = None
   choice = config_lib.router_options(config)
   return MoeOptions(

@@ -20,7 +20,7 @@ from moe_jax.routing.losses import (
 from moe_jax.routing.noise import jitter
 from moe_jax.routing.plan import PRIORITIES, Plan, make_plan
 from moe_jax.routing.registry import ROUTERS
-from moe_jax.routing.router import Choice, Router, RouterInputs, RouterOptions
+from moe_jax.routing.router import COMMON_FIELDS, Choice, Router, RouterInputs, RouterOptions
 from moe_jax.routing.routers.top_k import (
   RENORMALIZATIONS,
   SCORES,
@@ -33,6 +33,7 @@ __all__ = [
   'NORMALIZATIONS',
   'PRIORITIES',
   'RENORMALIZATIONS',
+  'COMMON_FIELDS',
   'ROUTERS',
   'SCORES',
   'SOFTMAX_ORDERS',

@@ -11,7 +11,7 @@ losses and states are the same on any mesh.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,16 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 Params = dict[str, Array]
 State = dict[str, Array]
+
+# Of `RouterOptions`: what every router may read, or what the layer and the plan read for it.
+COMMON_FIELDS = (
+  'num_experts',
+  'num_selected_experts',
+  'capacity',
+  'training',
+  'group_size',
+  'renormalize',
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +216,10 @@ class Router:
     learns: whether the language-model loss reaches its parameters.
     balance: what keeps the experts balanced: `loss`, `state`, `assignment`, `fixed` or `none`.
     cost: per token, beside the experts; for the table.
-    reads: the fields of `moe` that this router reads and most others don't. Presets must set them.
+    reads: the fields of `moe` that this router reads, beside `COMMON_FIELDS`. Presets must set
+      them, and no config may change another one.
+    always: what it amounts to in a field it does not read, where that is not the default: so much
+      a config may say.
     params: (options, embed_dim) -> arrays trained by gradient.
     state: (options, embed_dim, vocab_size) -> float32 arrays that are not trained by gradient, as
       they start. Part of the training state, checkpointed, the same on every device.
@@ -236,6 +249,7 @@ class Router:
   balance: str
   cost: str
   reads: tuple[str, ...] = ()
+  always: Mapping[str, str] = dataclasses.field(default_factory=dict)
   params: Callable[[RouterOptions, int], dict[str, Weight]] = one_matrix
   state: Callable[[RouterOptions, int, int], State] = no_state
   update: Callable[[State, Any, RouterOptions], State] | None = None

@@ -294,12 +294,14 @@ def _announce(run: _Run, facts: dict[str, Any]) -> None:
   if routing:
     # A router that assigns tokens to experts with room drops none, or by a rule of its own.
     assigned = ROUTERS[run.config.moe.router].balance == 'assignment'
+    unlimited = routing['expert_capacity'] >= routing['tokens_in_group']
     floor = f'; random routing would drop {routing["drop_share_of_random_routing"]:.2%}'
+    capacity = f'capacity {routing["expert_capacity"]}{"" if assigned else floor}'
     run.say(
-      f'{routing["tokens_per_expert"]:.0f} tokens per expert and group, capacity '
-      f'{routing["expert_capacity"]}{"" if assigned else floor}'
+      f'{routing["tokens_per_expert"]:.0f} tokens per expert and group, '
+      f'{"none dropped for want of slots" if unlimited else capacity}'
     )
-    if routing['tokens_per_expert'] < 16 and not assigned:
+    if routing['tokens_per_expert'] < 16 and not assigned and not unlimited:
       run.say('warning: below 16 tokens per expert and group even balanced routing drops many')
   if not facts['causal']:
     run.say(

@@ -16,7 +16,6 @@ import ml_collections
 from jax.sharding import Mesh
 
 from moe_jax import config as config_lib
-from moe_jax import routing
 from moe_jax.errors import DamagedError, UserError
 from moe_jax.train import accounting
 
@@ -85,9 +84,7 @@ def _routing_facts(config: ml_collections.ConfigDict) -> dict[str, Any]:
   if not moe.num_experts:
     return {}
   tokens = config.data.sequence_length * moe.group_size
-  capacity = routing.expert_capacity(
-    tokens, moe.num_experts, moe.num_selected_experts, moe.capacity_factor
-  )
+  capacity = config_lib.training_capacity(config)
   return {
     'tokens_in_group': tokens,
     'tokens_per_expert': accounting.tokens_per_expert(config),

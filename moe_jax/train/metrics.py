@@ -62,7 +62,11 @@ def router_metrics(sums: routing.RouterSums, num_ranks: int = 1) -> dict[str, An
     'router/rank_imbalance': (np.max(by_rank, -1) * num_ranks - 1).tolist(),
     'router/padding_waste': (1 - np.sum(kept, -1) / np.asarray(sums.slots)).tolist(),
     'router/largest_logsumexp': np.asarray(sums.logsumexp_max, np.float64).tolist(),
-    'router/load_entropy': (entropy / max(math.log(num_experts), 1e-300)).tolist(),
+    'router/load_entropy': (
+      (entropy / math.log(num_experts)).tolist()
+      if num_experts > 1
+      else np.ones_like(entropy).tolist()
+    ),
     'router/dead_experts': np.sum(selected == 0, -1).tolist(),
     'router/entropy': (np.asarray(sums.entropy) / per_token).tolist(),
     'router/top_prob': (np.asarray(sums.top_prob) / per_token).tolist(),

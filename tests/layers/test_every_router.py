@@ -7,6 +7,7 @@ and `learns` as the registry says; padding that influences nothing.
 import dataclasses
 import functools
 import importlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -129,8 +130,12 @@ def assert_same(result, expected, name):
 
 def test_every_router_has_a_preset_and_tests_of_its_own():
   assert set(ROUTERS) <= set(PRESETS)
-  tests = (tiny.REPOSITORY / 'tests' / 'routing' / 'routers').glob('test_*.py')
+  tests = [*(tiny.REPOSITORY / 'tests' / 'routing' / 'routers').glob('test_*.py')]
   assert {path.stem.removeprefix('test_') for path in tests} == set(ROUTERS)
+  for path in tests:
+    text = path.read_text(encoding='utf-8')
+    assert re.search(r'def test_\w*by_hand', text), f'{path.name}: no hand-worked case'
+    assert path.stem == 'test_random_choice' or 'oracle' in text, f'{path.name}: no oracle'
 
 
 @pytest.mark.parametrize('mesh', MESHES)

@@ -35,6 +35,16 @@ def test_running_metrics_by_hand():
   assert result['router/running_dead_experts'] == [2, 0]
 
 
+def test_the_load_of_a_single_expert_is_at_balance():
+  one = lambda value: np.array([value], np.float32)  # noqa: E731
+  sums = routing.RouterSums(
+    **{field: one(8) for field in routing.RouterSums._fields if field != 'own'}, own={}
+  )
+  each = dict.fromkeys(('tokens_per_expert', 'prob_sum', 'kept_per_expert'), one([8]))
+  result = metrics.router_metrics(sums._replace(**each), num_ranks=1)
+  assert result['router/load_entropy'] == [1.0]
+
+
 def test_router_metrics_by_hand():
   # One layer, E = 4, 8 tokens with one assignment each: 4, 2, 2 and none; one of them dropped.
   one = lambda value: np.array([value], np.float32)  # noqa: E731

@@ -217,4 +217,9 @@ ROUTER = router_lib.Router(
   balance='assignment',
   cost='D E products; an auction: tens to hundreds of rounds of E and a sort of S',
   allowed=allowed,
+  reads=(
+    'gate_scale',
+    'router_dtype',
+  ),
+  always={'score': 'sigmoid'},
 )

@@ -15,8 +15,8 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
   Source: Jacobs et al. 1991 (Neural Computation 3); Jordan & Jacobs 1994 (Neural Computation 6),
   one level of it. Neither paper was reached; both are known from descriptions. Differs: experts
   are trained through the weighted sum by the model's loss, not by a mixture likelihood, and the
-  gate sees the same input as the experts. `num_selected_experts`, `score`, `renormalize` and
-  `gate_scale` are not read; the gates sum to 1 already.
+  gate sees the same input as the experts. `num_selected_experts` is not read; the gates sum to 1
+  already, and `renormalize` changes nothing.
   """
   del state
   router_logits = router_lib.logits(params, inputs.tokens, options)
@@ -51,4 +51,5 @@ ROUTER = router_lib.Router(
   num_assignments=lambda options: options.num_experts,
   keeps_all=True,
   allowed=allowed,
+  reads=('router_dtype',),
 )

@@ -132,7 +132,12 @@ ROUTER = router_lib.Router(
   balance='assignment',
   fills_slots=True,
   cost='D E products, 32 + log S counts of the tokens for each expert',
-  reads=('evaluation', 'threshold_decay'),
+  reads=(
+    'gate_scale',
+    'router_dtype',
+    'evaluation',
+    'threshold_decay',
+  ),
   state=initial_state,
   update=update,
   num_assignments=lambda options: options.num_experts,

@@ -197,4 +197,8 @@ ROUTER = router_lib.Router(
   fills_slots=True,
   cost='D E products, some rounds of top-k of E and a sort of S K',
   allowed=allowed,
+  reads=(
+    'gate_scale',
+    'router_dtype',
+  ),
 )

@@ -101,7 +101,11 @@ ROUTER = router_lib.Router(
   learns=True,
   balance='loss',
   cost='D E products, top-2 of E, 1 random number',
-  reads=('second_choice',),
+  reads=(
+    'gate_scale',
+    'router_dtype',
+    'second_choice',
+  ),
   loss=loss,
   allowed=allowed,
 )

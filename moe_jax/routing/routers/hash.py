@@ -60,8 +60,8 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
   hash_ladder.py (13fe067): one expert drawn for each id (there from seed 42), no gate. The balanced
   one is known from descriptions. Differs: K > 1 sends the whole token to K whole experts of equal
   weight (not parts of a token vector to parts of an expert); the same table in every layer; ids
-  that never occur in the text stay random in the balanced table.
-  `gate_scale` is not read. An id outside the vocabulary takes the experts of the nearest id.
+  that never occur in the text stay random in the balanced table. An id outside the vocabulary takes
+  the experts of the nearest id.
   """
   del params
   rows = jnp.clip(inputs.token_ids, 0, state['table'].shape[0] - 1)
@@ -84,7 +84,10 @@ ROUTER = router_lib.Router(
   learns=False,
   balance='fixed',
   cost='one look-up',
-  reads=('hash_table', 'hash_seed'),
+  reads=(
+    'hash_table',
+    'hash_seed',
+  ),
   params=router_lib.no_params,
   state=new_state,
   from_counts=from_counts,

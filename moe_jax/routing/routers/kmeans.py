@@ -39,8 +39,8 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
   Source: Roy et al. 2021, arXiv:2003.05997 (k-means with moving averages, for sparse attention),
   checked in google-research's routing_transformer (0c1bbe5). Differs: it routes tokens to experts,
   each token choosing its centroids rather than each centroid its tokens; centroids have unit
-  length; no commitment loss (there weighted by 1e-4). `score`, `renormalize` and `gate_scale` are
-  not read.
+  length; no commitment loss (there weighted by 1e-4). Of `renormalize` only `after_drop` does
+  anything, in the plan.
   """
   del params
   centroids = jax.lax.stop_gradient(state['centroids'])
@@ -164,7 +164,13 @@ ROUTER = router_lib.Router(
   learns=False,
   balance='none',
   cost='D E products, top-k of E; sums of E D',
-  reads=('kmeans_update', 'kmeans_decay', 'kmeans_temperature', 'kmeans_reseed_after'),
+  reads=(
+    'router_dtype',
+    'kmeans_update',
+    'kmeans_decay',
+    'kmeans_temperature',
+    'kmeans_reseed_after',
+  ),
   params=router_lib.no_params,
   state=new_state,
   update=update,

@@ -135,7 +135,12 @@ ROUTER = router_lib.Router(
   learns=True,
   balance='loss',
   cost='2 D E products, E random numbers, top-k of E',
-  reads=('noise_floor',),
+  reads=(
+    'gate_scale',
+    'router_dtype',
+    'noise_floor',
+  ),
+  always={'softmax_order': 'after'},
   params=params,
   loss=loss,
   allowed=allowed,

@@ -106,7 +106,12 @@ ROUTER = router_lib.Router(
   learns=True,
   balance='state',
   cost='D E products, top-k of E; in training 32 counts of the tokens for each expert',
-  reads=('bias_rate',),
+  reads=(
+    'score',
+    'gate_scale',
+    'router_dtype',
+    'bias_rate',
+  ),
   state=state,
   update=update,
   allowed=loss_free.gates_allowed,

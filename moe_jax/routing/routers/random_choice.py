@@ -32,7 +32,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
 
   A control, of no paper; random routing that never changes for a token id is `hash`. Nearest is
   apply_random_logits of Megatron-LM (005742f); THOR draws one expert for all tokens of a layer's
-  call. `gate_scale` and `renormalize` are not read.
+  call. Of `renormalize` only `after_drop` does anything, in the plan.
   """
   del params, state
   num_tokens = inputs.valid.shape[1]

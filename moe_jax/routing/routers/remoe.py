@@ -112,7 +112,11 @@ ROUTER = router_lib.Router(
   learns=True,
   balance='loss',
   cost='D E products; E assignments to sort',
-  reads=('sparsity_factor', 'sparsity_start'),
+  reads=(
+    'router_dtype',
+    'sparsity_factor',
+    'sparsity_start',
+  ),
   state=new_state,
   update=update,
   loss=loss,

@@ -33,8 +33,8 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
   A control, of no paper. Over E consecutive positions every expert gets exactly K tokens of a
   sequence. All sequences of a group stand at the same expert at the same position. The position is
   that in the document, so a packed text starts again at expert 0 with every document, and decoding
-  sees the experts of training. `gate_scale` and `renormalize` are not read. torchtitan's moe.py
-  (b5bcd76) has the same over flat tokens, with gates from the scores.
+  sees the experts of training. Of `renormalize` only `after_drop` does anything, in the plan.
+  torchtitan's moe.py (b5bcd76) has the same over flat tokens, with gates from the scores.
   """
   del params, state
   num_experts, num_selected = options.num_experts, options.num_selected_experts

@@ -142,6 +142,11 @@ ROUTER = router_lib.Router(
   learns=True,
   balance='assignment',
   cost='D E products, top-k of E, tens to hundreds of passes over E',
-  reads=('assignment_tolerance',),
+  reads=(
+    'gate_scale',
+    'router_dtype',
+    'assignment_tolerance',
+  ),
+  always={'score': 'sigmoid'},
   allowed=allowed,
 )

@@ -103,7 +103,10 @@ ROUTER = router_lib.Router(
   learns=True,
   balance='fixed',
   cost='D E P products; E P weights for dispatch and E P for combine, kept for the gradient',
-  reads=('slots_per_expert',),
+  reads=(
+    'router_dtype',
+    'slots_per_expert',
+  ),
   params=new_params,
   num_assignments=lambda options: options.num_experts,
   decodes=lambda options: False,

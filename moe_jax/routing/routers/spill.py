@@ -90,4 +90,8 @@ ROUTER = router_lib.Router(
   fills_slots=True,
   cost='D E products, top-k of E, in S sequential steps',
   allowed=allowed,
+  reads=(
+    'gate_scale',
+    'router_dtype',
+  ),
 )

@@ -135,4 +135,10 @@ ROUTER = router_lib.Router(
   balance='loss',
   cost='D E products, top-k of E',
   allowed=allowed,
+  reads=(
+    'score',
+    'softmax_order',
+    'gate_scale',
+    'router_dtype',
+  ),
 )

@@ -101,7 +101,12 @@ ROUTER = router_lib.Router(
   learns=True,
   balance='loss',
   cost='D E products, E random numbers, top-k of E',
-  reads=('noise_scale',),
+  reads=(
+    'softmax_order',
+    'gate_scale',
+    'router_dtype',
+    'noise_scale',
+  ),
   loss=loss,
   allowed=allowed,
 )
