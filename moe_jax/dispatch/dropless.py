@@ -36,7 +36,8 @@ from moe_jax.routing.router import varying_like
 
 # Standard deviations of the load of random routing that the base holds above the mean.
 SLACK = 2.0
-# Rows of a block at most; fewer where experts have fewer rows.
+# Rows of a block at most. What an expert has beyond the base is of the order of the deviation of its
+# load, and most of a larger block would be empty.
 LARGEST_BLOCK = 128
 # Rows that a device sends to each other in a round: this part of an even share.
 ROUND_SHARE = 16
@@ -69,8 +70,8 @@ def sizes_of(
   """
   mean = num_tokens * num_selected / num_experts
   base = 8 * math.ceil((mean + SLACK * math.sqrt(mean)) / 8)
-  # A power of 2 near the mean.
-  block = 2 ** round(math.log2(min(max(mean, 8), LARGEST_BLOCK)))
+  # A power of 2 near what the base holds beyond the mean.
+  block = 2 ** round(math.log2(min(max(SLACK * math.sqrt(mean), 8), LARGEST_BLOCK)))
   share = num_tokens * num_selected / num_devices / ROUND_SHARE
   return Sizes(min(base, num_tokens), block, max(16, 8 * math.ceil(share / 8)))
 
