@@ -36,8 +36,8 @@ from moe_jax.routing.router import varying_like
 
 # Standard deviations of the load of random routing that the base holds above the mean.
 SLACK = 2.0
-# Rows of a block at most. What an expert has beyond the base is of the order of the deviation of its
-# load, and most of a larger block would be empty.
+# Rows of a block at most. What an expert has beyond the base is of the order of the deviation of
+# its load, and most of a larger block would be empty.
 LARGEST_BLOCK = 128
 # Rows that a device sends to each other in a round: this part of an even share.
 ROUND_SHARE = 16
