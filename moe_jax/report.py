@@ -10,11 +10,11 @@ from moe_jax import cli
 from moe_jax.errors import UserError
 from moe_jax.results import figures, scaling, tables
 from moe_jax.results.page import Cell, write_page
-from moe_jax.results.records import Record, read_records, write_records
+from moe_jax.results.records import DIVERGED, FINISHED, Record, read_records, write_records
 from moe_jax.results.statistics import Interval
 from moe_jax.results.summary import ArmSummary, Summary, summarize
 from moe_jax.study import Study
-from moe_jax.sweep.collect import known_records, records_of
+from moe_jax.sweep.collect import id_today, known_records, records_of
 from moe_jax.sweep.trials import load_study, trials_of
 
 _STUDY = flags.DEFINE_string('study', None, 'File that defines get_study().')
@@ -40,6 +40,7 @@ def main() -> None:
   out = pathlib.Path(cli.required(_OUT))
   records = _records(study)
   _check_out(out)
+  summarize(study, records)  # what may not be compared is refused before a file is changed
   try:
     out.mkdir(parents=True, exist_ok=True)
     write_records(out / 'results.jsonl', records)
@@ -60,13 +61,29 @@ def _records(study: Study) -> list[Record]:
   if _RESULTS.value and not os.path.isfile(_RESULTS.value):
     raise UserError('--results', _RESULTS.value, 'does not exist')
   if _RESULTS.value and not _WORKDIR.value:
-    return read_records(_RESULTS.value)
+    return _of_this_study(study, read_records(_RESULTS.value))
   workdir = cli.required(_WORKDIR)
   if not os.path.isdir(workdir):
     raise UserError('--workdir', workdir, 'does not exist')
   command = f'python -m moe_jax.sweep --study={_STUDY.value} --workdir={workdir}'
   known = known_records(trials_of(study), _RESULTS.value) if _RESULTS.value else None
   return records_of(study, workdir, command, known)
+
+
+def _of_this_study(study: Study, records: list[Record]) -> list[Record]:
+  """Refuses results of trials that the study no longer has: their base or seeds were others."""
+  ids = {(trial.arm, trial.seed): trial.id for trial in trials_of(study)}
+  for record in records:
+    expected = ids.get((record.arm, record.seed))
+    ended = record.status in (FINISHED, DIVERGED)
+    if ended and expected and id_today(record, _RESULTS.value) != expected:
+      raise UserError(
+        '--results',
+        _RESULTS.value,
+        f'arm {record.arm!r}, seed {record.seed} was trained with another config than the '
+        'study has now',
+      )
+  return records
 
 
 def write_report(

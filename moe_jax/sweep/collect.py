@@ -60,7 +60,7 @@ def known_records(trials: list[Trial], path: str | os.PathLike) -> dict[str, Rec
   ended = {}
   for record in records.read_records(path):
     if record.status in (records.FINISHED, records.DIVERGED):
-      ended[_id_today(record, path)] = record
+      ended[id_today(record, path)] = record
   return {
     trial.id: dataclasses.replace(
       ended[trial.id], trial=trial.id, arm=trial.arm, seed=trial.seed, changes=trial.changes
@@ -70,7 +70,8 @@ def known_records(trials: list[Trial], path: str | os.PathLike) -> dict[str, Rec
   }
 
 
-def _id_today(record: Record, path: str | os.PathLike) -> str:
+def id_today(record: Record, path: str | os.PathLike) -> str:
+  """Returns the id that a record's config has under today's schema."""
   config = config_lib.get_config()
   try:
     config.update(record.config)
