@@ -40,7 +40,6 @@ def main() -> None:
   out = pathlib.Path(cli.required(_OUT))
   records = _records(study)
   _check_out(out)
-  summarize(study, records)  # what may not be compared is refused before a file is changed
   try:
     out.mkdir(parents=True, exist_ok=True)
     write_records(out / 'results.jsonl', records)
@@ -61,7 +60,7 @@ def _records(study: Study) -> list[Record]:
   if _RESULTS.value and not os.path.isfile(_RESULTS.value):
     raise UserError('--results', _RESULTS.value, 'does not exist')
   if _RESULTS.value and not _WORKDIR.value:
-    return _of_this_study(study, read_records(_RESULTS.value))
+    return _of_this_study(study, read_records(_RESULTS.value), _RESULTS.value)
   workdir = cli.required(_WORKDIR)
   if not os.path.isdir(workdir):
     raise UserError('--workdir', workdir, 'does not exist')
@@ -70,16 +69,16 @@ def _records(study: Study) -> list[Record]:
   return records_of(study, workdir, command, known)
 
 
-def _of_this_study(study: Study, records: list[Record]) -> list[Record]:
+def _of_this_study(study: Study, records: list[Record], path: str) -> list[Record]:
   """Refuses results of trials that the study no longer has: their base or seeds were others."""
   ids = {(trial.arm, trial.seed): trial.id for trial in trials_of(study)}
   for record in records:
     expected = ids.get((record.arm, record.seed))
     ended = record.status in (FINISHED, DIVERGED)
-    if ended and expected and id_today(record, _RESULTS.value) != expected:
+    if ended and expected and id_today(record, path) != expected:
       raise UserError(
         '--results',
-        _RESULTS.value,
+        path,
         f'arm {record.arm!r}, seed {record.seed} was trained with another config than the '
         'study has now',
       )
