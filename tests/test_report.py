@@ -102,6 +102,29 @@ def test_a_changed_line_of_a_results_file_is_named_and_not_averaged(swept, tmp_p
       refused.assert_error(str(path), words, code=3)
 
 
+def test_results_of_another_config_are_refused(swept, tmp_path):
+  study, workdir = swept
+  assert report(study, workdir, tmp_path / 'one', '--nofigures').code == 0
+  edited = tmp_path / 'study.py'
+  edited.write_text(
+    study.read_text()
+    + """
+
+_get_study = get_study
+
+
+def get_study():
+  study = _get_study()
+  study.base.optim.weight_decay = 0.9
+  return study
+"""
+  )
+  results = f'--results={tmp_path / "one" / "results.jsonl"}'
+  refused = tiny.command('report', f'--study={edited}', results, f'--out={tmp_path / "two"}')
+  refused.assert_error('--results=', 'another config')
+  assert not (tmp_path / 'two').exists()
+
+
 def test_a_study_of_experts_has_a_law_over_them(swept, tmp_path):
   study, workdir = swept
   path = tmp_path / 'study.py'
