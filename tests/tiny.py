@@ -33,8 +33,6 @@ from moe_jax.train.step import make_gradient, make_train_step, put_batch
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 VOCAB_SIZE = 258
-# What a router needs beside its name, in a tiny config.
-ROUTERS: dict[str, dict] = {}
 _WORDS = ('the', 'sea', 'and', 'sky', 'were', 'one', 'grey', 'wall', 'of', 'rain', 'that', 'night')
 
 
@@ -144,7 +142,7 @@ class Trainer:
 def _initial_params(embed_dim, router):
   """The parameters of every trainer of that width: they depend on neither mesh nor optimizer."""
   overrides = {'mesh.data': 1, 'mesh.expert': 1, 'model.embed_dim': embed_dim}
-  overrides |= ROUTERS.get(router, {}) | {'moe.router': router}
+  overrides |= {'moe.router': router}
   model = build_model(config(overrides), make_mesh(1, 1), VOCAB_SIZE, 'eval')
   return jax.device_get(jax.jit(lambda: init_params(model, jnp.int32(0)))())
 

@@ -40,7 +40,7 @@ def dataset(text):
 
 def model_and_weights(mesh, router='top_k'):
   """A model whose forward pass says its choices, and weights before and after some change."""
-  overrides = tiny.ROUTERS.get(router, {}) | {'moe.router': router}
+  overrides = {'moe.router': router}
   if router == 'expert_choice':
     overrides['moe.renormalize'] = 'none'
   overrides |= {'mesh.data': mesh[0], 'mesh.expert': mesh[1]}
