@@ -20,7 +20,7 @@ def get_study():
       product({FACTOR: (0.5, 1.0), PRIORITY: ('token', 'choice', 'priority', 'random')}),
       product({FACTOR: (2.0,), PRIORITY: ('token', 'choice', 'priority', 'random')}),
     ),
-    seeds=(0, 1, 2),
+    seeds=(0, 1, 2, 3, 4),
     metric=Metric('causal/bits_per_byte'),
     baseline='capacity_factor=1.0, priority=token',
     comparisons=tuple(
