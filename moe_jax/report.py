@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 from absl import flags
@@ -42,12 +43,23 @@ def main() -> None:
   _check_out(out)
   try:
     out.mkdir(parents=True, exist_ok=True)
+    _refuse_early(study, records, out)
     write_records(out / 'results.jsonl', records)
     write_report(study, records, out, _FIGURES.value)
   except OSError as error:
     raise UserError('--out', str(out), f'cannot be written: {error.strerror}') from error
   print((out / 'table.md').read_text(encoding='utf-8'))
   print(f'report: {out / "index.html"}')
+
+
+def _refuse_early(study: Study, records: list[Record], out: pathlib.Path) -> None:
+  """Ends before an earlier report is touched; without one, what was found is kept."""
+  try:
+    summarize(study, records)
+  except UserError:
+    if not (out / 'results.jsonl').exists():
+      write_records(out / 'results.jsonl', records)
+    raise
 
 
 def _check_out(out: pathlib.Path) -> None:
@@ -95,7 +107,9 @@ def write_report(
   """
   summary = summarize(study, records)
   known = {name for arm in summary.arms for name in arm.metrics}
-  columns = [name for name in COLUMNS if name in known and name != study.metric.name]
+  columns = {
+    name: title for name, title in COLUMNS.items() if name in known and name != study.metric.name
+  }
   for name, text in (
     ('table.md', tables.markdown(summary, columns)),
     ('table.tex', tables.latex(summary, columns)),
@@ -114,14 +128,13 @@ def write_report(
     'metric': f'{study.metric.name}, {study.metric.unit}',
     'difference': f'minus {study.baseline}' if study.baseline else '',
     'seeds': 'seeds',
-    **{name: COLUMNS[name] for name in columns},
+    **columns,
     'active': 'active parameters',
     'total': 'parameters',
     'per_expert': 'tokens per expert',
-    'state': 'trials',
   }
   titles = {key: title for key, title in titles.items() if title}
-  rows = [_row(arm, columns) for arm in summary.arms]
+  rows = [_row(arm, columns) for arm in summary.arms if not arm.dropped]
   write_page(
     study,
     records,
@@ -135,7 +148,7 @@ def write_report(
   return summary
 
 
-def _row(arm: ArmSummary, columns: list[str]) -> dict[str, Any]:
+def _row(arm: ArmSummary, columns: Iterable[str]) -> dict[str, Any]:
   """Returns what the page's table says of an arm."""
   row: dict[str, Any] = {
     'arm': arm.name,
@@ -145,7 +158,6 @@ def _row(arm: ArmSummary, columns: list[str]) -> dict[str, Any]:
     'active': arm.parameters.get('active'),
     'total': arm.parameters.get('total'),
     'per_expert': arm.tokens_per_expert,
-    'state': arm.dropped or ', '.join(f'{n} {status}' for status, n in arm.statuses.items()),
   }
   return row | {name: _cell(arm.metrics.get(name)) for name in columns}
 

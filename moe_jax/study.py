@@ -112,6 +112,9 @@ class Metric(NamedTuple):
   lower_is_better: bool = True
 
 
+# How far tokens and FLOPs of compared trials may be apart. Padding makes tokens depend on the order
+# of the data, and widths are whole numbers: arms made for equal compute meet it to a fraction.
+TOLERANCE = 0.01
 # What runs may differ in and still be compared, if the study says that this is the question.
 MAY_DIFFER = ('compute', 'horizon', 'data', 'tokenizer')
 

@@ -9,7 +9,7 @@ import pytest
 from moe_jax.data import ByteTokenizer
 from moe_jax.models.build import build_model
 from moe_jax.parallel.mesh import make_mesh
-from moe_jax.sweep import runner, trials
+from moe_jax.sweep import trials
 from moe_jax.train.state import init_params
 from tests import tiny
 
@@ -27,7 +27,7 @@ def test_every_trial_is_valid_and_arms_have_equal_compute(path):
   else:
     assert study.split == 'test' and len(study.seeds) >= 3 and study.comparisons
     assert 100 not in study.seeds
-  flops = {trial.arm: runner.training_flops(trial.config) for trial in found}
+  flops = {trial.arm: trials.training_flops(trial.config) for trial in found}
   # To the router's own products: PROTOCOL.md, point 4.
   assert max(flops.values()) < 1.06 * min(flops.values())
 

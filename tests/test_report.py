@@ -102,6 +102,32 @@ def test_a_changed_line_of_a_results_file_is_named_and_not_averaged(swept, tmp_p
       refused.assert_error(str(path), words, code=3)
 
 
+def test_a_trial_can_be_made_again_at_its_precision(swept, tmp_path):
+  study, workdir = swept
+  folder = next(p.parent for p in workdir.glob('trials/*/metrics.jsonl') if p.stat().st_size)
+  paths = (folder / 'manifest.json', outcome.path_of(workdir, folder.name))
+  kept = {path: path.read_text() for path in paths}
+  facts, ended = (json.loads(text) for text in kept.values())
+  facts['devices']['matmul_precision'] = 'highest'
+  facts['pack'] = 2
+  (folder / 'manifest.json').write_text(json.dumps(facts))
+  del ended['digest']
+  outcome.write(workdir, folder.name, ended | {'digests': outcome.digests(folder)})
+  try:
+    result = report(study, workdir, tmp_path / 'r', '--nofigures')
+  finally:
+    for path, text in kept.items():
+      path.write_text(text)
+  assert result.code == 0, result.err
+  records = {record.trial: record for record in read_records(tmp_path / 'r' / 'results.jsonl')}
+  assert records[folder.name].command.startswith('JAX_DEFAULT_MATMUL_PRECISION=highest python -m')
+  assert records[folder.name].pack == 2
+  assert [r.pack for r in records.values() if r.status == 'finished'].count(1) == 3
+  said = (tmp_path / 'r' / 'methods.tex').read_text()
+  assert 'highest precision of products' in said and '2 trials as one program' in said
+  assert 'different devices' in (tmp_path / 'r' / 'table.md').read_text()
+
+
 def test_results_of_another_config_are_refused(swept, tmp_path):
   study, workdir = swept
   assert report(study, workdir, tmp_path / 'one', '--nofigures').code == 0
@@ -199,5 +225,9 @@ def test_refuses(swept, tmp_path):
   write_records(bad, [dataclasses.replace(first, step=2, num_steps=2), *others])
   result = tiny.command('report', f'--study={study}', f'--results={bad}', f'--out={tmp_path / "r"}')
   result.assert_error('num_steps', 'horizon')
-  # What was found stands there all the same.
+  # What was found stands there all the same, unless an earlier report does.
   assert len(read_records(tmp_path / 'r' / 'results.jsonl')) == 6
+  before = tiny.snapshot(tmp_path / 'good')
+  out = f'--out={tmp_path / "good"}'
+  tiny.command('report', f'--study={study}', f'--results={bad}', out).assert_error('num_steps')
+  assert tiny.snapshot(tmp_path / 'good') == before

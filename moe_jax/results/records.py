@@ -38,7 +38,9 @@ class Record:
       never began.
     git_commit: of the checkout it ran in; None if unknown.
     git_dirty: whether that had uncommitted changes.
-    devices: platform, kind and count.
+    devices: platform, kind and count, and the precision of matrix products ('default' or as JAX
+      names it; results of earlier versions lack it).
+    pack: trials that trained as one program with it; 1 if it ran alone, None if unknown.
     mesh: devices along each axis.
     parameters: `total` and `active`.
     flops_per_token: of training, forward and backward.
@@ -64,6 +66,7 @@ class Record:
   git_commit: str | None = None
   git_dirty: bool | None = None
   devices: dict[str, Any] = dataclasses.field(default_factory=dict)
+  pack: int | None = None
   mesh: dict[str, int] = dataclasses.field(default_factory=dict)
   parameters: dict[str, int] = dataclasses.field(default_factory=dict)
   flops_per_token: int = 0

@@ -22,13 +22,10 @@ from moe_jax.results.statistics import (
   mean_interval,
   paired_difference,
 )
-from moe_jax.study import MAY_DIFFER, Metric, Point, Study
+from moe_jax.study import MAY_DIFFER, TOLERANCE, Metric, Point, Study
 
 # Of adjusted p-values: below, a comparison has a winner.
 SIGNIFICANCE = 0.05
-# How far tokens and FLOPs of trials may be apart. Padding makes tokens depend on the order of the
-# data, and widths are whole numbers: arms made for equal compute meet it to a fraction of this.
-TOLERANCE = 0.01
 # Seeds below which a summary warns: the quantile of t falls from 12.7 with 2 to 4.3 with 3.
 MIN_SEEDS = 3
 
@@ -125,7 +122,8 @@ class Provenance:
   Attributes:
     commits: of the checkouts, sorted; 'unknown' for a trial without.
     dirty: whether one had uncommitted changes.
-    devices: as 'COUNT x KIND (PLATFORM)', sorted.
+    devices: as 'COUNT x KIND (PLATFORM)', sorted; with the precision of products where it was set.
+    packs: how many trials trained as one program, each number once; 1 or unknown left out.
     data: name, fingerprint and tokenizer of the texts.
     config: the fields that all trials agree on, as 'model.num_layers', with their values.
     not_causal: {arm: the field by which a token can see later ones}.
@@ -134,6 +132,7 @@ class Provenance:
   commits: tuple[str, ...]
   dirty: bool
   devices: tuple[str, ...]
+  packs: tuple[int, ...]
   data: tuple[dict[str, Any], ...]
   config: dict[str, Any]
   not_causal: dict[str, str]
@@ -413,6 +412,7 @@ def _provenance(records: Sequence[Record], by_arm: dict[str, list[Record]]) -> P
     commits=_once(record.git_commit or 'unknown' for record in finished),
     dirty=any(record.git_dirty for record in finished),
     devices=_once(_devices(record) for record in finished if record.devices),
+    packs=tuple(sorted({record.pack for record in finished if record.pack and record.pack > 1})),
     data=tuple(
       json.loads(text)
       for text in _once(
@@ -435,7 +435,9 @@ def _once(values: Iterable[str]) -> tuple[str, ...]:
 
 def _devices(record: Record) -> str:
   of = record.devices
-  return f'{of.get("count", "?")} x {of.get("kind", "?")} ({of.get("platform", "?")})'
+  name = f'{of.get("count", "?")} x {of.get("kind", "?")} ({of.get("platform", "?")})'
+  precision = of.get('matmul_precision', 'default')
+  return name if precision == 'default' else f'{name}, {precision} precision of products'
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import io
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from moe_jax.errors import UserError
@@ -51,6 +51,9 @@ _LATEX = {
 _ACCENTS = '\u0300\u0301\u0302\u0303\u0308\u030a\u030c\u0327'
 _MOST_ACCENTED = 0x180
 _SCALES = ((1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k'))
+# Characters of a row in LaTeX, which \small fits on a page of text, and of a name in a title.
+_WIDEST = 88
+_LONGEST_BASELINE = 20
 # Half widths below come of rounding.
 _MOST_DECIMALS = 12
 _NOTHING = Interval(math.nan, math.nan, math.nan, 0)
@@ -72,19 +75,22 @@ class _Table(NamedTuple):
   num_left: int
 
 
-def markdown(summary: Summary, metrics: Sequence[str] = ()) -> str:
+_PLAIN = _Style(lambda text: ' '.join(text.split()), lambda text: text, '-')
+
+
+def markdown(summary: Summary, metrics: Mapping[str, str] | None = None) -> str:
   """Returns the tables of arms and of planned comparisons, what is not in them, and warnings.
 
   Args:
     summary: of a study.
-    metrics: further columns, names as in `ArmSummary.metrics`.
+    metrics: further columns: names as in `ArmSummary.metrics`, with their titles.
 
   Raises:
     UserError: for a metric that no arm has.
   """
   style = _Style(escape_markdown, lambda text: text, '-')
   parts = [f'{style.text(summary.study.question)}\n']
-  for table in _tables(summary, style, metrics):
+  for table in _tables(summary, style, metrics or {}):
     rule = ['---'] * table.num_left + ['---:'] * (len(table.header) - table.num_left)
     rows = [table.header, rule, *table.rows]
     parts.append(''.join(f'| {" | ".join(row)} |\n' for row in rows))
@@ -96,14 +102,15 @@ def markdown(summary: Summary, metrics: Sequence[str] = ()) -> str:
   return '\n'.join(parts)
 
 
-def latex(summary: Summary, metrics: Sequence[str] = ()) -> str:
+def latex(summary: Summary, metrics: Mapping[str, str] | None = None) -> str:
   r"""Returns the same as tabulars with the rules of booktabs, to \input into a table.
 
-  Warnings are comments: they are for the author to deal with.
+  A table wider than a page of text goes on in a second one, which names the arms again. Warnings
+  are comments: they are for the author to deal with.
 
   Args:
     summary: of a study.
-    metrics: further columns, names as in `ArmSummary.metrics`.
+    metrics: further columns: names as in `ArmSummary.metrics`, with their titles.
 
   Raises:
     UserError: for a metric that no arm has.
@@ -112,7 +119,9 @@ def latex(summary: Summary, metrics: Sequence[str] = ()) -> str:
   head = [f'% {_one_line(summary.study.question)}', r'% Needs \usepackage{booktabs}.']
   head += [f'% Warning: {_one_line(warning)}' for warning in summary.warnings]
   parts = []
-  for table in _tables(summary, style, metrics):
+  plain = _tables(summary, _PLAIN, metrics or {})
+  tables = zip(_tables(summary, style, metrics or {}), plain, strict=True)
+  for table in [part for whole, shown in tables for part in _split(whole, shown)]:
     columns = 'l' * table.num_left + 'r' * (len(table.header) - table.num_left)
     header, *rows = [' & '.join(row) + r' \\' for row in [table.header, *table.rows]]
     lines = [rf'\begin{{tabular}}{{{columns}}}', r'\toprule', header, r'\midrule', *rows]
@@ -131,7 +140,7 @@ def comparisons(summary: Summary) -> list[list[str]]:
   """Returns the table of planned comparisons as plain text, its header first; [] without any."""
   if not summary.comparisons:
     return []
-  table = _comparisons_table(summary, _Style(_one_line, lambda text: text, '-'))
+  table = _comparisons_table(summary, _PLAIN)
   return [table.header, *table.rows]
 
 
@@ -210,22 +219,25 @@ def _one_line(text: str) -> str:
   return ' '.join(text.split())
 
 
-def _tables(summary: Summary, style: _Style, metrics: Sequence[str]) -> list[_Table]:
+def _tables(summary: Summary, style: _Style, metrics: Mapping[str, str]) -> list[_Table]:
   tables = [_arms_table(summary, style, metrics)]
   if summary.comparisons:
     tables.append(_comparisons_table(summary, style))
   return tables
 
 
-def _arms_table(summary: Summary, style: _Style, metrics: Sequence[str]) -> _Table:
+def _arms_table(summary: Summary, style: _Style, metrics: Mapping[str, str]) -> _Table:
   known = sorted({name for arm in summary.arms for name in arm.metrics})
   for name in metrics:
     if name not in known:
       raise UserError('metrics', name, f'must be one of {", ".join(known) or "none"}')
   study = summary.study
   header = ['arm', 'averaged', study.metric.unit]
-  header += [f'minus {study.baseline}'] if study.baseline else []
-  header += ['parameters', 'active', 'FLOPs / token', 'tokens', 'tokens / expert', *metrics]
+  if study.baseline:
+    short = len(study.baseline) <= _LONGEST_BASELINE
+    header.append(f'minus {study.baseline}' if short else 'minus baseline')
+  header += ['parameters', 'active', 'FLOPs / token', 'tokens', 'tokens / expert']
+  header += metrics.values()
   rows = []
   for arm in summary.arms:
     if arm.dropped:
@@ -245,6 +257,30 @@ def _arms_table(summary: Summary, style: _Style, metrics: Sequence[str]) -> _Tab
     cells += [_interval(arm.metrics.get(name), style) for name in metrics]
     rows.append(cells)
   return _Table([style.text(name) for name in header], rows, 1)
+
+
+def _split(table: _Table, shown: _Table) -> list[_Table]:
+  """Returns the table in parts that are not too wide, each with the columns of words.
+
+  Args:
+    table: as the format writes it.
+    shown: the same as a reader will see it.
+  """
+  widths = [2 + max(map(len, cells)) for cells in zip(shown.header, *shown.rows, strict=True)]
+  left = list(range(table.num_left))
+  parts, width = [list(left)], sum(widths[: table.num_left])
+  for column in range(table.num_left, len(widths)):
+    if width + widths[column] > _WIDEST and len(parts[-1]) > len(left):
+      parts.append(list(left))
+      width = sum(widths[: table.num_left])
+    parts[-1].append(column)
+    width += widths[column]
+  return [
+    _Table(
+      [table.header[i] for i in part], [[row[i] for i in part] for row in table.rows], len(left)
+    )
+    for part in parts
+  ]
 
 
 def _comparisons_table(summary: Summary, style: _Style) -> _Table:
@@ -446,6 +482,8 @@ def _on_provenance(summary: Summary) -> list[str]:
   sentence = f'Trials ran {TITLE} at {_count_noun("commit", of.commits)} {", ".join(of.commits)}'
   sentence += ' with uncommitted changes' if of.dirty else ''
   sentence += f', on {" and ".join(of.devices)}' if of.devices else ''
+  if of.packs:
+    sentence += f', {" or ".join(map(str, of.packs))} trials as one program'
   return [f'{sentence}.']
 
 

@@ -95,6 +95,7 @@ def _record(trial: Trial, workdir: str | os.PathLike, command: str) -> Record:
     facts = manifest.read(folder) if manifest.exists(folder) else None
     if facts:
       known |= _of_manifest(trial, facts)
+      known['command'] = _environment(known['devices']) + known['command'] if command else ''
     try:
       ended = outcome.read(workdir, trial.id)
     except DamagedError as error:
@@ -144,11 +145,18 @@ def _of_manifest(trial: Trial, facts: dict[str, Any]) -> dict[str, Any]:
     'git_commit': facts['git_commit'],
     'git_dirty': facts['git_dirty'],
     'devices': facts['devices'],
+    'pack': facts.get('pack', 1),
     'mesh': facts['mesh'],
     'parameters': facts['parameters'],
     'flops_per_token': facts['training_flops_per_token'],
     'tokens': facts['step'] * data.batch_size * data.sequence_length,
   }
+
+
+def _environment(devices: dict[str, Any]) -> str:
+  """Returns what must stand before a command for the precision that a trial ran at."""
+  precision = devices.get('matmul_precision', 'default')
+  return '' if precision == 'default' else f'JAX_DEFAULT_MATMUL_PRECISION={precision} '
 
 
 def _results(evaluations: dict[str, Any]) -> dict[str, Any]:

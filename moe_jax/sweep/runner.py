@@ -16,7 +16,6 @@ import tqdm
 from jax.sharding import Mesh
 
 from moe_jax import config as config_lib
-from moe_jax.data import ByteTokenizer
 from moe_jax.errors import DamagedError, UserError, is_full
 from moe_jax.models.build import build_model
 from moe_jax.models.decoder import Decoder
@@ -24,8 +23,8 @@ from moe_jax.results.records import DIVERGED, FAILED, FINISHED
 from moe_jax.study import Study
 from moe_jax.sweep import outcome
 from moe_jax.sweep.evaluations import config_for
-from moe_jax.sweep.trials import Trial
-from moe_jax.train import accounting, evaluate, manifest, packed
+from moe_jax.sweep.trials import Trial, training_flops
+from moe_jax.train import evaluate, manifest, packed
 from moe_jax.train.loop import DivergedError, Listener, program_of, train
 from moe_jax.train.opening import dataset_of
 from moe_jax.train.restore import restore_run
@@ -284,17 +283,6 @@ def _eval_step(program: str, mesh: Mesh, vocab_size: int) -> tuple[Decoder, eval
   config.update(json.loads(program))
   model = build_model(config, mesh, vocab_size, 'eval')
   return model, evaluate.make_eval_step(model)
-
-
-def vocab_size_of(config: ml_collections.ConfigDict) -> int:
-  """Returns the vocabulary of a config before its text was looked at."""
-  return config.data.vocab_size or ByteTokenizer().vocab_size
-
-
-def training_flops(config: ml_collections.ConfigDict) -> int:
-  """Returns the floating-point operations of a whole training run."""
-  tokens = config.train.num_steps * config.data.batch_size * config.data.sequence_length
-  return tokens * accounting.training_flops_per_token(config, vocab_size_of(config))
 
 
 class _Progress:

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import ml_collections
 
 from moe_jax import config as config_lib
-from moe_jax.data import SPLITS
+from moe_jax.data import SPLITS, ByteTokenizer
 from moe_jax.errors import UserError
-from moe_jax.study import MAY_DIFFER, Comparison, Metric, Point, Study
+from moe_jax.study import MAY_DIFFER, TOLERANCE, Comparison, Metric, Point, Study
 from moe_jax.sweep.evaluations import EVALUATIONS, METRICS
+from moe_jax.train import accounting
 from moe_jax.train.manifest import FREE_FIELDS
 
 
@@ -161,6 +162,27 @@ def _check_comparable(study: Study, trials: list[Trial]) -> None:
           {arm: value for value, arm in values.items()},
           f'compared arms must agree; if the study asks this, add {excuse!r} to its may_differ',
         )
+  if 'compute' not in study.may_differ:
+    flops = {trial.arm: training_flops(trial.config) for trial in trials}
+    least, most = min(flops, key=flops.__getitem__), max(flops, key=flops.__getitem__)
+    if flops[most] > (1 + TOLERANCE) * flops[least]:
+      raise UserError(
+        'training FLOPs',
+        {least: flops[least], most: flops[most]},
+        f"compared arms must agree to {TOLERANCE:.0%}; if the study asks this, add 'compute' to "
+        'its may_differ',
+      )
+
+
+def vocab_size_of(config: ml_collections.ConfigDict) -> int:
+  """Returns the vocabulary of a config before its text was looked at."""
+  return config.data.vocab_size or ByteTokenizer().vocab_size
+
+
+def training_flops(config: ml_collections.ConfigDict) -> int:
+  """Returns the floating-point operations of a whole training run."""
+  tokens = config.train.num_steps * config.data.batch_size * config.data.sequence_length
+  return tokens * accounting.training_flops_per_token(config, vocab_size_of(config))
 
 
 def trials_of(study: Study, free: Mapping[str, Any] | None = None) -> list[Trial]:

@@ -66,6 +66,8 @@ def new_manifest(
       'kind': jax.devices()[0].device_kind,
       'count': jax.device_count(),
       'processes': jax.process_count(),
+      # Of JAX_DEFAULT_MATMUL_PRECISION; without it accelerators may round what products multiply.
+      'matmul_precision': jax.config.jax_default_matmul_precision or 'default',  # type: ignore
     },
     'mesh': dict(mesh.shape),
     'seed': config.train.seed,

@@ -162,6 +162,7 @@ class _Pack:
       writers = []
       for member, facts in zip(self._members, self._facts, strict=True):
         opening.keep_tokenizer(member.workdir, self._dataset.tokenizer)
+        facts['pack'] = len(self._members)
         manifest.write(member.workdir, facts)
         writer = metrics.MetricsWriter(member.workdir, self._step)
         writers.append(stack.enter_context(contextlib.closing(writer)))

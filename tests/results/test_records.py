@@ -26,7 +26,7 @@ def test_every_field_is_written(tmp_path):
   record = records.Record(
     trial='id', arm='a', seed=3, status=records.DIVERGED, reason='loss is nan', step=7, num_steps=9,
     changes={'moe.num_experts': 4}, config={'moe': {'num_experts': 4}}, data={'name': 'tier1'},
-    git_commit='c', git_dirty=True, devices={'count': 8}, mesh={'data': 2},
+    git_commit='c', git_dirty=True, devices={'count': 8}, pack=2, mesh={'data': 2},
     parameters={'total': 5}, flops_per_token=6, tokens=11, metrics={'x/y': 1.5},
     domains={'x': {'d': {'y': 1.0}}}, curve=[[1, 2.0]], load=[[1, [[0.5, 0.5]]]], command='python',
   )  # fmt: skip
@@ -48,7 +48,7 @@ def test_no_records(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ('old', 'new'), [('0.25', '0.24'), ('"seed": 1', '"seed": 2'), ('f9', 'f8')]
+  ('old', 'new'), [('0.25', '0.24'), ('"seed": 1', '"seed": 2'), ('"f9"', '"f8"')]
 )
 def test_a_changed_record_is_damaged_and_has_no_results(tmp_path, old, new):
   path = tmp_path / 'results.jsonl'

@@ -94,7 +94,7 @@ def test_an_arm_without_any_finished_trial():
 def test_no_records_at_all():
   result = summary.summarize(made.make_study(), [])
   assert [len(arm.absent) for arm in result.arms] == [3, 3]
-  assert result.provenance == summary.Provenance((), False, (), (), {}, {})
+  assert result.provenance == summary.Provenance((), False, (), (), (), {}, {})
 
 
 def test_a_dropped_arm_stays_with_its_reason():

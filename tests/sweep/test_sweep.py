@@ -92,6 +92,7 @@ def test_an_id_is_the_config_but_for_what_changes_no_result(text):
       ("data.tokenizer={'", "'tokenizer' to its"),
     ),
     ({'more': (point('a', {'train.num_steps': 5}),)}, ('train.num_steps={', "'horizon' to its")),
+    ({'more': (point('a', {'moe.mlp_dim': 32}),)}, ('training FLOPs={', "'compute' to its")),
   ],
 )
 def test_refuses(text, changes, words):
@@ -252,7 +253,7 @@ def test_what_was_not_run_or_not_finished_is_said(text, tmp_path):
 
 
 def test_the_command_plans_runs_and_refuses(text, tmp_path):
-  path = study_file(tmp_path, text, "point('few', {'moe.num_experts': 4})")
+  path = study_file(tmp_path, text, "point('wide', {'moe.capacity_factor': 3.0})")
   study = f'--study={path}'
   plan = tiny.command('sweep', study, '--dry_run')
   assert plan.code == 0, plan.err

@@ -121,6 +121,7 @@ def test_the_manifest_says_what_was_run(whole, text):
   assert facts['packages']['jax'] == jax.__version__
   assert {'flax', 'optax', 'orbax-checkpoint', 'grain'} <= set(facts['packages'])
   devices = {'platform': 'cpu', 'kind': 'cpu', 'count': 8, 'processes': 1}
+  devices['matmul_precision'] = 'default'
   assert facts['devices'] == devices
   assert facts['mesh'] == {'data': 2, 'expert': 4}
   assert facts['seed'] == 0

@@ -75,6 +75,7 @@ def test_each_member_gets_what_it_gets_alone(text, tmp_path, router):
   losses = set()
   for i, config in enumerate(configs):
     loop.train(config, str(tmp_path / f'alone{i}'), NOBODY)
+    assert manifest.read(tmp_path / f'packed{i}')['pack'] == 4
     assert_same_runs(tmp_path / f'packed{i}', tmp_path / f'alone{i}', config)
     losses.add(read_metrics(tmp_path / f'packed{i}' / 'metrics.jsonl')[-1]['loss'])
   assert len(losses) == 4

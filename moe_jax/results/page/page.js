@@ -223,6 +223,7 @@ function fillTrial(record) {
     ['FLOPs per token', record.flops_per_token],
     ['commit', record.git_commit ? record.git_commit + dirty : null],
     ['devices', record.devices],
+    ['trials in its program', record.pack],
     ['mesh', record.mesh],
     ['data', record.data.name],
     ['data fingerprint', record.data.fingerprint],
