@@ -32,6 +32,19 @@ def test_every_trial_is_valid_and_arms_have_equal_compute(path):
   assert max(flops.values()) < 1.06 * min(flops.values())
 
 
+@pytest.mark.parametrize('path', STUDIES, ids=lambda path: path.parent.name)
+def test_its_tables_are_those_of_its_results(path, tmp_path):
+  folder = path.parent
+  flags = f'--study={path}', f'--results={folder / "results.jsonl"}', f'--out={tmp_path / "r"}'
+  result = tiny.command('report', *flags, '--nofigures')
+  assert result.code == 0, result.err
+  names = ('table.md', 'table.tex', 'methods.tex', 'cite.bib', 'scaling.md')
+  kept = [name for name in names if (folder / name).exists()]
+  assert 'table.md' in kept
+  for name in kept:
+    assert (tmp_path / 'r' / name).read_text() == (folder / name).read_text(), name
+
+
 def start_of(overrides):
   config = tiny.config({'mesh.data': 1, 'mesh.expert': 1, 'train.seed': 3, **overrides})
   model = build_model(config, make_mesh(1, 1), ByteTokenizer().vocab_size, 'train', 16)
