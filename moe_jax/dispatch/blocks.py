@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# The weights of all experts, E first in each; and rows [E C D], weights -> [E C D].
+# The weights of all experts, E first in each; and (rows [E C D], weights, filled=None) -> [E C D].
 Weights = Any
-Experts = Callable[[Array, Weights], Array]
+Experts = Callable[..., Array]
 
 
 class Blocks(NamedTuple):

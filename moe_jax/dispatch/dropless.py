@@ -136,7 +136,7 @@ def run(
   tokens: Float[Array, 'G S D'],
   plan: Plan,
   weights: Weights,
-  through: Callable[[Array, Weights], Array],
+  through: Callable[[Array, Weights, Plan], Array],
   experts: Experts,
   axis_name: str,
   num_selected: int | float,
@@ -147,7 +147,7 @@ def run(
     tokens: of this device.
     plan: of each group; `source_index` is not read.
     weights: of this device's experts, E / R first in each.
-    through: (buffer [E G C D], weights) -> [E G C D], exchanges included.
+    through: (buffer [E G C D], weights, its plan) -> [E G C D], exchanges included.
     experts: (rows [E C D], weights) -> [E C D], on this device.
     axis_name: of the mesh, over which experts are split.
     num_selected: assignments of a token, on average.
@@ -165,7 +165,8 @@ def run(
     rest = find_rest(of_base, beyond, sizes.base)
     axis = axis_name if num_devices > 1 else None
     y, rows, weights = add_rest(experts, sizes, axis, rows, scales, weights, rest)
-  most = gather.combine(through(gather.dispatch(rows[None], of_base), weights), of_base)[0]
+  outputs = through(gather.dispatch(rows[None], of_base), weights, of_base)
+  most = gather.combine(outputs, of_base)[0]
   if y is not None:
     most = (most + y).astype(tokens.dtype)
   return most.reshape(tokens.shape)

@@ -5,13 +5,19 @@ of a plain product, above all the gradient of the rows. There these products go 
 through a loop, which copies one expert's weights into the cache and multiplies; the gradient of the
 weights is faster as a batched product and stays one. Which way is decided by shape and platform, as
 measured (`benchmark products`; experiments/LOG.md, 2026-11-27).
+
+Where it is known how many rows of each expert are filled, `moe_jax.layers.filled` takes the loop
+further.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from moe_jax.layers import basic
+from moe_jax.layers.filled import run_filled
 from moe_jax.routing.router import varying_like
 
 # A loop on CPUs from so many experts on, up to so many rows of each, from so many weights of each.
@@ -24,11 +30,22 @@ def run_experts(
   rows: Float[Array, 'E C D'],
   weights: tuple[Float[Array, 'E D F1'], Float[Array, 'E F D']],
   activation: str,
+  filled: Int[Array, 'E'] | None = None,
 ) -> Float[Array, 'E C D']:
-  """Runs each expert on its own rows."""
-  w_in, w_out = weights
-  hidden = basic.activate(times(rows, w_in.astype(rows.dtype)), activation)
-  return times(hidden, w_out.astype(rows.dtype))
+  """Runs each expert on its own rows.
+
+  Args:
+    rows: of each expert.
+    weights: of all experts here.
+    activation: of the hidden layer.
+    filled: how many rows of each expert count, if that is known; the others are zero.
+  """
+  w_in, w_out = (w.astype(rows.dtype) for w in weights)
+  if filled is not None and math.prod(w_in.shape[1:]) >= LEAST_WEIGHTS:
+    w_in, w_out = varying_like((w_in, w_out), rows)
+    return run_filled(activation, rows, varying_like(filled, rows), w_in, w_out)
+  hidden = basic.activate(times(rows, w_in), activation)
+  return times(hidden, w_out)
 
 
 def times(rows: Float[Array, 'E C D'], weights: Float[Array, 'E D F']) -> Float[Array, 'E C F']:

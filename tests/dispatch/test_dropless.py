@@ -18,7 +18,7 @@ from moe_jax.parallel.mesh import BATCH_AXES, EXPERT_AXIS, make_mesh
 NUM_EXPERTS, WIDTH = 4, 3
 
 
-def experts(rows, weights):
+def experts(rows, weights, filled=None):
   """One product and one nonlinearity: enough for gradients of everything."""
   return jnp.tanh(jnp.einsum('ecd,edf->ecf', rows, weights))
 

@@ -1,0 +1,120 @@
+"""Experts on the rows that are filled, one expert at a time, against all rows in float64."""
+
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from moe_jax.layers import experts, filled
+from moe_jax.parallel.mesh import make_mesh
+from tests import tiny
+from tests.layers import test_experts
+
+E, C, D, F = test_experts.E, 50, test_experts.D, test_experts.F
+
+
+@pytest.fixture(autouse=True)
+def takes_small_weights(monkeypatch):
+  monkeypatch.setattr(experts, 'LEAST_WEIGHTS', 1)
+
+
+def make_inputs(num_filled, seed=0):
+  rng = np.random.default_rng(seed)
+  shapes = ((E, C, D), (E, D, F), (E, F // 2, D))
+  x, w_in, w_out = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+  counts = jnp.asarray(num_filled, jnp.int32)
+  return jnp.where(jnp.arange(C)[None, :, None] < counts[:, None, None], x, 0), w_in, w_out, counts
+
+
+def loss(x, w_in, w_out, counts):
+  y = experts.run_experts(x, (w_in, w_out), 'swiglu', filled=counts)
+  return jnp.sum(jnp.square(y)) / 2
+
+
+gradient = functools.partial(jax.value_and_grad, argnums=(0, 1, 2))
+
+
+def test_sizes():
+  assert filled.sizes_of(50) == (8, 16, 24, 32, 40, 48, 50)
+  assert filled.sizes_of(5) == (5,)
+  # 1,088 / 20 = 54.4, so steps of 56.
+  assert filled.sizes_of(1088) == (*range(56, 1088, 56), 1088)
+  assert all(len(filled.sizes_of(n)) <= filled.MOST_SIZES for n in range(1, 3000, 7))
+
+
+@hypothesis.settings(max_examples=15)
+@hypothesis.given(st.lists(st.integers(0, C), min_size=E, max_size=E))
+def test_outputs_and_gradients_are_the_formulas(num_filled):
+  inputs = make_inputs(num_filled)
+  got = jax.jit(gradient(loss))(*inputs)
+  tiny.assert_close(got, test_experts.expected(*inputs[:3]))
+
+
+@pytest.mark.parametrize('num_filled', [[0] * E, [C] * E, [8, 9, 16, 17, 48, 49, 50, 1]])
+def test_the_edges_of_the_sizes(num_filled):
+  inputs = make_inputs(num_filled)
+  got = jax.jit(gradient(loss))(*inputs)
+  tiny.assert_close(got, test_experts.expected(*inputs[:3]))
+
+
+def test_rows_beyond_are_not_computed():
+  """What is not filled is not looked at: the loop alone, since others compute all rows."""
+  x, w_in, w_out, counts = make_inputs([16] * E)
+  looked = jnp.where(jnp.arange(C)[None, :, None] < 16, x, jnp.nan)
+  y = jax.jit(functools.partial(filled.run_filled, 'swiglu'))(looked, counts, w_in, w_out)
+  assert np.all(np.isfinite(y)) and np.all(y[:, 16:] == 0) and np.all(y[:, :16] != 0)
+
+
+def test_bfloat16_stays_itself():
+  x, w_in, w_out, counts = make_inputs([*range(E)])
+  y = experts.run_experts(x.astype(jnp.bfloat16), (w_in, w_out), 'swiglu', filled=counts)
+  assert y.dtype == jnp.bfloat16
+
+
+def test_under_vmap_branches_stay_branches():
+  x, w_in, w_out, counts = make_inputs([3, 50, 20, 0, 8, 9, 33, 41])
+  counts = jnp.stack([counts, counts[::-1]])
+  rows = jnp.stack([x, x[::-1]])
+  run = gradient(loss)
+  packed = jax.jit(jax.vmap(run, in_axes=(0, None, None, 0)))
+  alone = [jax.jit(run)(rows[i], w_in, w_out, counts[i]) for i in range(2)]
+  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *alone)
+  tiny.assert_close(packed(rows, w_in, w_out, counts), stacked)
+  text = packed.lower(rows, w_in, w_out, counts).compile().as_text()
+  assert text.count(' conditional(') == 2  # forward and backward
+
+
+@pytest.mark.parametrize('data', [1, 2])
+def test_devices_with_other_loads(data):
+  inputs = make_inputs([3, 50, 20, 0, 8, 9, 33, 41])
+  # Each device has the same experts, and its part of the rows of each.
+  of_rows, of_weights = PartitionSpec('expert', 'data'), PartitionSpec('expert')
+
+  def local(x, w_in, w_out):
+    counts = jnp.sum(jnp.any(x != 0, axis=-1), axis=1, dtype=jnp.int32)
+    return experts.run_experts(x, (w_in, w_out), 'swiglu', filled=counts)
+
+  layer = jax.shard_map(
+    local,
+    mesh=make_mesh(data, 1),
+    in_specs=(of_rows, of_weights, of_weights),
+    out_specs=of_rows,
+  )
+  total = lambda *arrays: jnp.sum(jnp.square(layer(*arrays))) / 2  # noqa: E731
+  got = jax.jit(gradient(total))(*inputs[:3])
+  tiny.assert_close(got, test_experts.expected(*inputs[:3]))
+
+
+def test_a_cpu_loops_and_other_platforms_do_not():
+  inputs = make_inputs([C] * E)
+  traced = jax.jit(gradient(loss)).trace(*inputs)
+  text = traced.lower(lowering_platforms=('cpu',)).compile().as_text()
+  assert (text.count(' while('), text.count(' conditional(')) == (2, 2)
+  for platform in ('tpu', 'cuda'):
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert 'stablehlo.while' not in text and 'stablehlo.dot_general' in text
