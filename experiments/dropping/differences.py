@@ -25,8 +25,10 @@ def _value(record, metric):
 
 
 def _difference(records, arm, reference, metric):
+  finished = [record for record in records if record['status'] == 'finished']
   one, other = (
-    {r['seed']: _value(r, metric) for r in records if r['arm'] == name} for name in (arm, reference)
+    {r['seed']: _value(r, metric) for r in finished if r['arm'] == name}
+    for name in (arm, reference)
   )
   differences = np.array([one[seed] - other[seed] for seed in sorted(one)])
   half = stats.t.ppf(0.975, differences.size - 1) * stats.sem(differences)
