@@ -29,7 +29,7 @@ def study_of(name, config):
       _grid(FIRST, (4,)),
       _grid((2, 8, 32), (1, 2, 4)),
     ),
-    seeds=(0, 1, 2),
+    seeds=(0, 1, 2, 3, 4),
     baseline='dense',
     comparisons=(
       Comparison('num_experts=4, k=2', 'dense'),
