@@ -1,0 +1,97 @@
+"""Compiles the MoE layer's gradient ahead of time for TPUs that are not there.
+
+  pip install libtpu
+  TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu .venv/bin/python launch/compile_tpu.py [--topology=v5e:2x4]
+
+Prints for one chip and for all of them (as 2 x n/2 where 4 divides their number, else 1 x n) what
+the compiler says of each dispatcher: temporary memory and floating-point operations of a chip,
+exchanges and loops. Nothing runs. With --topology= the program is for the devices of this machine.
+"""
+
+import argparse
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+
+from moe_jax.benchmark import layer  # noqa: E402
+from moe_jax.benchmark.arms import MoeParams, Shape  # noqa: E402
+from moe_jax.layers.moe import TokenInfo, moe_layer  # noqa: E402
+from moe_jax.parallel.mesh import make_mesh  # noqa: E402
+
+DISPATCHERS = ('gather', 'dropless')
+
+
+def compiled(devices, data: int, dispatch: str, shape: Shape, num_experts: int, batch: int):
+  """Returns the compiled gradient of the layer on a mesh of (data, the rest) devices.
+
+  Args:
+    devices: of the mesh.
+    data: of them along the data axis.
+    dispatch: the dispatcher.
+    shape: of the layer.
+    num_experts: E.
+    batch: sequences, each a routing group of `shape.num_tokens / batch` tokens.
+  """
+  mesh = make_mesh(data, len(devices) // data, devices)
+  options = layer.options_of(shape, num_experts, dispatch)
+  struct, width, hidden = jax.ShapeDtypeStruct, shape.embed_dim, shape.mlp_dim
+  params = MoeParams(
+    router={'router': struct((width, num_experts), jnp.float32)},
+    w_in=struct((num_experts, width, 2 * hidden), jnp.float32),
+    w_out=struct((num_experts, hidden, width), jnp.float32),
+  )
+  tokens = (batch, shape.num_tokens // batch)
+
+  def loss(params, x):
+    info = TokenInfo(jnp.ones(tokens, bool), *2 * (jnp.zeros(tokens, jnp.int32),))
+    keys = jax.random.split(jax.random.key(0), batch)
+    y = moe_layer(x, info, params, {}, keys, mesh, options, True)[0]
+    return jnp.sum(jnp.square(y.astype(jnp.float32)))
+
+  x = struct((*tokens, width), jnp.dtype(shape.dtype))
+  with jax.set_mesh(mesh):
+    return jax.jit(jax.grad(loss, argnums=(0, 1))).lower(params, x).compile()
+
+
+def lines(devices, shape: Shape, num_experts: int, batch: int):
+  """Yields what is printed."""
+  devices = list(devices)
+  for number in dict.fromkeys((1, len(devices))):
+    data = 2 if number % 4 == 0 else 1
+    for dispatch in DISPATCHERS:
+      program = compiled(devices[:number], data, dispatch, shape, num_experts, batch)
+      text = program.as_text()
+      yield (
+        f'{devices[0].device_kind}, mesh {data} x {number // data}, {dispatch}: '
+        f'{program.memory_analysis().temp_size_in_bytes / 1e6:.0f} MB temporary, '
+        f'{program.cost_analysis()["flops"]:.3g} operations, '
+        f'{text.count(" all-to-all(")} exchanges, {text.count(" while(")} loops'
+      )
+
+
+def main() -> None:
+  """Compiles for the topology."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
+  parser.add_argument('--topology', default='v5e:2x4')
+  topology = parser.parse_args().topology
+  devices = jax.devices()
+  if topology:
+    try:
+      devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
+    except Exception as error:  # Of libtpu, whatever it raises.
+      print(f'error: --topology={topology}: {" ".join(str(error).split())}', file=sys.stderr)
+      sys.exit(2)
+  shape = Shape(4096, 512, 1024, 2, 1.25, 'swiglu', 'bfloat16')
+  for line in lines(devices, shape, 64, 8):
+    print(line, flush=True)
+
+
+if __name__ == '__main__':
+  main()
