@@ -16,7 +16,7 @@ import pytest
 
 from moe_jax import config as schema
 from moe_jax import routing
-from moe_jax.layers import moe
+from moe_jax.layers import experts, moe
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.train.step import over_scopes
 from tests import tiny
@@ -111,6 +111,14 @@ def outcome(names, mesh, **changes):
     return {name: one(cases[name][0], *arrays[name]) for name in names}
 
   return jax.device_get(program({name: case[1:] for name, case in cases.items()}))
+
+
+@pytest.fixture(scope='module', autouse=True)
+def few_weights_are_many():
+  """Lets `gather` and `dropless` tell small experts, too, which rows are filled."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(experts, 'LEAST_WEIGHTS', 1)
+    yield
 
 
 @pytest.fixture(scope='module')
