@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from moe_jax.dispatch import decode, dropless, einsum, gather
+from moe_jax.dispatch import decode, dropless, einsum, gather, merged
 from moe_jax.dispatch.blocks import Experts, Weights
 from moe_jax.dispatch.exchange import from_experts, to_experts
 from moe_jax.routing.plan import Plan
@@ -71,12 +71,18 @@ def run(
 
     return dropless.run(tokens, plan, weights, through, experts, axis_name, num_selected)
   dispatcher = {'gather': gather, 'einsum': einsum}[name]
+  shape, filled = tokens.shape, None
   with jax.named_scope('dispatch'):
+    if name == 'gather':
+      if jax.lax.axis_size(axis_name) == 1 and len(tokens) > 1:
+        # Then the empty slots of an expert all come last, where experts leave them out.
+        plan, _ = merged.merge(plan, len(tokens) * plan.source_index.shape[-1])
+        tokens = tokens.reshape(1, -1, shape[-1])
+      filled = filled_rows(plan)
     inputs = dispatcher.dispatch(tokens, plan)
-  filled = filled_rows(plan) if name == 'gather' else None
   outputs = through_experts(inputs, weights, experts, axis_name, filled)
   with jax.named_scope('combine'):
-    return dispatcher.combine(outputs, plan)
+    return dispatcher.combine(outputs, plan).reshape(shape)
 
 
 def filled_rows(plan: Plan) -> Int[Array, 'E']:

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from moe_jax.dispatch import blocks as blocks_lib
-from moe_jax.dispatch import exchange, gather
+from moe_jax.dispatch import exchange, gather, merged
 from moe_jax.dispatch.blocks import Experts, Gradients, Weights
 from moe_jax.parallel.mesh import BATCH_AXES
 from moe_jax.routing.plan import Plan
@@ -75,39 +75,6 @@ def sizes_of(
   block = 2 ** round(math.log2(min(max(2 * math.sqrt(mean), 8), LARGEST_BLOCK)))
   share = num_tokens * num_selected / num_devices / ROUND_SHARE
   return Sizes(min(base, num_tokens), block, max(16, 8 * math.ceil(share / 8)))
-
-
-def merge(plan: Plan, base: int) -> tuple[Plan, Bool[Array, '1 N K']]:
-  """Makes one routing group of all, keeping what the plan keeps.
-
-  Returns:
-    The plan of the base: who has a slot below `base`. And who is kept beyond it.
-  """
-  groups, size, _ = plan.expert_index.shape
-  num_experts = plan.source_index.shape[1]
-  kept_before = _kept_in_earlier_groups(plan, num_experts)
-  group = jnp.arange(groups)[:, None, None]
-  slot = plan.slot_index + kept_before[group, plan.expert_index]
-  expert, slot, asked, keep, weights = (
-    a.reshape(1, groups * size, -1)
-    for a in (plan.expert_index, slot, plan.asked, plan.keep, plan.combine_weights)
-  )
-  in_base = keep & (slot < base)
-  place = jnp.where(in_base, expert * base + slot, num_experts * base).ravel()
-  source = jnp.full((num_experts * base,), expert.size, jnp.int32)
-  source = source.at[place].set(jnp.arange(expert.size, dtype=jnp.int32), mode='drop')
-  of_base = Plan(
-    expert, slot, asked, in_base, jnp.where(in_base, weights, 0), source.reshape(1, -1, base)
-  )
-  return of_base, keep & ~in_base
-
-
-def _kept_in_earlier_groups(plan: Plan, num_experts: int) -> Int[Array, 'G E']:
-  groups = plan.expert_index.shape[0]
-  place = jnp.arange(groups)[:, None, None] * num_experts + plan.expert_index
-  kept = jnp.zeros((groups * num_experts,), jnp.int32).at[place.ravel()].add(plan.keep.ravel())
-  kept = kept.reshape(groups, num_experts)
-  return jnp.cumsum(kept, axis=0) - kept
 
 
 class Rest(NamedTuple):
@@ -157,7 +124,7 @@ def run(
   num_experts = plan.source_index.shape[1]
   num_devices = jax.lax.axis_size(axis_name)
   sizes = sizes_of(groups * size, num_experts, num_selected, num_devices)
-  of_base, beyond = merge(plan, sizes.base)
+  of_base, beyond = merged.merge(plan, sizes.base)
   rows = tokens.reshape(groups * size, width)
   y = None
   if sizes.base < groups * size:

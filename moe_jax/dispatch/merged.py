@@ -1,0 +1,46 @@
+"""One routing group in place of several: who is kept stays kept, and slots are numbered anew."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from moe_jax.routing.plan import Plan
+
+
+def merge(plan: Plan, base: int) -> tuple[Plan, Bool[Array, '1 N K']]:
+  """Makes one routing group of all, keeping what the plan keeps.
+
+  The slots of an expert are then filled from the first on, without a gap between groups.
+
+  Args:
+    plan: of each group; `source_index` is not read.
+    base: C0, slots of each expert in the merged plan.
+
+  Returns:
+    The plan of the base: who has a slot below `base`. And who is kept beyond it; nobody, with as
+    many slots as all groups have.
+  """
+  groups, size, _ = plan.expert_index.shape
+  num_experts = plan.source_index.shape[1]
+  kept_before = _kept_in_earlier_groups(plan, num_experts)
+  group = jnp.arange(groups)[:, None, None]
+  slot = plan.slot_index + kept_before[group, plan.expert_index]
+  expert, slot, asked, keep, weights = (
+    a.reshape(1, groups * size, -1)
+    for a in (plan.expert_index, slot, plan.asked, plan.keep, plan.combine_weights)
+  )
+  in_base = keep & (slot < base)
+  place = jnp.where(in_base, expert * base + slot, num_experts * base).ravel()
+  source = jnp.full((num_experts * base,), expert.size, jnp.int32)
+  source = source.at[place].set(jnp.arange(expert.size, dtype=jnp.int32), mode='drop')
+  of_base = Plan(
+    expert, slot, asked, in_base, jnp.where(in_base, weights, 0), source.reshape(1, -1, base)
+  )
+  return of_base, keep & ~in_base
+
+
+def _kept_in_earlier_groups(plan: Plan, num_experts: int) -> Int[Array, 'G E']:
+  groups = plan.expert_index.shape[0]
+  place = jnp.arange(groups)[:, None, None] * num_experts + plan.expert_index
+  kept = jnp.zeros((groups * num_experts,), jnp.int32).at[place.ravel()].add(plan.keep.ravel())
+  kept = kept.reshape(groups, num_experts)
+  return jnp.cumsum(kept, axis=0) - kept
