@@ -4,10 +4,11 @@ import json
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.benchmark import decode, dispatch, routings
+from moe_jax.benchmark import decode, dispatch, routings, timing
 from moe_jax.benchmark.arms import Shape, expert_weights
 from tests import tiny
 
@@ -134,8 +135,37 @@ def test_layer_keeps_tokens_per_expert_and_says_how_much_more_it_grows_than_its_
     assert (1 - row['drop_share']) * 16 * row['num_experts'] == pytest.approx(
       (1 - row['padding']) * slots
     )
-    grown = first['eta_bmm']['median'] / row['eta_bmm']['median']
-    assert row['excess'] == pytest.approx(grown)
+    for excess, eta in (('excess', 'eta_bmm'), ('excess_batched', 'eta_batched')):
+      assert row[excess] == pytest.approx(first[eta]['median'] / row[eta]['median'])
+
+
+def test_layer_in_several_groups_and_in_memory_that_is_there():
+  flags = ('--num_groups=4', '--reuse_memory')
+  result = tiny.command('benchmark', 'layer', *SMALL, *flags)
+  assert result.code == 0, result.err
+  rows = [json.loads(line) for line in result.out.splitlines()]
+  assert [row['num_groups'] for row in rows] == [4, 4]
+  for row in rows:
+    # 4 groups of 16 tokens, K = 2, factor 1.25: 10 slots of each of 4 experts in each.
+    assert (1 - row['drop_share']) * 128 == pytest.approx((1 - row['padding']) * 160)
+  for flag in ('--num_groups=0', '--num_groups=5'):
+    tiny.command('benchmark', 'layer', *SMALL, flag).assert_error('--num_groups')
+  peers = tiny.command('benchmark', 'dispatch', *SMALL, '--reuse_memory', '--peers')
+  peers.assert_error('--reuse_memory')
+
+
+def test_results_are_written_over_earlier_ones():
+  x = jnp.arange(8.0)
+  memory = timing.Memory()
+  arm = timing.compile_arm(lambda x: x + 1, x, memory=memory)
+  struct = jax.eval_shape(lambda: x)
+  before = memory.take(struct)
+  np.testing.assert_array_equal(before, x + 1)
+  memory.keep(before)
+  assert arm.call() is None
+  assert before.is_deleted()  # given to the call
+  np.testing.assert_array_equal(memory.take(struct), x + 1)
+  np.testing.assert_array_equal(memory.take(struct), 0 * x)  # nothing is left
 
 
 def test_products_print_a_row_for_each_product_of_each_matrix():

@@ -50,7 +50,7 @@ _NUM_EXPERTS = flags.DEFINE_list(
   'Values of E; decode: 8,64,256; dispatch, layer, products, router: 8,64,256,1024; ep: 8,64.',
 )
 _NUM_TOKENS = flags.DEFINE_integer(
-  'num_tokens', 4096, 'dispatch, layer, products: tokens, one routing group.'
+  'num_tokens', 4096, 'dispatch, layer, products: tokens; one routing group but for layer.'
 )
 _EMBED_DIM = flags.DEFINE_integer('embed_dim', 512, 'decode, dispatch, layer, products: D.')
 _MLP_DIM = flags.DEFINE_integer(
@@ -92,6 +92,13 @@ _TOKENS_PER_EXPERT = flags.DEFINE_integer(
   'tokens_per_expert',
   0,
   'dispatch, layer, products: so many tokens for each expert; 0 for num_tokens.',
+)
+_NUM_GROUPS = flags.DEFINE_integer('num_groups', 1, 'layer: routing groups that tokens are in.')
+_REUSE_MEMORY = flags.DEFINE_bool(
+  'reuse_memory',
+  False,
+  'dispatch, layer: write results over those of the call before, in place of new memory. Peers '
+  'cannot.',
 )
 _MESHES = flags.DEFINE_list('meshes', ['1x8', '2x4'], 'ep: data x expert of each.')
 _BATCHES = flags.DEFINE_list('batches', ['1', '16', '256'], 'decode: sequences at a time.')
@@ -192,6 +199,8 @@ def _dispatch() -> None:
     if _NUM_EXPERTS.value is None:
       num_experts = [trace.num_experts]
   if _PEERS.value:
+    if _REUSE_MEMORY.value:
+      raise UserError('--reuse_memory', True, 'other libraries have no such thing; leave --peers')
     peers.libraries()
   rows = dispatch.rows(
     shape,
@@ -203,6 +212,7 @@ def _dispatch() -> None:
     seed=_SEED.value,
     trace=trace,
     peers=_PEERS.value,
+    reuse_memory=_REUSE_MEMORY.value,
   )
   _show(rows, text.of_dispatch)
 
@@ -241,6 +251,8 @@ def _ep() -> None:
 
 
 def _layer() -> None:
+  if _NUM_GROUPS.value < 1:
+    raise UserError('--num_groups', _NUM_GROUPS.value, 'must be at least 1')
   rows = layer.rows(
     _shape(),
     num_experts=_values_of_e([8, 64, 256, 1024]),
@@ -249,6 +261,8 @@ def _layer() -> None:
     rounds=_ROUNDS.value,
     seed=_SEED.value,
     profile=_PROFILE.value or '',
+    num_groups=_NUM_GROUPS.value,
+    reuse_memory=_REUSE_MEMORY.value,
   )
   if not _JSON.value:
     print(text.LAYER_HEAD)

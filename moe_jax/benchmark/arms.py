@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from moe_jax.layers.basic import activate, hidden_dim
-from moe_jax.layers.experts import run_experts
+from moe_jax.layers.experts import batched, run_experts
 from moe_jax.layers.moe import MoeParams
 
 
@@ -105,5 +105,16 @@ def dense_of(weights: Any, x: Float[Array, '*any D'], activation: str) -> Float[
 def products_of(
   params: MoeParams, buffers: Float[Array, 'E C D'], activation: str
 ) -> Float[Array, 'E C D']:
-  """Returns what the experts make of their rows: the batched products, without dispatch."""
+  """Returns what the experts make of their rows: the layer's own products, without dispatch."""
   return run_experts(buffers, (params.w_in, params.w_out), activation)
+
+
+def batched_of(
+  params: MoeParams, buffers: Float[Array, 'E C D'], activation: str
+) -> Float[Array, 'E C D']:
+  """Returns the same by one batched product for each matrix, as the compiler has it.
+
+  On CPUs the layer's own products go one expert at a time where that is faster.
+  """
+  w_in, w_out = (w.astype(buffers.dtype) for w in (params.w_in, params.w_out))
+  return batched(activate(batched(buffers, w_in), activation), w_out)

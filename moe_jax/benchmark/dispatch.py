@@ -28,7 +28,15 @@ from moe_jax.benchmark.arms import (
   with_tokens_per_expert,
 )
 from moe_jax.benchmark.routings import Trace, choose
-from moe_jax.benchmark.timing import Compiled, compile_arm, is_void, measure, milliseconds, ratio
+from moe_jax.benchmark.timing import (
+  Compiled,
+  Memory,
+  compile_arm,
+  is_void,
+  measure,
+  milliseconds,
+  ratio,
+)
 from moe_jax.layers.basic import activate
 from moe_jax.layers.experts import run_experts
 from moe_jax.layers.moe import MoeParams
@@ -78,6 +86,7 @@ def rows(
   seed: int,
   trace: Trace | None = None,
   peers: bool = False,
+  reuse_memory: bool = False,
 ) -> Iterator[dict[str, Any]]:
   """Measures each number of experts under each routing, forward and forward + backward.
 
@@ -92,6 +101,7 @@ def rows(
     seed: of tokens, weights, routings and orders.
     trace: for the routing `trace`.
     peers: whether to time other libraries beside.
+    reuse_memory: whether results are written over those of the call before.
 
   Yields:
     num_experts, num_tokens, routing, pass, what `load_facts` says, null, void, dense_milliseconds,
@@ -111,7 +121,9 @@ def rows(
       case = _case(of_experts, experts, name, seed, trace)
       for backward in (False, True):
         slow = too_slow[backward]
-        row = _row(case, [arm for arm in arms if arm not in slow], backward, rounds, seed, peers)
+        memory = Memory() if reuse_memory else None
+        fast = [arm for arm in arms if arm not in slow]
+        row = _row(case, fast, backward, rounds, seed, peers, memory)
         for arm, facts in row['arms'].items():
           eta = facts['eta_bmm']['median']
           facts['excess'] = excess(eta, first.setdefault((name, row['pass'], arm), eta))
@@ -217,10 +229,16 @@ def _ragged(
 
 
 def _row(
-  case: Case, names: Sequence[str], backward: bool, rounds: int, seed: int, with_peers: bool
+  case: Case,
+  names: Sequence[str],
+  backward: bool,
+  rounds: int,
+  seed: int,
+  with_peers: bool,
+  memory: Memory | None,
 ) -> dict[str, Any]:
   plan, num_experts = case.plan, case.params.w_in.shape[0]
-  compiled, not_measured = _compile(case, names, backward)
+  compiled, not_measured = _compile(case, names, backward, memory)
   calls = {name: arm.call for name, arm in compiled.items()}
   peer_arms = {}
   if with_peers:
@@ -259,24 +277,25 @@ def _row(
 
 
 def _compile(
-  case: Case, names: Sequence[str], backward: bool
+  case: Case, names: Sequence[str], backward: bool, memory: Memory | None
 ) -> tuple[dict[str, Compiled], dict[str, str]]:
   """Returns the compiled arms, the references first, and why others are not measured."""
   activation = case.shape.activation
+  compile_ = functools.partial(compile_arm, memory=memory)
   dense_layer = timed(lambda weights, x: dense_of(weights, x, activation), backward)
   products = timed(lambda params, x: products_of(params, x, activation), backward)
   compiled = {
-    'dense': compile_arm(dense_layer, case.dense, case.tokens),
-    'dense copy': compile_arm(dense_layer, case.dense, case.tokens),
-    'products': compile_arm(products, case.params, case.buffers),
+    'dense': compile_(dense_layer, case.dense, case.tokens),
+    'dense copy': compile_(dense_layer, case.dense, case.tokens),
+    'products': compile_(products, case.params, case.buffers),
   }
   if set(names) & set(DROPLESS):
-    compiled['balanced'] = compile_arm(products, case.params, case.balanced)
+    compiled['balanced'] = compile_(products, case.params, case.balanced)
   dense_seconds = float(np.median(measure({'': compiled['dense'].call}, 3)['']))
   not_measured = {}
   for name in names:
     layer = timed(layer_of(name, activation), backward)
-    arm = compile_arm(layer, case.params, case.tokens, case.plan)
+    arm = compile_(layer, case.params, case.tokens, case.plan)
     slower = arm.first_seconds / dense_seconds
     if slower > SLOWEST:
       # On a restless machine one call can take any time.

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from moe_jax import routing
 from moe_jax.benchmark.arms import (
   Shape,
+  batched_of,
   dense_of,
   dense_weights,
   excess,
@@ -21,7 +22,16 @@ from moe_jax.benchmark.arms import (
   with_tokens_per_expert,
 )
 from moe_jax.benchmark.dispatch import DROPLESS
-from moe_jax.benchmark.timing import compile_arm, is_void, measure, milliseconds, profiled, ratio
+from moe_jax.benchmark.timing import (
+  Memory,
+  compile_arm,
+  is_void,
+  measure,
+  milliseconds,
+  profiled,
+  ratio,
+)
+from moe_jax.errors import UserError
 from moe_jax.layers.moe import MoeOptions, TokenInfo, group_capacity, moe_layer
 from moe_jax.parallel.mesh import make_mesh
 
@@ -37,10 +47,12 @@ def rows(
   rounds: int,
   seed: int,
   profile: str = '',
+  num_groups: int = 1,
+  reuse_memory: bool = False,
 ) -> Iterator[dict[str, Any]]:
   """Measures each number of experts, forward and forward + backward, on one device.
 
-  All tokens are one routing group. With K and F fixed, active FLOPs per token are those of the
+  With K and F fixed, active FLOPs per token are those of the
   dense layer (K * F hidden units) at every E. The router is random.
 
   Args:
@@ -53,26 +65,37 @@ def rows(
     rounds: of interleaved calls.
     seed: of weights, inputs and orders.
     profile: directory for a trace of each row's layer; empty for none.
+    num_groups: routing groups that the tokens are in.
+    reuse_memory: whether results are written over those of the call before.
 
   Yields:
-    num_experts, num_tokens, dispatch, pass, eta_dense (time of dense / time of MoE), eta_bmm (time
-    of the layer's own batched products without dispatch / time of MoE), excess (over the first E;
-    see `arms.excess`), milliseconds and dense_milliseconds, null (dense / copy of dense), void,
-    what `load_facts` says, compile_seconds, temporary_bytes, and with
-    `profile` the table of the layer's time by part.
+    num_experts, num_tokens, num_groups, dispatch, pass, eta_dense (time of dense / time of MoE),
+    eta_bmm (time of the layer's own products without dispatch / time of MoE), eta_batched (the same
+    for one batched product of each matrix, see `arms.batched_of`), excess and excess_batched (over
+    the first E; see `arms.excess`), milliseconds and dense_milliseconds, null (dense / copy of
+    dense), void, what `load_facts` says, compile_seconds, temporary_bytes, and with `profile` the
+    table of the layer's time by part.
+
+  Raises:
+    UserError: if tokens cannot be split into so many groups.
   """
   mesh = make_mesh(1, 1, jax.devices()[:1])
   key = jax.random.key(seed)
-  first: dict[bool, float] = {}
+  first: dict[tuple[bool, str], float] = {}
   for experts in num_experts:
     of_experts = with_tokens_per_expert(shape, tokens_per_expert, experts)
-    dims = (1, of_experts.num_tokens, shape.embed_dim)
+    if of_experts.num_tokens % num_groups:
+      raise UserError('--num_groups', num_groups, f'must divide {of_experts.num_tokens} tokens')
+    dims = (num_groups, of_experts.num_tokens // num_groups, shape.embed_dim)
     x = jax.random.normal(key, dims, jnp.dtype(shape.dtype))
     options = options_of(shape, experts, dispatch)
     for backward in (False, True):
-      row = _row(shape, options, mesh, x, backward, rounds, seed, profile)
-      eta = row['eta_bmm']['median']
-      yield row | {'excess': excess(eta, first.setdefault(backward, eta))}
+      memory = Memory() if reuse_memory else None
+      row = _row(shape, options, mesh, x, backward, rounds, seed, profile, memory)
+      for name, eta_name in (('excess', 'eta_bmm'), ('excess_batched', 'eta_batched')):
+        eta = row[eta_name]['median']
+        row[name] = excess(eta, first.setdefault((backward, name), eta))
+      yield row
 
 
 def options_of(shape: Shape, num_experts: int, dispatch: str) -> MoeOptions:
@@ -104,8 +127,10 @@ def _row(
   rounds: int,
   seed: int,
   profile: str,
+  memory: Memory | None,
 ) -> dict[str, Any]:
-  num_tokens, embed_dim = x.shape[1:]
+  num_groups, group_size, embed_dim = x.shape
+  num_tokens = num_groups * group_size
   keys = jax.random.split(jax.random.key(seed + 1), 5)
   router = jax.random.normal(keys[4], (embed_dim, options.num_experts))
   params = expert_weights(keys[0], shape, options.num_experts)._replace(
@@ -114,11 +139,11 @@ def _row(
   dense = dense_weights(keys[1], shape)
   places = jnp.zeros(x.shape[:2], jnp.int32)
   info = TokenInfo(jnp.ones(x.shape[:2], bool), places, places)
-  group_keys = jax.random.split(keys[2], 1)
+  group_keys = jax.random.split(keys[2], num_groups)
   if options.capacity_factor is None:
     slots = -(-num_tokens * options.num_selected_experts // options.num_experts)
   else:
-    slots = group_capacity(options, num_tokens)
+    slots = num_groups * group_capacity(options, group_size)
   buffers = jax.random.normal(keys[3], (options.num_experts, slots, embed_dim), x.dtype)
 
   def moe(params, x):
@@ -127,16 +152,20 @@ def _row(
   def dense_layer(weights, x):
     return dense_of(weights, x, options.activation)
 
-  def products(params, buffers):
-    return products_of(params, buffers, options.activation)
+  def without_dispatch(products):
+    return lambda params, buffers: products(params, buffers, options.activation)
 
   with jax.set_mesh(mesh):
     sums = jax.jit(moe)(params, x)[1]
     arms = {
-      'dense': compile_arm(timed(dense_layer, backward), dense, x),
-      'dense copy': compile_arm(timed(dense_layer, backward), dense, x),
-      'products': compile_arm(timed(products, backward), params, buffers),
-      'moe': compile_arm(timed(lambda p, x: moe(p, x)[0], backward), params, x),
+      name: compile_arm(timed(function, backward), *arguments, memory=memory)
+      for name, function, *arguments in (
+        ('dense', dense_layer, dense, x),
+        ('dense copy', dense_layer, dense, x),
+        ('products', without_dispatch(products_of), params, buffers),
+        ('batched', without_dispatch(batched_of), params, buffers),
+        ('moe', lambda p, x: moe(p, x)[0], params, x),
+      )
     }
     calls = {name: arm.call for name, arm in arms.items()}
     seconds = measure(calls, rounds, seed)
@@ -147,10 +176,12 @@ def _row(
   return {
     'num_experts': options.num_experts,
     'num_tokens': num_tokens,
+    'num_groups': num_groups,
     'dispatch': options.dispatch,
     'pass': 'forward+backward' if backward else 'forward',
     'eta_dense': ratio(seconds['dense'], seconds['moe'])._asdict(),
     'eta_bmm': ratio(seconds['products'], seconds['moe'])._asdict(),
+    'eta_batched': ratio(seconds['batched'], seconds['moe'])._asdict(),
     'milliseconds': milliseconds(seconds['moe']),
     'dense_milliseconds': milliseconds(seconds['dense']),
     'null': null._asdict(),

@@ -5,17 +5,20 @@ from typing import Any
 from moe_jax.benchmark.timing import Ratio
 
 LAYER_HEAD = (
-  f'{"E":>5} {"pass":<17}{"dense/MoE":<20}{"products/MoE":<20}{"excess":<8}{"null":<20}{"ms":>7}'
+  f'{"E":>5} {"pass":<17}{"dense/MoE":<20}{"products/MoE":<20}{"excess":<8}{"batched/MoE":<20}'
+  f'{"excess":<8}{"null":<20}{"ms":>7}'
   f'{"drops":>7}{"padding":>9}{"tokens/E":>10}{"fullest":>9}{"compile s":>11}{"temporary":>11}'
 )
 
 
 def of_layer(row: dict[str, Any]) -> str:
   """Returns a line of the table under `LAYER_HEAD`."""
-  eta = {name: str(Ratio(**row[name])) for name in ('eta_dense', 'eta_bmm', 'null')}
+  names = ('eta_dense', 'eta_bmm', 'eta_batched', 'null')
+  eta = {name: str(Ratio(**row[name])) for name in names}
   return (
     f'{row["num_experts"]:>5} {row["pass"]:<17}{eta["eta_dense"]:<20}{eta["eta_bmm"]:<20}'
-    f'{row["excess"]:<8.2f}{eta["null"]:<20}{row["milliseconds"]:>7,.0f}{row["drop_share"]:>7.1%}'
+    f'{row["excess"]:<8.2f}{eta["eta_batched"]:<20}{row["excess_batched"]:<8.2f}'
+    f'{eta["null"]:<20}{row["milliseconds"]:>7,.0f}{row["drop_share"]:>7.1%}'
     f'{_share(row["padding"]):>9}{row["tokens_per_expert"]:>10.0f}{row["max_load"]:>8.2f}x'
     f'{row["compile_seconds"]:>11.1f}{_megabytes(row["temporary_bytes"]):>11}{_void(row)}'
   )

@@ -3,9 +3,8 @@
   assignments --> slot below the base: one buffer [E, C0, D], as of a capacity, batched products
               --> the rest:            block by block, in loops as long as there are rows
 
-The base has room for the mean load and `SLACK` standard deviations of random routing above it (on
-one CPU device empty room costs nothing, as experts are told what is filled), so balanced routing
-leaves next to nothing for the loops, and a collapsed router costs the loops at
+The base has room for the mean load and `SLACK` standard deviations of random routing above it, so
+balanced routing leaves next to nothing for the loops, and a collapsed router costs the loops at
 most the work of its assignments once more. No array grows with the largest load.
 
 Across a mesh axis the base is exchanged like any buffer; the rest goes in rounds of a fixed number
@@ -36,7 +35,7 @@ from moe_jax.routing.plan import Plan
 from moe_jax.routing.router import varying_like
 
 # Standard deviations of the load of random routing that the base holds above the mean.
-SLACK = 3.0
+SLACK = 2.0
 # Rows of a block at most. What an expert has beyond the base is of the order of the deviation of
 # its load, and most of a larger block would be empty.
 LARGEST_BLOCK = 128

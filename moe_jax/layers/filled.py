@@ -3,7 +3,10 @@
 A buffer has equally many rows for each expert, and under capacity dispatch a fifth of them or
 more are empty. Here a loop goes over the experts and multiplies only the rows that are filled,
 rounded up to one of a few static sizes, with everything an expert does in one turn of the loop: its
-weights and its hidden units stay in the cache. The backward pass is a loop, too.
+weights and its hidden units stay in the cache. The backward pass is a loop, too, but for few rows
+the gradients of the weights are one batched product after it: a loop writes them twice, into the
+cache and from there to their place, which then costs more than multiplying empty rows
+(experiments/LOG.md, 2026-11-27).
 
 Other platforms compute all rows in batched products. Rows that are not filled must be zero, as must
 their gradient be: then both ways give the same.
@@ -24,6 +27,9 @@ from moe_jax.layers import basic
 # Static numbers of rows, at most, and what they are multiples of.
 MOST_SIZES = 20
 MULTIPLE = 8
+# Rows of an expert up to which the gradients of all weights are one batched product: measured, as
+# good at 80, better at 48 and 24, worse at 640.
+MOST_BATCHED = 64
 
 
 def sizes_of(capacity: int) -> tuple[int, ...]:
@@ -94,16 +100,24 @@ def _looped_forward(activation, keeps_hidden, rows, filled, w_in, w_out):
 
 def _looped_backward(activation, grad, rows, filled, hidden, w_in, w_out):
   capacity = rows.shape[1]
+  weights_in_loop = capacity > MOST_BATCHED
 
   def run(num_rows, grad, rows, hidden, w_in, w_out):
     grad, rows, hidden = grad[:num_rows], rows[:num_rows], hidden[:num_rows]
     active, pull = jax.vjp(functools.partial(basic.activate, activation=activation), hidden)
     (of_hidden,) = pull(grad @ w_out.T)
-    return _padded(of_hidden @ w_in.T, capacity), rows.T @ of_hidden, active.T @ grad
+    of_rows = _padded(of_hidden @ w_in.T, capacity)
+    if weights_in_loop:
+      return of_rows, rows.T @ of_hidden, active.T @ grad
+    return of_rows, _padded(of_hidden, capacity), _padded(active, capacity)
 
-  return jax.lax.map(
+  of_rows, *rest = jax.lax.map(
     lambda of: _by_size(run, capacity, of[0], *of[1:]), (filled, grad, rows, hidden, w_in, w_out)
   )
+  if weights_in_loop:
+    return of_rows, *rest
+  of_hidden, active = rest
+  return of_rows, _of_weights(rows, of_hidden), _of_weights(active, grad)
 
 
 def _batched_forward(activation, keeps_hidden, rows, filled, w_in, w_out):
@@ -118,8 +132,11 @@ def _batched_backward(activation, grad, rows, filled, hidden, w_in, w_out):
   active, pull = jax.vjp(functools.partial(basic.activate, activation=activation), hidden)
   (of_hidden,) = pull(jnp.einsum('ecd,efd->ecf', grad, w_out))
   of_rows = jnp.einsum('ecf,edf->ecd', of_hidden, w_in)
-  of_in = jnp.einsum('ecd,ecf->edf', rows, of_hidden)
-  return of_rows, of_in, jnp.einsum('ecf,ecd->efd', active, grad)
+  return of_rows, _of_weights(rows, of_hidden), _of_weights(active, grad)
+
+
+def _of_weights(rows: Float[Array, 'E C D'], grad: Float[Array, 'E C F']) -> Float[Array, 'E D F']:
+  return jnp.einsum('ecd,ecf->edf', rows, grad)
 
 
 def _by_size(run: Callable[..., Any], capacity: int, filled: Int[Array, ''], *arrays: Array) -> Any:

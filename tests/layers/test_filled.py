@@ -18,9 +18,11 @@ from tests.layers import test_experts
 E, C, D, F = test_experts.E, 50, test_experts.D, test_experts.F
 
 
-@pytest.fixture(autouse=True)
-def takes_small_weights(monkeypatch):
+@pytest.fixture(autouse=True, params=['weights in the loop', 'weights after it'])
+def takes_small_weights(monkeypatch, request):
+  """Of the backward pass; C lies between the two bounds."""
   monkeypatch.setattr(experts, 'LEAST_WEIGHTS', 1)
+  monkeypatch.setattr(filled, 'MOST_BATCHED', C - 1 if 'in' in request.param.split() else C)
 
 
 def make_inputs(num_filled, seed=0):
