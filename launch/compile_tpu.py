@@ -5,11 +5,15 @@
 
 Prints for one chip and for all of them (as 2 x n/2 where 4 divides their number, else 1 x n) what
 the compiler says of each dispatcher: temporary memory and floating-point operations of a chip,
-exchanges and loops. Nothing runs. With --topology= the program is for the devices of this machine.
+exchanges and loops. Over several chips also with `moe.exchange=ragged`, where the platform has it;
+the padded exchanges beside it are of the numbers of rows, and the rounds of `dropless`. Nothing
+runs. With --topology= the program is for the devices of this machine.
 """
 
 import argparse
+import itertools
 import pathlib
+import re
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
@@ -20,25 +24,26 @@ from jax.experimental import topologies  # noqa: E402
 
 from moe_jax.benchmark import layer  # noqa: E402
 from moe_jax.benchmark.arms import MoeParams, Shape  # noqa: E402
+from moe_jax.dispatch import why_not  # noqa: E402
 from moe_jax.layers.moe import TokenInfo, moe_layer  # noqa: E402
 from moe_jax.parallel.mesh import make_mesh  # noqa: E402
 
 DISPATCHERS = ('gather', 'dropless')
 
 
-def compiled(devices, data: int, dispatch: str, shape: Shape, num_experts: int, batch: int):
+def compiled(devices, data: int, ways: tuple[str, str], shape: Shape, num_experts: int, batch: int):
   """Returns the compiled gradient of the layer on a mesh of (data, the rest) devices.
 
   Args:
     devices: of the mesh.
     data: of them along the data axis.
-    dispatch: the dispatcher.
+    ways: the dispatcher and its exchange.
     shape: of the layer.
     num_experts: E.
     batch: sequences, each a routing group of `shape.num_tokens / batch` tokens.
   """
   mesh = make_mesh(data, len(devices) // data, devices)
-  options = layer.options_of(shape, num_experts, dispatch)
+  options = layer.options_of(shape, num_experts, *ways)
   struct, width, hidden = jax.ShapeDtypeStruct, shape.embed_dim, shape.mlp_dim
   params = MoeParams(
     router={'router': struct((width, num_experts), jnp.float32)},
@@ -63,14 +68,21 @@ def lines(devices, shape: Shape, num_experts: int, batch: int):
   devices = list(devices)
   for number in dict.fromkeys((1, len(devices))):
     data = 2 if number % 4 == 0 else 1
-    for dispatch in DISPATCHERS:
-      program = compiled(devices[:number], data, dispatch, shape, num_experts, batch)
+    exchanges = ['padded']
+    if number > data and why_not('ragged', devices[0].platform) is None:
+      exchanges.append('ragged')
+    for ways in itertools.product(DISPATCHERS, exchanges):
+      program = compiled(devices[:number], data, ways, shape, num_experts, batch)
       text = program.as_text()
+      padded, ragged = (
+        len(re.findall(rf' {name}(?:-start)?\(', text))
+        for name in ('all-to-all', 'ragged-all-to-all')
+      )
       yield (
-        f'{devices[0].device_kind}, mesh {data} x {number // data}, {dispatch}: '
-        f'{program.memory_analysis().temp_size_in_bytes / 1e6:.0f} MB temporary, '
+        f'{devices[0].device_kind}, mesh {data} x {number // data}, {" ".join(ways)}: '
+        f'{program.memory_analysis().temp_size_in_bytes / 1e6:.1f} MB temporary, '
         f'{program.cost_analysis()["flops"]:.3g} operations, '
-        f'{text.count(" all-to-all(")} exchanges, {text.count(" while(")} loops'
+        f'{padded} padded and {ragged} ragged exchanges, {text.count(" while(")} loops'
       )
 
 

@@ -216,6 +216,12 @@ SCHEMA: dict[str, dict[str, Field]] = {
       'How tokens move to slots; dropless drops none, so the capacity factors do not apply; einsum '
       'is the slow oracle.',
     ),
+    'exchange': _one_of(
+      'padded',
+      dispatch.EXCHANGES,
+      'What crosses the expert axis: every slot (padded), or those that hold a token (ragged; on '
+      'GPUs and TPUs alone). Changes no result.',
+    ),
   },
   'mesh': {
     'data': _at_least(1, 1, 'Devices along the data axis: copies of each expert.'),

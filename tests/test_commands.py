@@ -55,6 +55,8 @@ def run(path, text, tmp_path_factory):
     ('mesh.data=4', ('mesh.data=4', '16 devices', 'found 8')),
     ('moe.priority=first', ("moe.priority='first'", 'token')),
     ('moe.num_selected_experts=1', ('moe.renormalize=', 'before_drop')),
+    ('moe.exchange=sparse', ("moe.exchange='sparse'", 'padded, ragged')),
+    ('moe.exchange=ragged', ("moe.exchange='ragged'", 'must be padded on cpu')),
     ('data.name=tier3', ("data.name='tier3'", 'tier1')),
     ('data.name=text:/nowhere', ("data.name='text:/nowhere'", 'does not exist')),
     ('data.name=tfds:no_such_data_set', ("data.name='tfds:no_such_data_set'",)),
@@ -479,6 +481,17 @@ def test_fewer_devices_than_the_run_had_is_said(run, monkeypatch):
   result = tiny.command('evaluate', f'--workdir={run}', '--nofigure')
   assert result.code == 0, result.err
   assert 'note: 1 device(s) for a mesh of 2x4' in result.err
+
+
+def test_a_run_with_a_ragged_exchange_is_looked_at_without(run, tmp_path):
+  workdir = shutil.copytree(run, tmp_path / 'run')
+  facts = json.loads((workdir / 'manifest.json').read_text())
+  facts['config']['moe']['exchange'] = 'ragged'
+  (workdir / 'manifest.json').write_text(json.dumps(facts))
+  flags = f'--workdir={workdir}', '--prompt=x', '--num_tokens=2'
+  result = tiny.command('generate', *flags)
+  assert result.code == 0, result.err
+  assert result.err.startswith('note: moe.exchange=ragged of the run is not to be had')
 
 
 def test_a_defect_of_ours_is_not_dressed_up(path, tmp_path, monkeypatch):

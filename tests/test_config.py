@@ -252,6 +252,7 @@ def test_choices_are_those_of_the_rooms_that_implement_them():
   assert set(_allowed('moe', 'softmax_order')) == set(routing.SOFTMAX_ORDERS)
   assert set(_allowed('moe', 'renormalize')) == set(routing.RENORMALIZATIONS)
   assert set(_allowed('moe', 'dispatch')) == set(dispatch.DISPATCHERS)
+  assert set(_allowed('moe', 'exchange')) == set(dispatch.EXCHANGES)
   assert set(_allowed('model', 'activation')) == set(basic.ACTIVATIONS)
   assert set(_allowed('data', 'tokenizer')) == set(tokenizer_lib.KINDS)
   assert {data.ByteTokenizer.name, data.BpeTokenizer.name} == set(tokenizer_lib.KINDS)

@@ -98,7 +98,9 @@ def rows(
       yield row
 
 
-def options_of(shape: Shape, num_experts: int, dispatch: str) -> MoeOptions:
+def options_of(
+  shape: Shape, num_experts: int, dispatch: str, exchange: str = 'padded'
+) -> MoeOptions:
   """Returns the options of the layer that is measured."""
   return MoeOptions(
     router='top_k',
@@ -115,6 +117,7 @@ def options_of(shape: Shape, num_experts: int, dispatch: str) -> MoeOptions:
     device_balance_parts=1,
     dispatch=dispatch,
     router_init_scale=ROUTER_INIT_SCALE,
+    exchange=exchange,
   )
 
 

@@ -8,7 +8,8 @@ balanced routing leaves next to nothing for the loops, and a collapsed router co
 most the work of its assignments once more. No array grows with the largest load.
 
 Across a mesh axis the base is exchanged like any buffer; the rest goes in rounds of a fixed number
-of rows from each device to each other, as many rounds as the fullest pair of devices needs.
+of rows from each device to each other, as many rounds as the fullest pair of devices needs. Rounds
+are always padded, also where the base is exchanged ragged: they are rare and small by design.
 
 The weights pass *through* the loops on their way to the base: so the loops' backward pass gets the
 gradient that the base gives, [E D F], and adds to it in place instead of making another.

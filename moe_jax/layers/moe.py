@@ -36,7 +36,8 @@ class MoeOptions:
   `capacity_factor` None never drops a token. `balance_scopes` is the number of scopes of the
   load-balancing loss in the batch, a divisor of its number of groups, or that of its sequences.
   `choice` holds the numbers of the router; its `capacity` and `training` are filled in here.
-  `returns_choices` also gives back which experts each token asked for.
+  `returns_choices` also gives back which experts each token asked for. `exchange` is not read in
+  decoding.
   """
 
   router: str
@@ -52,6 +53,7 @@ class MoeOptions:
   dispatch: str
   router_init_scale: float
   returns_choices: bool = False
+  exchange: str = 'padded'
 
   @property
   def num_experts(self) -> int:
@@ -135,11 +137,13 @@ def moe_layer(
       reads few of them, and a slice of one layer would copy all of that layer's.
 
   Raises:
-    ValueError: if the mesh does not divide the experts, or mesh and groups the batch.
+    ValueError: if the mesh does not divide the experts, or mesh and groups the batch, or if its
+      devices or the router have no such exchange.
   """
   num_groups = _num_groups(x.shape[0], mesh, options)
 
   platform = mesh.devices.flat[0].platform
+  _check_exchange(options, platform)
 
   def local(x, info, params, state, keys, layer):
     choices = (options, num_groups, deterministic, platform)
@@ -189,6 +193,14 @@ def _num_groups(batch_size: int, mesh: Mesh, options: MoeOptions) -> int:
       f'{batch_size} sequences'
     )
   return num_groups
+
+
+def _check_exchange(options: MoeOptions, platform: str) -> None:
+  reason = dispatch_room.why_not(options.exchange, platform)
+  if options.exchange == 'ragged' and routing.ROUTERS[options.router].mix:
+    reason = f'must be padded with router {options.router}, which fills every slot'
+  if reason and options.dispatch != dispatch_room.DECODE:
+    raise ValueError(f'exchange={options.exchange!r}: {reason}')
 
 
 def _local_layer(
@@ -276,7 +288,8 @@ def _through_slots(
   if mixture is None:
     name = _dispatcher(options, capacity, tokens.shape[1])
     mean = _mean_selected(options, capacity, tokens.shape[1])
-    return dispatch_room.run(name, tokens, plan, weights, experts, EXPERT_AXIS, mean)
+    exchange = options.exchange
+    return dispatch_room.run(name, tokens, plan, weights, experts, EXPERT_AXIS, mean, exchange)
   with jax.named_scope('dispatch'):
     slots = mix_tokens(mixture, tokens)
   outputs = dispatch_room.through_experts(slots, weights, experts, EXPERT_AXIS)

@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from moe_jax import config as config_lib
 from moe_jax import routing
-from moe_jax.dispatch import DECODE
+from moe_jax.dispatch import DECODE, why_not
 from moe_jax.errors import UserError
 from moe_jax.layers.moe import MoeOptions
 from moe_jax.models.decoder import Decoder, DecoderOptions
@@ -34,6 +34,10 @@ def build_model(
       only the experts that were chosen, and has no gradient.
     batch_size: sequences in a (micro-)batch; `train` derives the balance scopes from it.
     returns_choices: whether a forward pass says which experts each token asked for.
+
+  Raises:
+    UserError: if a model of the config cannot be decoded, or the mesh's devices have not the
+      exchange of the config.
   """
   if mode not in MODES:
     raise ValueError(f'mode={mode!r}: must be one of {MODES}')
@@ -46,6 +50,10 @@ def build_model(
         f'the run cannot be decoded: {router.name} then looks at later tokens to choose for one',
       )
   model, moe = config.model, config.moe
+  if mode != 'decode' and moe.num_experts:
+    reason = why_not(moe.exchange, mesh.devices.flat[0].platform)
+    if reason:
+      raise UserError('moe.exchange', moe.exchange, reason)
   options = DecoderOptions(
     vocab_size=vocab_size,
     num_layers=model.num_layers,
@@ -95,4 +103,5 @@ def _moe_options(
     dispatch=DECODE if mode == 'decode' else moe.dispatch,
     router_init_scale=moe.router_init_scale,
     returns_choices=returns_choices,
+    exchange=moe.exchange,
   )

@@ -24,6 +24,7 @@ MANIFEST = 'manifest.json'
 DAMAGED = 'damaged'
 # What may change when a run goes on: nothing of it changes a result.
 FREE_FIELDS = (
+  'moe.exchange',
   'mesh.data',
   'mesh.expert',
   'data.data_dir',

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from moe_jax import optim
 from moe_jax.data import Tokenizer, load_tokenizer
+from moe_jax.dispatch import why_not
 from moe_jax.errors import DamagedError, UserError
 from moe_jax.models.build import build_model
 from moe_jax.parallel.mesh import make_mesh
@@ -23,7 +24,7 @@ class RestoredRun(NamedTuple):
   """A run as it was saved.
 
   Attributes:
-    config: that it was started with.
+    config: that it was started with; `moe.exchange` such as is to be had here.
     facts: its manifest.
     step: of the checkpoint.
     params: on `mesh`.
@@ -75,6 +76,7 @@ def restore_run(
       'command of the run puts it back'
     )
   device_mesh = _choose_mesh(config, mesh)
+  _choose_exchange(config, device_mesh)
   model = build_model(config, device_mesh, facts['vocab_size'], 'eval')
   optimizer = optim.make_optimizer(config.optim, config.train.num_steps)
   checkpoints = Checkpoints(workdir, read_only=True)
@@ -125,6 +127,17 @@ def _choose_mesh(config: ml_collections.ConfigDict, mesh: str | None) -> Mesh:
     return make_mesh(*wanted)
   except ValueError as error:
     raise UserError('--mesh', mesh, str(error)) from error
+
+
+def _choose_exchange(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
+  """Lets a run of GPUs or TPUs be looked at elsewhere; which is said."""
+  if why_not(config.moe.exchange, mesh.devices.flat[0].platform):
+    print(
+      f'note: moe.exchange={config.moe.exchange} of the run is not to be had on these devices; '
+      'using padded, the result is the same',
+      file=sys.stderr,
+    )
+    config.moe.exchange = 'padded'
 
 
 def _parse_mesh(mesh: str) -> tuple[int, int]:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from moe_jax.dispatch import exchange
 from moe_jax.models.decoder import forward
 from moe_jax.parallel.mesh import EXPERT_AXIS, batch_sharding
 from tests import tiny
@@ -63,6 +64,22 @@ def test_recomputing_blocks_exchanges_nothing_again(remat):
   text = jax.jit(jax.grad(loss)).lower(params).compile().as_text()
   # Two in the loop over the layers forward, two in that backward.
   assert exchanges_of_loops(text) == [2, 2]
+
+
+@pytest.mark.parametrize('remat', [False, True])
+def test_recomputing_blocks_makes_no_ragged_exchange_again(remat, monkeypatch):
+  # Lowered alone: CPUs have none.
+  monkeypatch.setattr(exchange, 'RAGGED_PLATFORMS', ('cpu',))
+  model = small_decoder.make_model((2, 4), {'exchange': 'ragged'}, num_layers=3, remat=remat)
+  params, tokens = placed(model)
+
+  def loss(params):
+    return jnp.sum(forward(model, params, *tokens).hidden ** 2)
+
+  text = jax.jit(jax.grad(loss)).lower(params).as_text()
+  # Two in the loop over the layers forward, two in that backward; and how many rows, forward.
+  assert text.count('@ragged_all_to_all(') == 4
+  assert text.count('stablehlo.all_to_all') == 1
 
 
 def test_recomputing_blocks_changes_no_gradient():
