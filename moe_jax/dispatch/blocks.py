@@ -23,10 +23,12 @@ class Blocks(NamedTuple):
   Attributes:
     items: the row in each place of each block; M where there is none.
     ends: the number of blocks up to and with those of each expert; the last is how many there are.
+    place: of each row, of all N * B; N * B or more for a row that goes to no expert.
   """
 
   items: Int[Array, 'N B']
   ends: Int[Array, 'E']
+  place: Int[Array, 'M']
 
 
 class Gradients(NamedTuple):
@@ -53,13 +55,31 @@ def make_blocks(
   """
   num_rows, num_experts = expert_index.size, counts.size
   blocks = -(-counts // block_size)
-  ends = jnp.cumsum(blocks)
-  most = num_rows // block_size + min(num_experts, num_rows)
+  ends = jnp.cumsum(blocks).astype(jnp.int32)
+  # Each expert has at most one block that is not full; each block has a row.
+  most = min(num_rows, num_rows // block_size + num_experts)
   first = jnp.append((ends - blocks) * block_size, most * block_size)
   place = first[jnp.minimum(expert_index, num_experts)] + rank
   items = jnp.full((most * block_size,), num_rows, jnp.int32)
   items = items.at[place].set(jnp.arange(num_rows, dtype=jnp.int32), mode='drop')
-  return Blocks(items.reshape(most, block_size), ends)
+  return Blocks(items.reshape(most, block_size), ends, place)
+
+
+def sort_into_blocks(
+  expert_index: Int[Array, 'M'], num_experts: int, block_size: int
+) -> Blocks:
+  """Returns the same for rows whose places among their expert's are not known: in order.
+
+  Args:
+    expert_index: of each row; E for a row that goes to none.
+    num_experts: E.
+    block_size: B.
+  """
+  numbers = jnp.arange(expert_index.size, dtype=jnp.int32)
+  in_order, row = jax.lax.sort((expert_index, numbers), num_keys=1, is_stable=True)
+  first = jnp.searchsorted(in_order, jnp.arange(num_experts + 1)).astype(jnp.int32)
+  rank = jnp.zeros_like(numbers).at[row].set(numbers - first[in_order], unique_indices=True)
+  return make_blocks(expert_index, rank, jnp.diff(first), block_size)
 
 
 def forward(
@@ -115,7 +135,12 @@ def backward(
 
 def _of_block(blocks: Blocks, block: Int[Array, '']) -> tuple[Int[Array, ''], Int[Array, 'B']]:
   """Returns the expert of a block and the rows in it."""
-  return jnp.searchsorted(blocks.ends, block, side='right').astype(jnp.int32), blocks.items[block]
+  return expert_of(blocks, block), blocks.items[block]
+
+
+def expert_of(blocks: Blocks, block: Int[Array, '*any']) -> Int[Array, '*any']:
+  """Returns the expert of blocks; E for a block that holds nothing."""
+  return jnp.searchsorted(blocks.ends, block, side='right').astype(jnp.int32)
 
 
 def rows(values: Float[Array, 'N D'], index: Int[Array, 'B']) -> Float[Array, 'B D']:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moe_jax.dispatch import blocks as blocks_lib
 from moe_jax.routing.plan import Plan
 
 # Rows of a block from which on the product is bound by arithmetic, not by the expert's weights.
@@ -71,32 +72,19 @@ def dispatch(
     num_experts: of this device.
     first_expert: of this device; assignments to others than these are left out.
   """
-  num_assignments, selected = plan.expert_index.size, plan.expert_index.shape[-1]
-  num_blocks = min(num_assignments, num_assignments // num_rows + num_experts)
+  selected = plan.expert_index.shape[-1]
   local = plan.expert_index - first_expert
   here = plan.keep & (local >= 0) & (local < num_experts)
   queue = jnp.where(here, local, num_experts).ravel()
-  numbers = jnp.arange(num_assignments, dtype=jnp.int32)
-  sorted_queue, order = jax.lax.sort((queue, numbers), num_keys=1, is_stable=True)
-  experts = jnp.arange(num_experts + 1, dtype=jnp.int32)
-  starts = jnp.searchsorted(sorted_queue, experts).astype(jnp.int32)
-  loads = starts[1:] - starts[:-1]
-  ends = jnp.cumsum(-(-loads // num_rows)).astype(jnp.int32)
-  block = jnp.arange(num_blocks, dtype=jnp.int32)
-  expert = jnp.minimum(jnp.searchsorted(ends, block, side='right'), num_experts - 1)
-  first_block = ends - -(-loads // num_rows)
-  # The rank of each row among its expert's assignments.
-  rank = (block - first_block[expert])[:, None] * num_rows + jnp.arange(num_rows)[None]
-  filled = (rank < loads[expert][:, None]) & (block < ends[-1])[:, None]
-  source = jnp.where(filled, starts[expert][:, None] + rank, 0)
-  token = order[source] // selected
-  rows = jnp.where(filled[..., None], tokens.reshape(-1, tokens.shape[-1])[token], 0)
-
-  known = jnp.minimum(sorted_queue, num_experts - 1)
-  sorted_place = first_block[known] * num_rows + numbers - starts[known]
-  sorted_place = jnp.where(sorted_queue < num_experts, sorted_place, num_blocks * num_rows)
-  place = jnp.zeros_like(sorted_place).at[order].set(sorted_place, unique_indices=True)
-  return Blocks(rows, expert.astype(jnp.int32), ends[-1], place.reshape(plan.expert_index.shape))
+  blocks = blocks_lib.sort_into_blocks(queue, num_experts, num_rows)
+  rows = blocks_lib.rows(tokens.reshape(-1, tokens.shape[-1]), blocks.items // selected)
+  expert = blocks_lib.expert_of(blocks, jnp.arange(len(blocks.items), dtype=jnp.int32))
+  return Blocks(
+    rows,
+    jnp.minimum(expert, num_experts - 1),
+    blocks.ends[-1],
+    jnp.where(here, blocks.place.reshape(here.shape), blocks.items.size),
+  )
 
 
 def combine(outputs: Float[Array, 'N b D'], blocks: Blocks, plan: Plan) -> Float[Array, 'G S D']:

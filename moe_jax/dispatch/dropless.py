@@ -278,9 +278,4 @@ class _Rounds:
     expert = jnp.where(items < none, self._expert[jnp.minimum(items, none - 1)] % self._each, -1)
     expert = self._swap(expert[:, None])[:, 0]
     expert = jnp.where(expert < 0, self._each, expert)
-    numbers = jnp.arange(expert.size, dtype=jnp.int32)
-    in_order, row = jax.lax.sort((expert, numbers), num_keys=1)
-    first = jnp.searchsorted(in_order, jnp.arange(self._each + 1, dtype=jnp.int32))
-    rank = jnp.zeros_like(numbers).at[row].set(numbers - first[in_order].astype(jnp.int32))
-    counts = jnp.diff(first).astype(jnp.int32)
-    return blocks_lib.make_blocks(expert, rank, counts, self._block)
+    return blocks_lib.sort_into_blocks(expert, self._each, self._block)
