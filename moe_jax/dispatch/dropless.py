@@ -35,8 +35,9 @@ from moe_jax.parallel.mesh import BATCH_AXES
 from moe_jax.routing.plan import Plan
 from moe_jax.routing.router import varying_like
 
-# Standard deviations of the load of random routing that the base holds above the mean.
-SLACK = 2.0
+# Standard deviations of the load of random routing that the base holds above the mean. A router's
+# loads spread more, and a block beyond the base reads the weights of its expert again.
+SLACK = 3.0
 # Rows of a block at most. What an expert has beyond the base is of the order of the deviation of
 # its load, and most of a larger block would be empty.
 LARGEST_BLOCK = 128

@@ -207,10 +207,10 @@ def test_blocks_by_hand():
 
 
 def test_sizes_by_hand():
-  # 4,096 tokens, K = 2, E = 64: mean 128, base 128 + 2 sqrt(128) = 150.6, up to a multiple of 8.
+  # 4,096 tokens, K = 2, E = 64: mean 128, base 128 + 3 sqrt(128) = 161.9, up to a multiple of 8.
   # A block of 2 sqrt(128) = 22.6 rows, down to a power of 2. A sixteenth of the 8,192 in a round.
-  assert dropless.sizes_of(4096, 64, 2, 1) == dropless.Sizes(152, 16, 512)
-  # Half a token for each expert: base 0.5 + 2 * 0.71, never more than the tokens there are.
+  assert dropless.sizes_of(4096, 64, 2, 1) == dropless.Sizes(168, 16, 512)
+  # Half a token for each expert: base 0.5 + 3 * 0.71, never more than the tokens there are.
   assert dropless.sizes_of(1, 2, 1, 1).base == 1
 
 
