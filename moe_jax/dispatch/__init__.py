@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from moe_jax.dispatch import decode, dropless, einsum, gather, merged
+from moe_jax.dispatch import decode, dropless, einsum, gather, merged, packing
 from moe_jax.dispatch.blocks import Experts, Weights
 from moe_jax.dispatch.exchange import (
   EXCHANGES,
@@ -47,7 +47,6 @@ __all__ = [
   'decode',
   'dropless',
   'einsum',
-  'filled_rows',
   'filled_slots',
   'from_experts',
   'gather',
@@ -67,6 +66,7 @@ def run(
   axis_name: str,
   num_selected: int | float,
   exchange: str = 'padded',
+  packs: bool = False,
 ) -> Float[Array, 'G S D']:
   """Runs the experts of a plan; called inside `jax.shard_map`.
 
@@ -80,37 +80,28 @@ def run(
     axis_name: of the mesh, over which experts are split.
     num_selected: assignments of a token on average, by which `dropless` sizes its buffer.
     exchange: of `EXCHANGES`: how the buffer crosses the mesh.
+    packs: whether rows that crossed the mesh are packed, so that experts know of filled ones there
+      too; on one device they always do.
   """
-  ragged = exchange == 'ragged'
+
+  def through(buffer, weights, plan):
+    # The oracle's experts compute every row.
+    known = filled_slots(plan) if name != 'einsum' or exchange == 'ragged' else None
+    return through_experts(buffer, weights, experts, axis_name, known, exchange, packs)
+
   if name == 'dropless':
-
-    def through(buffer, weights, plan):
-      sent = filled_slots(plan) if ragged else None
-      return through_experts(buffer, weights, experts, axis_name, filled_rows(plan), sent)
-
     return dropless.run(tokens, plan, weights, through, experts, axis_name, num_selected)
   dispatcher = {'gather': gather, 'einsum': einsum}[name]
-  shape, filled = tokens.shape, None
+  shape = tokens.shape
   with jax.named_scope('dispatch'):
-    if name == 'gather':
-      if jax.lax.axis_size(axis_name) == 1 and len(tokens) > 1:
-        # Then the empty slots of an expert all come last, where experts leave them out.
-        plan, _ = merged.merge(plan, len(tokens) * plan.source_index.shape[-1])
-        tokens = tokens.reshape(1, -1, shape[-1])
-      filled = filled_rows(plan)
+    if name == 'gather' and jax.lax.axis_size(axis_name) == 1 and len(tokens) > 1:
+      # Then the empty slots of an expert all come last, where experts leave them out.
+      plan, _ = merged.merge(plan, len(tokens) * plan.source_index.shape[-1])
+      tokens = tokens.reshape(1, -1, shape[-1])
     inputs = dispatcher.dispatch(tokens, plan)
-  sent = filled_slots(plan) if ragged else None
-  outputs = through_experts(inputs, weights, experts, axis_name, filled, sent)
+  outputs = through(inputs, weights, plan)
   with jax.named_scope('combine'):
     return dispatcher.combine(outputs, plan).reshape(shape)
-
-
-def filled_rows(plan: Plan) -> Int[Array, 'E']:
-  """Returns how many rows of each expert reach to its last slot that holds a token."""
-  groups, size, selected = plan.expert_index.shape
-  num_experts, capacity = plan.source_index.shape[1:]
-  filled = (plan.source_index < size * selected).swapaxes(0, 1).reshape(num_experts, -1)
-  return jnp.max(jnp.where(filled, 1 + jnp.arange(groups * capacity), 0), axis=1, initial=0)
 
 
 def filled_slots(plan: Plan) -> Int[Array, 'E G']:
@@ -125,8 +116,9 @@ def through_experts(
   weights: Weights,
   experts: Experts,
   axis_name: str,
-  filled: Int[Array, 'E'] | None = None,
-  sent: Int[Array, 'E G'] | None = None,
+  filled: Int[Array, 'E G'] | None = None,
+  exchange: str = 'padded',
+  packs: bool = False,
 ) -> Float[Array, 'E G C D']:
   """Sends each slot to the device of its expert, computes it there, and sends it back.
 
@@ -135,37 +127,56 @@ def through_experts(
     weights: of this device's experts, E / R first in each.
     experts: as in `run`.
     axis_name: of the mesh, over which experts are split.
-    filled: from `filled_rows`; experts hear of it where nothing is exchanged.
-    sent: from `filled_slots`: only these slots cross. None for all.
+    filled: from `filled_slots`; None where all are.
+    exchange: of `EXCHANGES`; `padded` where all are filled.
+    packs: as in `run`.
   """
+  num_devices, groups, capacity = jax.lax.axis_size(axis_name), *buffer.shape[1:3]
+  received = None
   # What crossed the mesh is kept where blocks are recomputed: no exchange is made twice.
   with jax.named_scope('dispatch'):
-    send, give_back = _ways(sent, buffer.shape, axis_name)
+    if filled is not None and num_devices > 1 and (packs or exchange == 'ragged'):
+      received = checkpoint_name(swap(filled, axis_name), EXCHANGED)
+    slots = (filled, received) if exchange == 'ragged' else None
+    send, give_back = _ways(slots, buffer.shape, axis_name)
     exchanged = checkpoint_name(send(buffer), EXCHANGED)
-  num_experts, groups, capacity, width = exchanged.shape
   with jax.named_scope('experts'):
-    rows = exchanged.reshape(num_experts, groups * capacity, width)
-    alone = jax.lax.axis_size(axis_name) == 1
-    outputs = experts(rows, weights, filled=filled if alone else None)
+    rows = exchanged.reshape(len(exchanged), -1, buffer.shape[-1])
+    if received is not None and packs:
+      # [R E_local, G] as it came, [E_local, R G] as the rows are.
+      counts = received.reshape(num_devices, -1, groups).swapaxes(0, 1)
+      packed = packing.packing_of(counts.reshape(-1, num_devices * groups), capacity)
+      outputs = experts(packing.pack(rows, packed), weights, filled=packed.filled)
+      outputs = packing.unpack(outputs, packed)
+    else:
+      known = filled is not None and num_devices == groups == 1
+      outputs = experts(rows, weights, filled=filled[:, 0] if known else None)
   with jax.named_scope('combine'):
     return checkpoint_name(give_back(outputs.reshape(exchanged.shape)), EXCHANGED)
 
 
 def _ways(
-  sent: Int[Array, 'E G'] | None, shape: tuple[int, ...], axis_name: str
+  slots: tuple[Int[Array, 'E G'], Int[Array, 'E G']] | None,
+  shape: tuple[int, ...],
+  axis_name: str,
 ) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
-  """Returns how a buffer [E G C D] gets to the experts, and how their outputs come back."""
+  """Returns how a buffer [E G C D] gets to the experts, and how their outputs come back.
+
+  Args:
+    slots: filled here, and of each device for the experts here, where only these are sent.
+    shape: of the buffer.
+    axis_name: of the mesh, over which experts are split.
+  """
   num_devices = jax.lax.axis_size(axis_name)
-  if sent is None or num_devices == 1:
+  if slots is None or num_devices == 1:
     return (
       functools.partial(to_experts, axis_name=axis_name),
       functools.partial(from_experts, axis_name=axis_name),
     )
   num_experts, groups, capacity, width = shape
-  received = checkpoint_name(swap(sent, axis_name), EXCHANGED)
   device = jax.lax.axis_index(axis_name)
-  slices = slices_of(sent, received, capacity, device, num_devices)
-  there, back = varying_like(slices, received)
+  slices = slices_of(*slots, capacity, device, num_devices)
+  there, back = varying_like(slices, slots[1])
 
   def send(buffer):
     rows = send_slices(axis_name, buffer.reshape(-1, width), there, back)

@@ -65,9 +65,7 @@ def make_blocks(
   return Blocks(items.reshape(most, block_size), ends, place)
 
 
-def sort_into_blocks(
-  expert_index: Int[Array, 'M'], num_experts: int, block_size: int
-) -> Blocks:
+def sort_into_blocks(expert_index: Int[Array, 'M'], num_experts: int, block_size: int) -> Blocks:
   """Returns the same for rows whose places among their expert's are not known: in order.
 
   Args:

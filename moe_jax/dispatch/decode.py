@@ -15,7 +15,6 @@ Source: Gale et al. 2022, arXiv:2211.15841 (blocks of one expert each). Differs:
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 

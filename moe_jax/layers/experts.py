@@ -41,11 +41,22 @@ def run_experts(
     filled: how many rows of each expert count, if that is known; the others are zero.
   """
   w_in, w_out = (w.astype(rows.dtype) for w in weights)
-  if filled is not None and math.prod(w_in.shape[1:]) >= LEAST_WEIGHTS:
+  if filled is not None and _are_large(w_in):
     w_in, w_out = varying_like((w_in, w_out), rows)
     return run_filled(activation, rows, varying_like(filled, rows), w_in, w_out)
   hidden = basic.activate(times(rows, w_in), activation)
   return times(hidden, w_out)
+
+
+def gains_from_packing(
+  weights: tuple[Float[Array, 'E D F1'], Float[Array, 'E F D']], platform: str
+) -> bool:
+  """Whether it pays to move rows so that `run_experts` can be told which ones are filled."""
+  return platform == 'cpu' and _are_large(weights[0])
+
+
+def _are_large(w_in: Float[Array, 'E D F1']) -> bool:
+  return math.prod(w_in.shape[1:]) >= LEAST_WEIGHTS
 
 
 def times(rows: Float[Array, 'E C D'], weights: Float[Array, 'E D F']) -> Float[Array, 'E C F']:

@@ -21,7 +21,7 @@ from moe_jax import dispatch as dispatch_room
 from moe_jax import routing
 from moe_jax.layers import basic
 from moe_jax.layers.decode import decode_experts
-from moe_jax.layers.experts import run_experts
+from moe_jax.layers.experts import gains_from_packing, run_experts
 from moe_jax.parallel.mesh import BATCH_AXES, DATA_AXIS, EXPERT_AXIS
 from moe_jax.routing.router import Mixture, Weight
 
@@ -257,7 +257,7 @@ def _local_layer(
     )
   else:
     mixture = router.mix and router.mix(params.router, state, inputs, choice_options)
-    y_GSD = _through_slots(tokens_GSD, plan, mixture, weights, options, capacity)
+    y_GSD = _through_slots(tokens_GSD, plan, mixture, weights, options, capacity, platform)
   y = from_groups(y_GSD, options.group_size)
 
   device = jax.lax.axis_index(BATCH_AXES)
@@ -282,14 +282,15 @@ def _through_slots(
   weights: tuple[Float[Array, 'E D F1'], Float[Array, 'E F D']],
   options: MoeOptions,
   capacity: int,
+  platform: str,
 ) -> Float[Array, 'G S D']:
   """Fills the slots of all experts, crosses the mesh, runs the experts, and comes back."""
   experts = functools.partial(run_experts, activation=options.activation)
   if mixture is None:
     name = _dispatcher(options, capacity, tokens.shape[1])
     mean = _mean_selected(options, capacity, tokens.shape[1])
-    exchange = options.exchange
-    return dispatch_room.run(name, tokens, plan, weights, experts, EXPERT_AXIS, mean, exchange)
+    ways = options.exchange, gains_from_packing(weights, platform)
+    return dispatch_room.run(name, tokens, plan, weights, experts, EXPERT_AXIS, mean, *ways)
   with jax.named_scope('dispatch'):
     slots = mix_tokens(mixture, tokens)
   outputs = dispatch_room.through_experts(slots, weights, experts, EXPERT_AXIS)

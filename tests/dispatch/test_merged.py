@@ -33,7 +33,7 @@ def test_by_hand():
   np.testing.assert_array_equal(whole.source_index, [[[4, 4, 4, 4], [0, 1, 2, 4]]])
   np.testing.assert_array_equal(whole.keep[0, :, 0], [True, True, True, False])
   assert not np.any(beyond)
-  np.testing.assert_array_equal(dispatch.filled_rows(whole), [0, 3])
+  np.testing.assert_array_equal(dispatch.filled_slots(whole), [[0], [3]])
   # With two slots, the third is beyond.
   cut, beyond = merged.merge(plan, 2)
   np.testing.assert_array_equal(beyond[0, :, 0], [False, False, True, False])
