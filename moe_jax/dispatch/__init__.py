@@ -132,12 +132,12 @@ def through_experts(
     packs: as in `run`.
   """
   num_devices, groups, capacity = jax.lax.axis_size(axis_name), *buffer.shape[1:3]
-  received = None
+  received, slots = None, None
   # What crossed the mesh is kept where blocks are recomputed: no exchange is made twice.
   with jax.named_scope('dispatch'):
     if filled is not None and num_devices > 1 and (packs or exchange == 'ragged'):
       received = checkpoint_name(swap(filled, axis_name), EXCHANGED)
-    slots = (filled, received) if exchange == 'ragged' else None
+      slots = (filled, received) if exchange == 'ragged' else None
     send, give_back = _ways(slots, buffer.shape, axis_name)
     exchanged = checkpoint_name(send(buffer), EXCHANGED)
   with jax.named_scope('experts'):
@@ -149,8 +149,8 @@ def through_experts(
       outputs = experts(packing.pack(rows, packed), weights, filled=packed.filled)
       outputs = packing.unpack(outputs, packed)
     else:
-      known = filled is not None and num_devices == groups == 1
-      outputs = experts(rows, weights, filled=filled[:, 0] if known else None)
+      known = filled[:, 0] if filled is not None and num_devices == groups == 1 else None
+      outputs = experts(rows, weights, filled=known)
   with jax.named_scope('combine'):
     return checkpoint_name(give_back(outputs.reshape(exchanged.shape)), EXCHANGED)
 
@@ -167,12 +167,12 @@ def _ways(
     shape: of the buffer.
     axis_name: of the mesh, over which experts are split.
   """
-  num_devices = jax.lax.axis_size(axis_name)
-  if slots is None or num_devices == 1:
+  if slots is None:
     return (
       functools.partial(to_experts, axis_name=axis_name),
       functools.partial(from_experts, axis_name=axis_name),
     )
+  num_devices = jax.lax.axis_size(axis_name)
   num_experts, groups, capacity, width = shape
   device = jax.lax.axis_index(axis_name)
   slices = slices_of(*slots, capacity, device, num_devices)

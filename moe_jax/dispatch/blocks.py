@@ -141,7 +141,7 @@ def expert_of(blocks: Blocks, block: Int[Array, '*any']) -> Int[Array, '*any']:
   return jnp.searchsorted(blocks.ends, block, side='right').astype(jnp.int32)
 
 
-def rows(values: Float[Array, 'N D'], index: Int[Array, 'B']) -> Float[Array, 'B D']:
+def rows(values: Float[Array, 'N D'], index: Int[Array, '*B']) -> Float[Array, '*B D']:
   """Reads rows; zeros where a block has none, whose index is past the last."""
   return values.at[index].get(mode='fill', fill_value=0)
 

@@ -38,7 +38,7 @@ def packing_of(counts: Int[Array, 'E P'], capacity: int) -> Packing:
   """
   num_experts, parts = counts.shape
   num_rows = parts * capacity
-  slot = jnp.arange(capacity, dtype=jnp.int32)
+  slot = jnp.arange(capacity, dtype=jnp.int32)[None, None, :]
   starts = jnp.cumsum(counts, axis=1) - counts
   back = jnp.where(slot < counts[..., None], starts[..., None] + slot, num_rows)
   back = back.reshape(num_experts, num_rows).astype(jnp.int32)
