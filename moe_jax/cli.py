@@ -73,7 +73,8 @@ def _describe(error: Exception, argv: Sequence[str]) -> str:
     if field not in known:
       allowed = ', '.join(known) if known else ', '.join(config_lib.SCHEMA)
       return f'{name}={value!r}: unknown field; must be one of {allowed}'
-    if f'config.{name}' in text:
+    # A command without a config says `Unknown command line flag 'config.NAME'`.
+    if f'config.{name}' in text and not text.startswith('Unknown'):
       kind = type(known[field].default).__name__
       return f'{name}={value!r}: must be of type {kind}; {known[field].allowed}'
   if 'Traceback' in text:

@@ -100,6 +100,10 @@ def check_directory(flag: str, directory: str) -> None:
   existing = next(p for p in (path, *path.absolute().parents) if p.exists())
   if not existing.is_dir():
     raise UserError(flag, directory, f'{existing} is not a directory')
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(flag, directory, f'cannot be made: {error.strerror}') from error
 
 
 @contextlib.contextmanager

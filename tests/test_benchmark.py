@@ -148,6 +148,11 @@ def test_layer_in_several_groups_and_in_memory_that_is_there():
   for row in rows:
     # 4 groups of 16 tokens, K = 2, factor 1.25: 10 slots of each of 4 experts in each.
     assert (1 - row['drop_share']) * 128 == pytest.approx((1 - row['padding']) * 160)
+  for flag in ('--num_tokens=0', '--embed_dim=0', '--num_selected_experts=0', '--mlp_dim=-1'):
+    tiny.command('benchmark', 'layer', *SMALL, flag).assert_error(flag.partition('=')[0])
+  for value in ('0', 'nan', 'inf'):
+    refused = tiny.command('benchmark', 'router', *SMALL, f'--capacity_factor={value}')
+    refused.assert_error('--capacity_factor', value)
   for flag in ('--num_groups=0', '--num_groups=5'):
     tiny.command('benchmark', 'layer', *SMALL, flag).assert_error('--num_groups')
   peers = tiny.command('benchmark', 'dispatch', *SMALL, '--reuse_memory', '--peers')

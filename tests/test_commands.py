@@ -217,6 +217,7 @@ def test_train_refuses_a_directory_in_use(path, tmp_path):
     (['--mesh=data=1,expert=3'], ('--mesh=', '8 experts')),
     (['--mesh=data=2,expert=8'], ('--mesh=', '16 devices')),
     (['--what=1'], ('what',)),
+    (['--config.moe.exchange=padded'], ('Unknown', 'config.moe.exchange')),
   ],
 )
 def test_evaluate_and_generate_refuse(run, verb, flags, words):

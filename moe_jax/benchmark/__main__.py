@@ -13,6 +13,7 @@ sweep: what it gains to train several trials as one program (--config=...).
 """
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable
@@ -118,6 +119,7 @@ def main() -> None:
     if _COMMAND not in _PROFILED:
       raise UserError('--profile', _PROFILE.value, f'only {", ".join(_PROFILED)} can be traced')
     profiling.check_directory('--profile', _PROFILE.value)
+  _check_sizes()
   if not _JSON.value:
     print(f'on {jax.devices()[0].device_kind}, {jax.device_count()} device(s)')
   {
@@ -175,6 +177,14 @@ def _router() -> None:
     seed=_SEED.value,
   )
   _show(rows, text.of_router)
+
+
+def _check_sizes() -> None:
+  for flag in (_NUM_TOKENS, _EMBED_DIM, _MLP_DIM, _SELECTED):
+    if flag.value < 1:
+      raise UserError(f'--{flag.name}', flag.value, 'must be at least 1')
+  if not 0 < _CAPACITY_FACTOR.value < math.inf:
+    raise UserError('--capacity_factor', _CAPACITY_FACTOR.value, 'must be above 0 and finite')
 
 
 def _shape() -> Shape:

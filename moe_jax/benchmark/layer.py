@@ -83,9 +83,11 @@ def rows(
   key = jax.random.key(seed)
   first: dict[tuple[bool, str], float] = {}
   for experts in num_experts:
+    tokens = with_tokens_per_expert(shape, tokens_per_expert, experts).num_tokens
+    if tokens % num_groups:
+      raise UserError('--num_groups', num_groups, f'must divide {tokens} tokens')
+  for experts in num_experts:
     of_experts = with_tokens_per_expert(shape, tokens_per_expert, experts)
-    if of_experts.num_tokens % num_groups:
-      raise UserError('--num_groups', num_groups, f'must divide {of_experts.num_tokens} tokens')
     dims = (num_groups, of_experts.num_tokens // num_groups, shape.embed_dim)
     x = jax.random.normal(key, dims, jnp.dtype(shape.dtype))
     options = options_of(shape, experts, dispatch)

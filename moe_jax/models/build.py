@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from moe_jax import config as config_lib
 from moe_jax import routing
-from moe_jax.dispatch import DECODE, why_not
+from moe_jax.dispatch import DECODE
 from moe_jax.errors import UserError
 from moe_jax.layers.moe import MoeOptions
 from moe_jax.models.decoder import Decoder, DecoderOptions
@@ -36,8 +36,7 @@ def build_model(
     returns_choices: whether a forward pass says which experts each token asked for.
 
   Raises:
-    UserError: if a model of the config cannot be decoded, or the mesh's devices have not the
-      exchange of the config.
+    UserError: if a model of the config cannot be decoded.
   """
   if mode not in MODES:
     raise ValueError(f'mode={mode!r}: must be one of {MODES}')
@@ -50,10 +49,6 @@ def build_model(
         f'the run cannot be decoded: {router.name} then looks at later tokens to choose for one',
       )
   model, moe = config.model, config.moe
-  if mode != 'decode' and moe.num_experts:
-    reason = why_not(moe.exchange, mesh.devices.flat[0].platform)
-    if reason:
-      raise UserError('moe.exchange', moe.exchange, reason)
   options = DecoderOptions(
     vocab_size=vocab_size,
     num_layers=model.num_layers,

@@ -21,6 +21,7 @@ from moe_jax.sweep import collect, runner
 from moe_jax.sweep.trials import Trial, load_study, training_flops, trials_of, vocab_size_of
 from moe_jax.train import accounting
 from moe_jax.train.manifest import FREE_FIELDS
+from moe_jax.train.opening import mesh_of
 
 _STUDY = flags.DEFINE_string('study', None, 'File that defines get_study().')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Of the sweep; shared by all its workers.')
@@ -53,6 +54,8 @@ def main() -> int:
     _print_plan(study, trials)
     return 0
   workdir = cli.required(_WORKDIR)
+  for trial in trials:
+    mesh_of(trial.config)
   try:
     os.makedirs(workdir, exist_ok=True)
   except OSError as error:

@@ -9,6 +9,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from moe_jax.data import Dataset, Tokenizer, load_tokenizer, open_dataset
+from moe_jax.dispatch import why_not
 from moe_jax.errors import DamagedError, UserError
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.train import manifest
@@ -21,7 +22,7 @@ def mesh_of(config: ml_collections.ConfigDict) -> Mesh:
   """Returns the mesh of a config; an axis is never made smaller to fit.
 
   Raises:
-    UserError: if there are not enough devices.
+    UserError: if there are not enough devices, or they have not the exchange of the config.
   """
   try:
     mesh = make_mesh(config.mesh.data, config.mesh.expert)
@@ -39,6 +40,9 @@ def mesh_of(config: ml_collections.ConfigDict) -> Mesh:
       f'mesh.data * mesh.expert must be {jax.device_count()}: {jax.process_count()} processes use '
       'all of their devices',
     )
+  reason = why_not(config.moe.exchange, mesh.devices.flat[0].platform)
+  if reason and config.moe.num_experts:
+    raise UserError('moe.exchange', config.moe.exchange, reason)
   return mesh
 
 

@@ -73,7 +73,10 @@ def test_products_in_a_loop_need_no_more_memory(backward, monkeypatch):
 
 @pytest.mark.parametrize('backward', [False, True])
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
-def test_exchanged_bytes_are_the_formula(dtype, backward):
+@pytest.mark.parametrize('packs', [False, True])
+def test_exchanged_bytes_are_the_formula(dtype, backward, packs, monkeypatch):
+  if packs:
+    monkeypatch.setattr(experts, 'LEAST_WEIGHTS', 1)
   data, expert, batch, length, num_experts = 2, 4, 8, 64, 8
   text = lower(num_experts, batch, length, (data, expert), backward, dtype).as_text()
   # Before compiling: XLA on CPUs widens bfloat16.
@@ -94,6 +97,9 @@ def test_exchanged_bytes_are_the_formula(dtype, backward):
   each = tokens * SELECTED * FACTOR * WIDTH * itemsize * (1 - 1 / expert)
   # There and back; and so again for the gradients.
   assert exchanged == [each] * (4 if backward else 2)
+  # Where rows are packed, experts hear once how many of E experts' slots each device fills.
+  counts = re.findall(r'stablehlo\.all_to_all.*?\(tensor<([\dx]+)xi32>\)', text)
+  assert counts == [f'{num_experts}x1'] * packs
 
 
 @pytest.mark.parametrize('dispatch', ['gather', 'dropless'])

@@ -273,6 +273,8 @@ def test_the_command_plans_runs_and_refuses(text, tmp_path):
     (['--trial=abc'], ('--trial=', 'dry_run')),
     (['--set=moe.num_experts=4'], ('--set=', 'mesh.data')),
     (['--set=mesh.data=two'], ('--set=', 'int')),
+    (['--set=mesh.data=64'], ('mesh.data=64', 'found')),
+    (['--set=moe.exchange=ragged'], ("moe.exchange='ragged'", 'must be padded on cpu')),
   ):
     tiny.command('sweep', study, workdir, *flags).assert_error(*words)
   tiny.command('sweep', '--study=nowhere.py', workdir).assert_error('--study=', 'does not exist')
