@@ -273,7 +273,7 @@ def test_the_command_plans_runs_and_refuses(text, tmp_path):
     (['--trial=abc'], ('--trial=', 'dry_run')),
     (['--set=moe.num_experts=4'], ('--set=', 'mesh.data')),
     (['--set=mesh.data=two'], ('--set=', 'int')),
-    (['--set=mesh.data=64'], ('mesh.data=64', 'found')),
+    (['--set=mesh.data=4'], ('mesh.data=4', 'found')),
     (['--set=moe.exchange=ragged'], ("moe.exchange='ragged'", 'must be padded on cpu')),
   ):
     tiny.command('sweep', study, workdir, *flags).assert_error(*words)
