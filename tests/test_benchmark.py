@@ -95,7 +95,8 @@ def test_arms_of_the_decode_benchmark_compute_the_same():
     np.testing.assert_allclose(outputs, found[0], rtol=1e-5, atol=1e-6)
 
 
-def test_decode_prints_the_layer_and_the_model():
+def test_decode_prints_the_layer_and_the_model(monkeypatch):
+  monkeypatch.setattr(decode, 'LEAST_SECONDS', 0.001)
   flags = ('--embed_dim=8', '--mlp_dim=4', '--num_experts=8', '--json', '--num_layers=1')
   result = tiny.command('benchmark', 'decode', *flags, '--batches=1,8')
   assert result.code == 0, result.err
@@ -171,6 +172,42 @@ def test_results_are_written_over_earlier_ones():
   assert before.is_deleted()  # given to the call
   np.testing.assert_array_equal(memory.take(struct), x + 1)
   np.testing.assert_array_equal(memory.take(struct), 0 * x)  # nothing is left
+
+
+def test_fast_arms_run_several_times_in_a_round(monkeypatch):
+  # Under a clock that only arms move: 0.25 s and 2 s a call, at least 1 s in a round.
+  now = [0.0]
+  monkeypatch.setattr(timing.time, 'perf_counter', lambda: now[0])
+  ran = {'fast': 0, 'slow': 0}
+
+  def arm(name, seconds):
+    def call():
+      ran[name] += 1
+      now[0] += seconds
+
+    return call
+
+  arms = {'fast': arm('fast', 0.25), 'slow': arm('slow', 2.0)}
+  assert timing.measure(arms, 3, least_seconds=1.0) == {'fast': [0.25] * 3, 'slow': [2.0] * 3}
+  # One call to see how long it takes, then 3 rounds of 4 and of 1.
+  assert ran == {'fast': 1 + 3 * 4, 'slow': 1 + 3}
+
+
+@pytest.mark.parametrize(
+  ('command', 'flag', 'value'),
+  [
+    ('decode', 'capacity_factor', 2.0),
+    ('step', 'num_experts', ['8']),
+    ('layer', 'meshes', ['1x8']),
+    ('layer', 'config', 'configs/debug.py'),
+    ('router', 'activation', 'gelu'),
+    ('dispatch', 'profile', 'traces'),
+  ],
+)
+def test_a_flag_that_the_command_does_not_read_is_refused(command, flag, value):
+  given = value[0] if isinstance(value, list) else value
+  refused = tiny.command('benchmark', command, f'--{flag}={given}')
+  refused.assert_error(f'--{flag}={value!r}', f'not read by benchmark {command}')
 
 
 def test_products_print_a_row_for_each_product_of_each_matrix():

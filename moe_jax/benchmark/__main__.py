@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 from absl import flags
+from ml_collections import config_flags
 
 from moe_jax import cli, profiling, routing
 from moe_jax import dispatch as dispatch_room
@@ -41,83 +42,141 @@ from moe_jax.benchmark import (
 from moe_jax.benchmark.arms import Shape
 from moe_jax.errors import UserError
 
+_COMMANDS = ('decode', 'dispatch', 'ep', 'layer', 'products', 'router', 'step', 'sweep')
+_LAYERS = 'decode dispatch ep layer products router'  # compute layers of given sizes
+_OF_TOKENS = 'dispatch ep layer products router'  # the same, of so many tokens
+_READERS: dict[str, Collection[str]] = {}  # the commands that read a flag
+
+
+def _define(define: Callable[..., Any], readers: str, name: str, *rest: Any) -> flags.FlagHolder:
+  """Defines a flag that only some commands read; its help, which is last in `rest`, says which."""
+  _READERS[name] = readers.split()
+  return define(name, *rest[:-1], f'{", ".join(_READERS[name])}: {rest[-1]}')
+
+
 _CONFIG = cli.define_config_flag()
+_READERS['config'] = ('step', 'sweep')
 _JSON = flags.DEFINE_bool('json', False, 'Print one JSON object per row.')
 _ROUNDS = flags.DEFINE_integer('rounds', 9, 'Rounds of interleaved calls.')
-_STEPS = flags.DEFINE_integer('steps', 20, 'step: real steps with the data pipeline.')
-_NUM_EXPERTS = flags.DEFINE_list(
+_STEPS = _define(flags.DEFINE_integer, 'step', 'steps', 20, 'real steps with the data pipeline.')
+_NUM_EXPERTS = _define(
+  flags.DEFINE_list,
+  _LAYERS,
   'num_experts',
   None,
-  'Values of E; decode: 8,64,256; dispatch, layer, products, router: 8,64,256,1024; ep: 8,64.',
+  'values of E; by default 8,64,256,1024, decode 8,64,256, ep 8,64.',
 )
-_NUM_TOKENS = flags.DEFINE_integer(
-  'num_tokens', 4096, 'dispatch, layer, products: tokens; one routing group but for layer.'
+_NUM_TOKENS = _define(
+  flags.DEFINE_integer,
+  _OF_TOKENS,
+  'num_tokens',
+  4096,
+  'tokens; one routing group but for layer and ep.',
 )
-_EMBED_DIM = flags.DEFINE_integer('embed_dim', 512, 'decode, dispatch, layer, products: D.')
-_MLP_DIM = flags.DEFINE_integer(
-  'mlp_dim', 1024, 'decode, dispatch, layer, products: F of one expert.'
+_EMBED_DIM = _define(flags.DEFINE_integer, _LAYERS, 'embed_dim', 512, 'D.')
+_MLP_DIM = _define(flags.DEFINE_integer, _LAYERS, 'mlp_dim', 1024, 'F of one expert.')
+_SELECTED = _define(flags.DEFINE_integer, _LAYERS, 'num_selected_experts', 2, 'K.')
+_CAPACITY_FACTOR = _define(flags.DEFINE_float, _OF_TOKENS, 'capacity_factor', 1.25, 'of every E.')
+_DISPATCH = _define(
+  flags.DEFINE_enum,
+  'layer',
+  'dispatch',
+  'gather',
+  sorted(dispatch_room.DISPATCHERS),
+  'dispatcher.',
 )
-_SELECTED = flags.DEFINE_integer('num_selected_experts', 2, 'decode, dispatch, layer, products: K.')
-_CAPACITY_FACTOR = flags.DEFINE_float(
-  'capacity_factor', 1.25, 'dispatch, layer, products: of every E.'
+_ACTIVATION = _define(
+  flags.DEFINE_enum,
+  'decode dispatch ep layer products',
+  'activation',
+  'swiglu',
+  ['swiglu', 'gelu'],
+  'of all arms.',
 )
-_DISPATCH = flags.DEFINE_enum(
-  'dispatch', 'gather', sorted(dispatch_room.DISPATCHERS), 'layer: dispatcher.'
+_DTYPE = _define(
+  flags.DEFINE_enum, _LAYERS, 'dtype', 'float32', ['float32', 'bfloat16'], 'of the products.'
 )
-_ACTIVATION = flags.DEFINE_enum(
-  'activation', 'swiglu', ['swiglu', 'gelu'], 'decode, dispatch, layer, products: of all arms.'
+_SEED = _define(
+  flags.DEFINE_integer, f'{_LAYERS} sweep', 'seed', 0, 'of weights, inputs and orders.'
 )
-_DTYPE = flags.DEFINE_enum(
-  'dtype', 'float32', ['float32', 'bfloat16'], 'All but ep, step, sweep: of the products.'
+_ROUTERS = _define(flags.DEFINE_list, 'router', 'routers', sorted(routing.ROUTERS), 'which.')
+_ROUTER_DTYPE = _define(
+  flags.DEFINE_enum,
+  'router',
+  'router_dtype',
+  'float32',
+  ['float32', 'bfloat16'],
+  'moe.router_dtype.',
 )
-_SEED = flags.DEFINE_integer('seed', 0, 'Of weights, inputs and orders.')
-_ROUTERS = flags.DEFINE_list('routers', sorted(routing.ROUTERS), 'router: which.')
-_ROUTER_DTYPE = flags.DEFINE_enum(
-  'router_dtype', 'float32', ['float32', 'bfloat16'], 'router: moe.router_dtype.'
+_NUM_TRIALS = _define(
+  flags.DEFINE_list, 'sweep', 'num_trials', ['2', '4', '8'], 'trials in a pack.'
 )
-_NUM_TRIALS = flags.DEFINE_list('num_trials', ['2', '4', '8'], 'sweep: trials in a pack.')
-_ROUTINGS = flags.DEFINE_list(
-  'routings', list(routings.DRAWN), f'dispatch: which; {routings.TRACE} needs --workdir.'
+_ROUTINGS = _define(
+  flags.DEFINE_list,
+  'dispatch',
+  'routings',
+  list(routings.DRAWN),
+  f'which; {routings.TRACE} needs --workdir.',
 )
-_WORKDIR = flags.DEFINE_string('workdir', None, f'dispatch: run whose routing {routings.TRACE} is.')
-_DATA_DIR = flags.DEFINE_string(
-  'data_dir', None, "dispatch: where the data of that run is kept; the run's by default."
+_WORKDIR = _define(
+  flags.DEFINE_string, 'dispatch', 'workdir', None, f'run whose routing {routings.TRACE} is.'
 )
-_PEERS = flags.DEFINE_bool(
-  'peers', False, 'dispatch: also time grouped_mm of torch and transformers, which must be there.'
+_DATA_DIR = _define(
+  flags.DEFINE_string,
+  'dispatch',
+  'data_dir',
+  None,
+  "where the data of that run is kept; the run's by default.",
 )
-_ARMS = flags.DEFINE_list(
-  'arms', list(dispatch.ARMS), 'dispatch: which, beside dense and products.'
+_PEERS = _define(
+  flags.DEFINE_bool,
+  'dispatch',
+  'peers',
+  False,
+  'also time grouped_mm of torch and transformers, which must be there.',
 )
-_TOKENS_PER_EXPERT = flags.DEFINE_integer(
+_ARMS = _define(
+  flags.DEFINE_list, 'dispatch', 'arms', list(dispatch.ARMS), 'which, beside dense and products.'
+)
+_TOKENS_PER_EXPERT = _define(
+  flags.DEFINE_integer,
+  'dispatch layer products',
   'tokens_per_expert',
   0,
-  'dispatch, layer, products: so many tokens for each expert; 0 for num_tokens.',
+  'so many tokens for each expert; 0 for num_tokens.',
 )
-_NUM_GROUPS = flags.DEFINE_integer('num_groups', 1, 'layer: routing groups that tokens are in.')
-_REUSE_MEMORY = flags.DEFINE_bool(
+_NUM_GROUPS = _define(
+  flags.DEFINE_integer, 'layer', 'num_groups', 1, 'routing groups that tokens are in.'
+)
+_REUSE_MEMORY = _define(
+  flags.DEFINE_bool,
+  'dispatch layer',
   'reuse_memory',
   False,
-  'dispatch, layer: write results over those of the call before, in place of new memory. Peers '
-  'cannot.',
+  'write results over those of the call before, in place of new memory. Peers cannot.',
 )
-_MESHES = flags.DEFINE_list('meshes', ['1x8', '2x4'], 'ep: data x expert of each.')
-_BATCHES = flags.DEFINE_list('batches', ['1', '16', '256'], 'decode: sequences at a time.')
-_NUM_LAYERS = flags.DEFINE_integer('num_layers', 4, 'decode: of the model; 0 leaves it out.')
-_PROFILE = flags.DEFINE_string(
-  'profile', None, 'decode, layer, step: directory for traces and tables of the time by part.'
+_MESHES = _define(flags.DEFINE_list, 'ep', 'meshes', ['1x8', '2x4'], 'data x expert of each.')
+_BATCHES = _define(
+  flags.DEFINE_list, 'decode', 'batches', ['1', '16', '256'], 'sequences at a time.'
 )
-_PROFILED = ('decode', 'layer', 'step')
-_COMMANDS = ('decode', 'dispatch', 'ep', 'layer', 'products', 'router', 'step', 'sweep')
+_NUM_LAYERS = _define(
+  flags.DEFINE_integer, 'decode', 'num_layers', 4, 'of the model; 0 leaves it out.'
+)
+_PROFILE = _define(
+  flags.DEFINE_string,
+  'decode layer step',
+  'profile',
+  None,
+  'directory for traces and tables of the time by part.',
+)
 
 
 def main() -> None:
   """Runs the benchmark that the first argument names."""
   if _ROUNDS.value < 9:
     raise UserError('--rounds', _ROUNDS.value, 'must be at least 9')
+  _check_readers()
   if _PROFILE.value is not None:
-    if _COMMAND not in _PROFILED:
-      raise UserError('--profile', _PROFILE.value, f'only {", ".join(_PROFILED)} can be traced')
     profiling.check_directory('--profile', _PROFILE.value)
   _check_sizes()
   if not _JSON.value:
@@ -177,6 +236,17 @@ def _router() -> None:
     seed=_SEED.value,
   )
   _show(rows, text.of_router)
+
+
+def _check_readers() -> None:
+  """Refuses what was given on the command line and would not be read."""
+  for name, readers in _READERS.items():
+    flag = flags.FLAGS[name]
+    if flag.present and _COMMAND not in readers:
+      # The value of --config is all that it says.
+      value = config_flags.get_config_filename(flag) if name == 'config' else flag.value
+      what = f'not read by benchmark {_COMMAND}; only by {", ".join(readers)}'
+      raise UserError(f'--{name}', value, what)
 
 
 def _check_sizes() -> None:

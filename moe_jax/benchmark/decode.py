@@ -31,12 +31,14 @@ from moe_jax.train.state import init_params
 
 # decode: as `moe_jax.generate` runs the experts. gather: the weights of each assignment's expert
 # copied, two batched products. one_by_one: a loop over blocks of one row. grouped: a loop over
-# blocks of twice the mean load. slots: a slot for every token at every expert.
+# blocks of the mean load and more. slots: a slot for every token at every expert.
 WAYS = ('decode', 'gather', 'one_by_one', 'grouped', 'slots')
 # There are E slots for each token, and gathering copies weights: beyond these not measured.
 MOST_SLOTS, MOST_BYTES = 4096, 4e9
 # Of the model: tokens drawn in one call, tokens in the cache before, vocabulary, width of a head.
 STEPS, CONTEXT, VOCAB_SIZE, HEAD_DIM = 8, 128, 1024, 64
+# That each arm of the layer runs in a round: one call may take a millisecond.
+LEAST_SECONDS = 0.1
 
 
 def rows(
@@ -95,7 +97,8 @@ def _layer_row(
     else:
       arm = arm_of(name, shape, num_experts)
       compiled[name] = compile_arm(arm, params, tokens, plan)
-  seconds = measure({name: arm.call for name, arm in compiled.items()}, rounds, seed)
+  calls = {name: arm.call for name, arm in compiled.items()}
+  seconds = measure(calls, rounds, seed, LEAST_SECONDS)
   loads = np.bincount(np.asarray(plan.expert_index).ravel(), minlength=num_experts)
   weight_bytes = {name: blocks_of(name, loads, shape) * bytes_of_expert(shape) for name in compiled}
   return _row('layer', shape, num_experts, seconds) | {

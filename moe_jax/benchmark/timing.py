@@ -6,6 +6,7 @@ arm of its own: if its median ratio leaves 0.95 to 1.05, the machine was too res
 void.
 """
 
+import math
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -107,7 +108,7 @@ def compile_arm(function: Callable, *arguments: Any, memory: Memory | None = Non
 
 
 def measure(
-  arms: Mapping[str, Callable[[], Any]], rounds: int, seed: int = 0
+  arms: Mapping[str, Callable[[], Any]], rounds: int, seed: int = 0, least_seconds: float = 0.0
 ) -> dict[str, list[float]]:
   """Times the arms in interleaved rounds.
 
@@ -115,20 +116,33 @@ def measure(
     arms: each runs once and waits for its result.
     rounds: at least 9.
     seed: of the orders.
+    least_seconds: that an arm takes in a round. A faster one runs several times, and counts with
+      the mean: single calls of a millisecond swing with whatever else the machine does.
 
   Returns:
-    For each arm, its seconds in every round.
+    For each arm, the seconds of one call in every round.
   """
   order = random.Random(seed)
+  calls = {name: _calls(arm, least_seconds) for name, arm in arms.items()}
   seconds: dict[str, list[float]] = {name: [] for name in arms}
   for _ in range(rounds):
     names = list(arms)
     order.shuffle(names)
     for name in names:
-      start = time.perf_counter()
-      arms[name]()
-      seconds[name].append(time.perf_counter() - start)
+      seconds[name].append(_seconds(arms[name], calls[name]))
   return seconds
+
+
+def _calls(arm: Callable[[], Any], least_seconds: float) -> int:
+  """Returns how often an arm runs in a round."""
+  return 1 if not least_seconds else max(1, math.ceil(least_seconds / _seconds(arm, 1)))
+
+
+def _seconds(arm: Callable[[], Any], calls: int) -> float:
+  start = time.perf_counter()
+  for _ in range(calls):
+    arm()
+  return (time.perf_counter() - start) / calls
 
 
 def ratio(reference: list[float], arm: list[float]) -> Ratio:

@@ -13,6 +13,7 @@ says; a step that goes through these alone reads the weights of no expert that n
 Source: Gale et al. 2022, arXiv:2211.15841 (blocks of one expert each). Differs: forward only.
 """
 
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -20,9 +21,6 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax.dispatch import blocks as blocks_lib
 from moe_jax.routing.plan import Plan
-
-# Rows of a block from which on the product is bound by arithmetic, not by the expert's weights.
-MOST_ROWS = 128
 
 
 class Blocks(NamedTuple):
@@ -43,15 +41,16 @@ class Blocks(NamedTuple):
 
 
 def rows_in_block(num_assignments: int, num_experts: int) -> int:
-  """Returns b, by shape: 1 while there are fewer assignments than half the experts.
+  """Returns b, by shape: the mean load and one deviation of a random one, so 1 for few assignments.
 
-  Then most chosen experts have one row, and a block of more would be padding. Otherwise about twice
-  the mean load, so that most experts need one block, whose weights are read once.
+  An expert with more has a second block, which finds the weights in the cache; empty rows in every
+  block cost more than that (experiments/LOG.md, 2026-11-27). Up to 16 rows, the nearest power of 2.
   """
-  if 2 * num_assignments < num_experts:
-    return 1
-  mean = -(-num_assignments // num_experts)
-  return min(MOST_ROWS, 2 ** (2 * mean - 1).bit_length())
+  mean = num_assignments / num_experts
+  rows = mean + math.sqrt(mean)
+  if rows < 16:
+    return max(1, 2 ** round(math.log2(rows)))
+  return 4 * math.ceil(rows / 4)
 
 
 def dispatch(
