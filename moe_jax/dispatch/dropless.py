@@ -125,19 +125,25 @@ def run(
   num_experts = plan.source_index.shape[1]
   num_devices = jax.lax.axis_size(axis_name)
   sizes = sizes_of(groups * size, num_experts, num_selected, num_devices)
-  of_base, beyond = merged.merge(plan, sizes.base)
+  with jax.named_scope('plan'):
+    of_base, beyond = merged.merge(plan, sizes.base)
   rows = tokens.reshape(groups * size, width)
   y = None
   if sizes.base < groups * size:
     weights = varying_like(weights, rows)
-    scales = jnp.where(beyond, plan.combine_weights.reshape(beyond.shape), 0).ravel()
-    rest = find_rest(of_base, beyond, sizes.base)
+    with jax.named_scope('plan'):
+      scales = jnp.where(beyond, plan.combine_weights.reshape(beyond.shape), 0).ravel()
+      rest = find_rest(of_base, beyond, sizes.base)
     axis = axis_name if num_devices > 1 else None
-    y, rows, weights = add_rest(experts, sizes, axis, rows, scales, weights, rest)
-  outputs = through(gather.dispatch(rows[None], of_base), weights, of_base)
-  most = gather.combine(outputs, of_base)[0]
-  if y is not None:
-    most = (most + y).astype(tokens.dtype)
+    with jax.named_scope('experts'):
+      y, rows, weights = add_rest(experts, sizes, axis, rows, scales, weights, rest)
+  with jax.named_scope('dispatch'):
+    buffer = gather.dispatch(rows[None], of_base)
+  outputs = through(buffer, weights, of_base)
+  with jax.named_scope('combine'):
+    most = gather.combine(outputs, of_base)[0]
+    if y is not None:
+      most = (most + y).astype(tokens.dtype)
   return most.reshape(tokens.shape)
 
 
