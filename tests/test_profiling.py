@@ -1,5 +1,6 @@
 """Traces and tables: names survive into programs, and parts add up to the time of the clock."""
 
+import dataclasses
 import gzip
 import json
 
@@ -13,7 +14,10 @@ import pytest
 
 from moe_jax import profiling
 from moe_jax.errors import UserError
+from moe_jax.layers import moe
+from moe_jax.parallel.mesh import make_mesh
 from tests import tiny
+from tests.layers import small_layer
 
 PROGRAM = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[4])->f32[4]}
 
@@ -112,6 +116,21 @@ def test_calls_are_traced_and_their_time_is_where_the_work_is(tmp_path):
   assert parts['attention']['share'] == 0
   lines = str(table).splitlines()
   assert [line.split()[0] for line in lines] == ['part', *written['parts'], 'all']
+
+
+@pytest.mark.parametrize('name', ['einsum', 'gather', 'dropless'])
+def test_every_dispatcher_names_its_parts(name):
+  options = dataclasses.replace(small_layer.OPTIONS, dispatch=name)
+  inputs = small_layer.draw(options)
+  info, keys = small_layer.info_of(inputs.valid), small_layer.group_keys(options, len(inputs.x))
+
+  def loss(params):
+    layer = moe.moe_layer(inputs.x, info, params, {}, keys, make_mesh(1, 1), options, True)
+    return jnp.sum(layer.y**2)
+
+  program = jax.jit(jax.grad(loss)).lower(inputs.params).compile().as_text()
+  parts = set(profiling.operations(program).part.values())
+  assert parts >= {'router', 'plan', 'dispatch', 'experts', 'combine'}
 
 
 def test_a_run_is_traced(tmp_path, text):

@@ -41,16 +41,19 @@ class Blocks(NamedTuple):
 
 
 def rows_in_block(num_assignments: int, num_experts: int) -> int:
-  """Returns b, by shape: the mean load and one deviation of a random one, so 1 for few assignments.
+  """Returns b, by shape: measured, experiments/LOG.md, 2026-11-27.
 
-  An expert with more has a second block, which finds the weights in the cache; empty rows in every
-  block cost more than that (experiments/LOG.md, 2026-11-27). Up to 16 rows, the nearest power of 2.
+  1 while there are fewer assignments than half the experts: then most chosen experts have one row.
+  Then about twice the mean load, so that most experts need one block, whose weights are read once.
+  From a mean of 8 on, where empty rows cost more than that, the mean and one deviation of a random
+  load.
   """
+  if 2 * num_assignments < num_experts:
+    return 1
   mean = num_assignments / num_experts
-  rows = mean + math.sqrt(mean)
-  if rows < 16:
-    return max(1, 2 ** round(math.log2(rows)))
-  return 4 * math.ceil(rows / 4)
+  if mean <= 8:
+    return 2 ** (2 * math.ceil(mean) - 1).bit_length()
+  return max(16, 4 * math.ceil((mean + math.sqrt(mean)) / 4))
 
 
 def dispatch(

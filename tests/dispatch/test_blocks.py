@@ -85,21 +85,20 @@ def test_combine_sums_what_is_here_in_float32():
 @pytest.mark.parametrize(
   ('assignments', 'experts', 'rows'),
   [
-    # 0.25 + 0.5 = 0.75: the nearest power of 2 would be 1/2 or 1, at least 1.
-    (16, 64, 1),
-    (1, 1024, 1),
-    # 1 + 1 = 2; 2 + 1.41 = 3.41, the nearest power of 2 is 4; 4 + 2 = 6, in logarithms nearer to 8.
+    (31, 64, 1),
+    (32, 64, 2),
     (64, 64, 2),
-    (128, 64, 4),
-    (256, 64, 8),
-    # 9 + 3 = 12, log2 3.58: 16. 16 + 4 = 20 and 36 + 6 = 42: a multiple of 4.
+    # 65 / 64 is more than 1: twice 2 is 4. 512 / 64 = 8, twice that is 16.
+    (65, 64, 4),
+    (512, 64, 16),
+    # 9 + 3 = 12, at least 16; 16 + 4 = 20; 36 + 6 = 42: a multiple of 4.
     (576, 64, 16),
     (1024, 64, 20),
     (36 * 8, 8, 44),
     (10**6, 10, 100_320),
   ],
 )
-def test_rows_in_a_block_hold_the_mean_load_and_one_deviation(assignments, experts, rows):
+def test_rows_in_a_block_follow_the_mean_load(assignments, experts, rows):
   assert decode.rows_in_block(assignments, experts) == rows
 
 
