@@ -72,6 +72,18 @@ def test_products_in_a_loop_need_no_more_memory(backward, monkeypatch):
 
 
 @pytest.mark.parametrize('backward', [False, True])
+@pytest.mark.parametrize('num_experts', [8, 64])
+def test_memory_of_a_device_where_rows_are_packed(num_experts, backward, monkeypatch):
+  monkeypatch.setattr(experts, 'LEAST_WEIGHTS', 1)
+  devices, length = 8, 256
+  compiled = lower(num_experts, devices, length, (1, devices), backward).compile()
+  # As many slots as the device's own tokens fill of all experts come from all devices for its own.
+  numbers = 2 * WIDTH + 3 * HIDDEN + (3 * HIDDEN if backward else 0)
+  slots = num_experts * routing.expert_capacity(length, num_experts, SELECTED, FACTOR)
+  assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * 4 * slots * numbers
+
+
+@pytest.mark.parametrize('backward', [False, True])
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize('packs', [False, True])
 def test_exchanged_bytes_are_the_formula(dtype, backward, packs, monkeypatch):
