@@ -156,8 +156,6 @@ def test_layer_in_several_groups_and_in_memory_that_is_there():
     refused.assert_error('--capacity_factor', value)
   for flag in ('--num_groups=0', '--num_groups=5'):
     tiny.command('benchmark', 'layer', *SMALL, flag).assert_error('--num_groups')
-  peers = tiny.command('benchmark', 'dispatch', *SMALL, '--reuse_memory', '--peers')
-  peers.assert_error('--reuse_memory')
 
 
 def test_results_are_written_over_earlier_ones():

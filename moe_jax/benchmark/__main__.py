@@ -153,7 +153,7 @@ _REUSE_MEMORY = _define(
   'dispatch layer',
   'reuse_memory',
   False,
-  'write results over those of the call before, in place of new memory. Peers cannot.',
+  'write results over those of the call before, in place of new memory; peers have their own.',
 )
 _MESHES = _define(flags.DEFINE_list, 'ep', 'meshes', ['1x8', '2x4'], 'data x expert of each.')
 _BATCHES = _define(
@@ -279,8 +279,6 @@ def _dispatch() -> None:
     if _NUM_EXPERTS.value is None:
       num_experts = [trace.num_experts]
   if _PEERS.value:
-    if _REUSE_MEMORY.value:
-      raise UserError('--reuse_memory', True, 'other libraries have no such thing; leave --peers')
     peers.libraries()
   rows = dispatch.rows(
     shape,
