@@ -23,6 +23,8 @@ from moe_jax.errors import (
   is_refusal,
 )
 
+_HELP = ('help', 'helpfull', 'helpshort', 'helpxml', '?')
+
 
 def run(main: Callable[[], int | None]) -> None:
   """Parses the flags, runs `main` and leaves with the exit code that its end asks for."""
@@ -35,6 +37,10 @@ def run(main: Callable[[], int | None]) -> None:
     app.run(lambda argv: _guard(main), flags_parser=_parse)
   except _UsageError as error:
     fail(str(error))
+  except SystemExit as end:
+    # absl ends a call for help with 1, which here says that something is broken.
+    asked = any(word.lstrip('-') in _HELP for word in sys.argv if word.startswith('-'))
+    raise SystemExit(0 if asked and end.code == 1 else end.code) from None
 
 
 class _UsageError(Exception):
@@ -46,6 +52,10 @@ def _parse(argv: Sequence[str]) -> list[str]:
     rest = flags.FLAGS(list(argv))
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, ImportError) as error:
     raise _UsageError(_describe(error, argv)) from error
+  except BrokenPipeError:
+    # Whoever reads the help has enough. What is still to be written then goes nowhere.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(0)
   except OSError as error:
     path = next((w.partition('=')[2] for w in argv if w.lstrip('-').startswith('config=')), '')
     if not os.path.exists(path.partition(':')[0]):

@@ -126,7 +126,9 @@ def test_decode_prints_the_layer_and_the_model(monkeypatch):
 
 def test_layer_keeps_tokens_per_expert_and_says_how_much_more_it_grows_than_its_products():
   flags = ('--num_experts=4,8', '--tokens_per_expert=16')
-  result = tiny.command('benchmark', 'layer', *SMALL, *flags)
+  both = tiny.command('benchmark', 'layer', *SMALL, *flags)
+  both.assert_error('--num_tokens=64', '--tokens_per_expert')
+  result = tiny.command('benchmark', 'layer', *SMALL[1:], *flags)
   assert result.code == 0, result.err
   rows = [json.loads(line) for line in result.out.splitlines()]
   assert [row['num_tokens'] for row in rows] == [32, 32, 64, 64]
@@ -206,6 +208,20 @@ def test_a_flag_that_the_command_does_not_read_is_refused(command, flag, value):
   given = value[0] if isinstance(value, list) else value
   refused = tiny.command('benchmark', command, f'--{flag}={given}')
   refused.assert_error(f'--{flag}={value!r}', f'not read by benchmark {command}')
+
+
+@pytest.mark.parametrize('flag', ['--workdir=run', '--data_dir=data'])
+def test_what_only_a_trace_needs_is_refused_without_one(flag):
+  refused = tiny.command('benchmark', 'dispatch', *SMALL, '--routings=uniform', flag)
+  refused.assert_error(flag.partition('=')[0], '--routings=trace')
+
+
+def test_help_is_no_error():
+  result = tiny.command('benchmark', '--help')
+  assert result.code == 0 and 'dispatch' in result.out, result.err
+  of_layer = tiny.start('benchmark', 'layer', '--help')
+  out, err = of_layer.communicate()
+  assert of_layer.returncode == 0 and '--[no]reuse_memory' in out and not err
 
 
 def test_products_print_a_row_for_each_product_of_each_matrix():

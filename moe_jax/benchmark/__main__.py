@@ -136,7 +136,11 @@ _PEERS = _define(
   'also time grouped_mm of torch and transformers, which must be there.',
 )
 _ARMS = _define(
-  flags.DEFINE_list, 'dispatch', 'arms', list(dispatch.ARMS), 'which, beside dense and products.'
+  flags.DEFINE_list,
+  'dispatch',
+  'arms',
+  list(dispatch.ARMS),
+  f'which, beside dense and products; those over {dispatch.SLOWEST:.0f} times dense are left out.',
 )
 _TOKENS_PER_EXPERT = _define(
   flags.DEFINE_integer,
@@ -213,6 +217,8 @@ def _values_of_e(default: list[int]) -> list[int]:
 def _tokens_per_expert() -> int:
   if _TOKENS_PER_EXPERT.value < 0:
     raise UserError('--tokens_per_expert', _TOKENS_PER_EXPERT.value, 'must not be below 0')
+  if _TOKENS_PER_EXPERT.value and flags.FLAGS['num_tokens'].present:
+    raise UserError('--num_tokens', _NUM_TOKENS.value, 'is given by --tokens_per_expert; leave one')
   return _TOKENS_PER_EXPERT.value
 
 
@@ -278,6 +284,10 @@ def _dispatch() -> None:
     trace = routings.record(cli.required(_WORKDIR), most.num_tokens, _DATA_DIR.value)
     if _NUM_EXPERTS.value is None:
       num_experts = [trace.num_experts]
+  else:
+    for flag in (_WORKDIR, _DATA_DIR):
+      if flag.value is not None:
+        raise UserError(f'--{flag.name}', flag.value, f'only read with --routings={routings.TRACE}')
   if _PEERS.value:
     peers.libraries()
   rows = dispatch.rows(
@@ -376,6 +386,9 @@ def _sweep() -> None:
 
 def _take_command(argv: list[str]) -> str:
   """Takes the command out of the arguments: absl knows flags only."""
+  if argv[1:] in (['--help'], ['-h'], ['-help']):
+    print(f'{__doc__}\nFlags of a command: python -m moe_jax.benchmark COMMAND --help')
+    sys.exit(0)
   if len(argv) < 2 or argv[1] not in _COMMANDS:
     given = argv[1] if len(argv) > 1 else None
     cli.fail(f'benchmark={given!r}: must be one of {", ".join(_COMMANDS)}')

@@ -22,6 +22,10 @@ from jaxtyping import Array, Float, Int
 from moe_jax.dispatch import blocks as blocks_lib
 from moe_jax.routing.plan import Plan
 
+# Rows of a block at most: more gain nothing, and where a prompt is mostly padding, which is counted
+# among the assignments but takes no row, blocks would be mostly empty.
+MOST_ROWS = 144
+
 
 class Blocks(NamedTuple):
   """Rows for the experts of one device.
@@ -41,7 +45,7 @@ class Blocks(NamedTuple):
 
 
 def rows_in_block(num_assignments: int, num_experts: int) -> int:
-  """Returns b, by shape: measured, experiments/LOG.md, 2026-11-27.
+  """Returns b, by shape: measured, experiments/LOG.md, 2026-11-27. Prompts are run so, too.
 
   1 while there are fewer assignments than half the experts: then most chosen experts have one row.
   Then about twice the mean load, so that most experts need one block, whose weights are read once.
@@ -53,7 +57,7 @@ def rows_in_block(num_assignments: int, num_experts: int) -> int:
   mean = num_assignments / num_experts
   if mean <= 8:
     return 2 ** (2 * math.ceil(mean) - 1).bit_length()
-  return max(16, 4 * math.ceil((mean + math.sqrt(mean)) / 4))
+  return min(MOST_ROWS, max(16, 4 * math.ceil((mean + math.sqrt(mean)) / 4)))
 
 
 def dispatch(

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 from moe_jax.layers import basic
 
 # Static numbers of rows, at most, and what they are multiples of.
-MOST_SIZES = 24
+MOST_SIZES = 20
 MULTIPLE = 8
 # Rows of an expert up to which the gradients of all weights are one batched product: measured,
 # better from 40 to 168, as good at 216, worse from 304 on.

@@ -44,8 +44,8 @@ gradient = functools.partial(jax.value_and_grad, argnums=(0, 1, 2))
 def test_sizes():
   assert filled.sizes_of(50) == (8, 16, 24, 32, 40, 48, 50)
   assert filled.sizes_of(5) == (5,)
-  # 1,088 / 24 = 45.3, so steps of 48.
-  assert filled.sizes_of(1088) == (*range(48, 1088, 48), 1088)
+  # 1,088 / 20 = 54.4, so steps of 56.
+  assert filled.sizes_of(1088) == (*range(56, 1088, 56), 1088)
   assert all(len(filled.sizes_of(n)) <= filled.MOST_SIZES for n in range(1, 3000, 7))
 
 
