@@ -23,6 +23,7 @@ from moe_jax.errors import (
   is_refusal,
 )
 
+# absl's flags of help.
 _HELP = ('help', 'helpfull', 'helpshort', 'helpxml', '?')
 
 
@@ -39,8 +40,13 @@ def run(main: Callable[[], int | None]) -> None:
     fail(str(error))
   except SystemExit as end:
     # absl ends a call for help with 1, which here says that something is broken.
-    asked = any(word.lstrip('-') in _HELP for word in sys.argv if word.startswith('-'))
-    raise SystemExit(0 if asked and end.code == 1 else end.code) from None
+    asked = end.code == 1 and asks_for_help(sys.argv)
+    raise SystemExit(0 if asked else end.code) from None
+
+
+def asks_for_help(words: Sequence[str]) -> bool:
+  """Whether one of the arguments is a flag of help."""
+  return any(word.startswith('-') and word.lstrip('-') in _HELP for word in words)
 
 
 class _UsageError(Exception):

@@ -43,8 +43,8 @@ from moe_jax.benchmark.arms import Shape
 from moe_jax.errors import UserError
 
 _COMMANDS = ('decode', 'dispatch', 'ep', 'layer', 'products', 'router', 'step', 'sweep')
-_LAYERS = 'decode dispatch ep layer products router'  # compute layers of given sizes
-_OF_TOKENS = 'dispatch ep layer products router'  # the same, of so many tokens
+_OF_TOKENS = 'dispatch ep layer products router'  # compute layers of so many tokens
+_LAYERS = f'decode {_OF_TOKENS}'  # compute layers of given sizes
 _READERS: dict[str, Collection[str]] = {}  # the commands that read a flag
 
 
@@ -386,7 +386,7 @@ def _sweep() -> None:
 
 def _take_command(argv: list[str]) -> str:
   """Takes the command out of the arguments: absl knows flags only."""
-  if argv[1:] in (['--help'], ['-h'], ['-help']):
+  if argv[1:] and cli.asks_for_help(argv[1:2]):
     print(f'{__doc__}\nFlags of a command: python -m moe_jax.benchmark COMMAND --help')
     sys.exit(0)
   if len(argv) < 2 or argv[1] not in _COMMANDS:
