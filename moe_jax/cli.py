@@ -49,6 +49,21 @@ def asks_for_help(words: Sequence[str]) -> bool:
   return any(word.startswith('-') and word.lstrip('-') in _HELP for word in words)
 
 
+def print_help(text: str) -> NoReturn:
+  """Prints what a command says of itself, and leaves."""
+  try:
+    print(text, flush=True)
+  except BrokenPipeError:
+    _end_of_help()
+  sys.exit(0)
+
+
+def _end_of_help() -> NoReturn:
+  """Leaves when whoever reads has enough. What is still to be written goes nowhere."""
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  sys.exit(0)
+
+
 class _UsageError(Exception):
   """A flag is unknown, missing or has a value it can't take."""
 
@@ -59,9 +74,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, ImportError) as error:
     raise _UsageError(_describe(error, argv)) from error
   except BrokenPipeError:
-    # Whoever reads the help has enough. What is still to be written then goes nowhere.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(0)
+    _end_of_help()
   except OSError as error:
     path = next((w.partition('=')[2] for w in argv if w.lstrip('-').startswith('config=')), '')
     if not os.path.exists(path.partition(':')[0]):

@@ -387,8 +387,7 @@ def _sweep() -> None:
 def _take_command(argv: list[str]) -> str:
   """Takes the command out of the arguments: absl knows flags only."""
   if argv[1:] and cli.asks_for_help(argv[1:2]):
-    print(f'{__doc__}\nFlags of a command: python -m moe_jax.benchmark COMMAND --help')
-    sys.exit(0)
+    cli.print_help(f'{__doc__}\nFlags of a command: python -m moe_jax.benchmark COMMAND --help')
   if len(argv) < 2 or argv[1] not in _COMMANDS:
     given = argv[1] if len(argv) > 1 else None
     cli.fail(f'benchmark={given!r}: must be one of {", ".join(_COMMANDS)}')
