@@ -1,11 +1,11 @@
 """What experts do to rows of which each has its own number: one expert at a time, for CPUs.
 
 A buffer has equally many rows for each expert, and under capacity dispatch a fifth of them or
-more are empty. Here a loop goes over the experts and multiplies only the rows that are filled,
-rounded up to one of a few static sizes, with everything an expert does in one turn of the loop: its
-weights and its hidden units stay in the cache. The backward pass is a loop, too, but for few rows
-the gradients of the weights are one batched product after it: a loop writes them twice, into the
-cache and from there to their place, which then costs more than multiplying empty rows
+more are empty. Here only the rows that are filled are multiplied, rounded up to one of a few static
+sizes: for each size a loop over the experts that need it, of which a turn does everything that
+an expert does, so that its weights and its hidden units stay in the cache, and writes the
+results to their place. Experts without rows are left out. The backward pass has such loops, too,
+but for few rows the gradients of the weights come from `weight_gradients` after them
 (experiments/LOG.md, 2026-11-27).
 
 Other platforms compute all rows in batched products. Rows that are not filled must be zero, as must
@@ -23,19 +23,27 @@ from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int
 
 from moe_jax.layers import basic
+from moe_jax.layers.weight_gradients import batched_gradient, filled_gradients
+from moe_jax.routing.router import varying_like
 
-# Static numbers of rows, at most, and what they are multiples of.
-MOST_SIZES = 20
+# What numbers of rows are multiples of, and their steps above half of all rows and below.
 MULTIPLE = 8
-# Rows of an expert up to which the gradients of all weights are one batched product: measured,
+FINE_STEPS, COARSE_STEPS = 20, 4
+# Rows of an expert up to which the gradients of the weights come after the loops: measured,
 # better from 40 to 168, as good at 216, worse from 304 on.
 MOST_BATCHED = 192
 
 
 def sizes_of(capacity: int) -> tuple[int, ...]:
-  """Returns the numbers of rows that are computed: multiples of a step, and all."""
-  step = MULTIPLE * math.ceil(capacity / MOST_SIZES / MULTIPLE)
-  return (*range(step, capacity, step), capacity)
+  """Returns the numbers of rows that are computed; finer above half of all, as most loads are."""
+  half = _rounded(capacity / 2)
+  fine, coarse = _rounded(capacity / 2 / FINE_STEPS), _rounded(capacity / 2 / COARSE_STEPS)
+  return (*range(coarse, half, coarse), *range(half, capacity, fine), capacity)
+
+
+def _rounded(size: float) -> int:
+  """Returns the next multiple."""
+  return MULTIPLE * math.ceil(size / MULTIPLE)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -81,43 +89,49 @@ def _forward(activation, keeps_hidden, *arguments):
   """Returns outputs, and the hidden layer before its activation, or None."""
   looped = functools.partial(_looped_forward, activation, keeps_hidden)
   batched = functools.partial(_batched_forward, activation, keeps_hidden)
-  # Packed trials are computed in turn: a branch under vmap would compute all branches.
+  # Packed trials are computed in turn: a loop under vmap would go on for the longest of them.
   return jax.lax.platform_dependent(*arguments, cpu=sequential_vmap(looped), default=batched)
 
 
 def _looped_forward(activation, keeps_hidden, rows, filled, w_in, w_out):
-  capacity = rows.shape[1]
+  num_experts, capacity, _ = rows.shape
 
-  def run(num_rows, rows, w_in, w_out):
-    hidden = rows[:num_rows] @ w_in
-    y = _padded(basic.activate(hidden, activation) @ w_out, capacity)
-    return y, _padded(hidden, capacity) if keeps_hidden else None
+  def turn(size, expert, results):
+    hidden = _first(rows, expert, size) @ _of(w_in, expert)
+    y = basic.activate(hidden, activation) @ _of(w_out, expert)
+    return tuple(map(functools.partial(_put, expert), results, (y, hidden)))
 
-  return jax.lax.map(
-    lambda of: _by_size(run, capacity, of[0], *of[1:]), (filled, rows, w_in, w_out)
-  )
+  y, hidden = jnp.zeros_like(rows), jnp.zeros((num_experts, capacity, w_in.shape[2]), rows.dtype)
+  results = (y, hidden) if keeps_hidden else (y,)
+  results = _for_each_expert(turn, filled, capacity, varying_like(results, rows))
+  return results if keeps_hidden else (*results, None)
 
 
 def _looped_backward(activation, grad, rows, filled, hidden, w_in, w_out):
-  capacity = rows.shape[1]
+  num_experts, capacity, _ = rows.shape
   weights_in_loop = capacity > MOST_BATCHED
 
-  def run(num_rows, grad, rows, hidden, w_in, w_out):
-    grad, rows, hidden = grad[:num_rows], rows[:num_rows], hidden[:num_rows]
-    active, pull = jax.vjp(functools.partial(basic.activate, activation=activation), hidden)
-    (of_hidden,) = pull(grad @ w_out.T)
-    of_rows = _padded(of_hidden @ w_in.T, capacity)
+  def turn(size, expert, results):
+    own_grad, own_rows, own_hidden = (_first(of, expert, size) for of in (grad, rows, hidden))
+    active, pull = jax.vjp(functools.partial(basic.activate, activation=activation), own_hidden)
+    (of_hidden,) = pull(own_grad @ _of(w_out, expert).T)
+    of_rows = of_hidden @ _of(w_in, expert).T
+    new = (of_rows, of_hidden, active)
     if weights_in_loop:
-      return of_rows, rows.T @ of_hidden, active.T @ grad
-    return of_rows, _padded(of_hidden, capacity), _padded(active, capacity)
+      new = (of_rows, own_rows.T @ of_hidden, active.T @ own_grad)
+    return tuple(map(functools.partial(_put, expert), results, new))
 
-  of_rows, *rest = jax.lax.map(
-    lambda of: _by_size(run, capacity, of[0], *of[1:]), (filled, grad, rows, hidden, w_in, w_out)
-  )
   if weights_in_loop:
-    return of_rows, *rest
-  of_hidden, active = rest
-  return of_rows, _of_weights(rows, of_hidden), _of_weights(active, grad)
+    others = (jnp.zeros_like(w_in), jnp.zeros_like(w_out))
+  else:
+    shape = (num_experts, capacity, w_out.shape[1])
+    others = (jnp.zeros_like(hidden), jnp.zeros(shape, hidden.dtype))
+  results = varying_like((jnp.zeros_like(rows), *others), rows)
+  of_rows, *others = _for_each_expert(turn, filled, capacity, results)
+  if weights_in_loop:
+    return of_rows, *others
+  of_hidden, active = others
+  return of_rows, *filled_gradients(filled, ((rows, of_hidden), (active, grad)))
 
 
 def _batched_forward(activation, keeps_hidden, rows, filled, w_in, w_out):
@@ -132,20 +146,53 @@ def _batched_backward(activation, grad, rows, filled, hidden, w_in, w_out):
   active, pull = jax.vjp(functools.partial(basic.activate, activation=activation), hidden)
   (of_hidden,) = pull(jnp.einsum('ecd,efd->ecf', grad, w_out))
   of_rows = jnp.einsum('ecf,edf->ecd', of_hidden, w_in)
-  return of_rows, _of_weights(rows, of_hidden), _of_weights(active, grad)
+  return of_rows, batched_gradient(rows, of_hidden), batched_gradient(active, grad)
 
 
-def _of_weights(rows: Float[Array, 'E C D'], grad: Float[Array, 'E C F']) -> Float[Array, 'E D F']:
-  return jnp.einsum('ecd,ecf->edf', rows, grad)
+def _for_each_expert(
+  turn: Callable[[int, Int[Array, ''], Any], Any],
+  filled: Int[Array, 'E'],
+  capacity: int,
+  results: Any,
+) -> Any:
+  """Calls results = turn(size, expert, results) for each expert that has rows.
 
-
-def _by_size(run: Callable[..., Any], capacity: int, filled: Int[Array, ''], *arrays: Array) -> Any:
-  """Returns run(n, *arrays) with the least of the static sizes that is not below `filled`."""
+  Args:
+    turn: writes the results of one expert; `size`, which is static, is the least of the sizes that
+      is not below its number of rows.
+    filled: rows of each expert.
+    capacity: the largest size.
+    results: what the turns start from.
+  """
   sizes = sizes_of(capacity)
-  # All but the last are multiples of the first.
-  index = jnp.minimum((jnp.maximum(filled, 1) - 1) // sizes[0], len(sizes) - 1)
-  return jax.lax.switch(index, [functools.partial(run, size) for size in sizes], *arrays)
+  # Experts in the order of their sizes; those without rows come first, and have no loop.
+  count = functools.partial(jnp.searchsorted, method='compare_all')
+  rank = count(jnp.array((0, *sizes[:-1])), filled)
+  if filled.size == 1:
+    # Nothing would differ between the turns of a loop, and XLA would compute all sizes before it.
+    alone = [functools.partial(turn, size, jnp.zeros_like(filled[0])) for size in sizes]
+    return jax.lax.switch(rank[0], [lambda results: results, *alone], results)
+  order = jnp.argsort(rank).astype(jnp.int32)
+  ends = count(rank[order], jnp.arange(len(sizes) + 1), side='right').astype(jnp.int32)
+  for i, size in enumerate(sizes):
+    one = functools.partial(lambda size, j, results: turn(size, order[j], results), size)
+    results = jax.lax.fori_loop(ends[i], ends[i + 1], one, results)
+  return results
 
 
-def _padded(rows: Float[Array, 'n D'], capacity: int) -> Float[Array, 'C D']:
-  return jnp.pad(rows, ((0, capacity - rows.shape[0]), (0, 0)))
+def _first(values: Float[Array, 'E C D'], expert: Int[Array, ''], size: int) -> Float[Array, 'n D']:
+  """Reads the first rows of one expert."""
+  zero = jnp.zeros_like(expert)
+  return jax.lax.dynamic_slice(values, (expert, zero, zero), (1, size, values.shape[2]))[0]
+
+
+def _of(weights: Float[Array, 'E D F'], expert: Int[Array, '']) -> Float[Array, 'D F']:
+  return jax.lax.dynamic_index_in_dim(weights, expert, keepdims=False)
+
+
+def _put(
+  expert: Int[Array, ''], values: Float[Array, 'E C D'], first: Float[Array, 'n D']
+) -> Float[Array, 'E C D']:
+  """Writes the first rows of one expert, in place."""
+  zero = jnp.zeros_like(expert)
+  return jax.lax.dynamic_update_slice(values, first[None], (expert, zero, zero))

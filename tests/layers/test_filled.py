@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from moe_jax.layers import experts, filled
+from moe_jax.layers import experts, filled, weight_gradients
 from moe_jax.parallel.mesh import make_mesh
 from tests import tiny
 from tests.layers import test_experts
@@ -42,11 +42,14 @@ gradient = functools.partial(jax.value_and_grad, argnums=(0, 1, 2))
 
 
 def test_sizes():
-  assert filled.sizes_of(50) == (8, 16, 24, 32, 40, 48, 50)
   assert filled.sizes_of(5) == (5,)
-  # 1,088 / 20 = 54.4, so steps of 56.
-  assert filled.sizes_of(1088) == (*range(56, 1088, 56), 1088)
-  assert all(len(filled.sizes_of(n)) <= filled.MOST_SIZES for n in range(1, 3000, 7))
+  # Steps of 25 / 20 and 25 / 4, rounded up to 8.
+  assert filled.sizes_of(50) == (8, 16, 24, 32, 40, 48, 50)
+  # Below 544 in steps of 544 / 4, from there in steps of 544 / 20 = 27.2, so 32.
+  assert filled.sizes_of(1088) == (136, 272, 408, *range(544, 1088, 32), 1088)
+  for capacity in range(1, 3000, 7):
+    sizes = filled.sizes_of(capacity)
+    assert sizes == tuple(sorted(set(sizes))) and sizes[-1] == capacity and len(sizes) <= 24
 
 
 @hypothesis.settings(max_examples=15)
@@ -72,13 +75,39 @@ def test_rows_beyond_are_not_computed():
   assert np.all(np.isfinite(y)) and np.all(y[:, 16:] == 0) and np.all(y[:, :16] != 0)
 
 
+def test_experts_without_rows_are_left_out():
+  """Nothing looks at their weights, whose gradients are zero."""
+  x, w_in, w_out, counts = make_inputs([0, 5, *[0] * (E - 2)])
+  spoilt = [w.at[0].set(jnp.nan) for w in (w_in, w_out)]
+  run = jax.jit(functools.partial(filled.run_filled, 'swiglu'))
+  y, pull = jax.vjp(lambda *of: run(of[0], counts, *of[1:]), x, *spoilt)
+  np.testing.assert_array_equal(y, run(x, counts, w_in, w_out))
+  of_x, *of_weights = pull(jnp.ones_like(y).at[:, 5:].set(0))
+  assert np.all(np.isfinite(of_x)) and np.any(of_x[1])
+  for of in of_weights:
+    assert np.any(of[1]) and not np.any(of[0]) and not np.any(of[2:])
+
+
+@pytest.mark.parametrize('num_filled', [0, 1, 8, 9, 49, C])
+def test_one_expert_alone(num_filled):
+  """All turns of a loop would do the same, and XLA do it before the loop, for all sizes."""
+  x, w_in, w_out, counts = make_inputs([num_filled] * E)
+  inputs = x[:1], w_in[:1], w_out[:1], counts[:1]
+  run = jax.jit(gradient(loss))
+  tiny.assert_close(run(*inputs), test_experts.expected(*inputs[:3]))
+  text = run.lower(*inputs).compile().as_text()
+  outside = text[text.index('\nENTRY') :]
+  products = [line for line in outside.splitlines() if ' dot(' in line or 'ynn' in line]
+  assert ' conditional(' in outside and not products, products
+
+
 def test_bfloat16_stays_itself():
   x, w_in, w_out, counts = make_inputs([*range(E)])
   y = experts.run_experts(x.astype(jnp.bfloat16), (w_in, w_out), 'swiglu', filled=counts)
   assert y.dtype == jnp.bfloat16
 
 
-def test_under_vmap_branches_stay_branches():
+def test_packed_trials_go_in_turn():
   x, w_in, w_out, counts = make_inputs([3, 50, 20, 0, 8, 9, 33, 41])
   counts = jnp.stack([counts, counts[::-1]])
   rows = jnp.stack([x, x[::-1]])
@@ -87,8 +116,10 @@ def test_under_vmap_branches_stay_branches():
   alone = [jax.jit(run)(rows[i], w_in, w_out, counts[i]) for i in range(2)]
   stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *alone)
   tiny.assert_close(packed(rows, w_in, w_out, counts), stacked)
-  text = packed.lower(rows, w_in, w_out, counts).compile().as_text()
-  assert text.count(' conditional(') == 2  # forward and backward
+  loops = lambda run, *of: run.lower(*of).compile().as_text().count(' while(')  # noqa: E731
+  own = loops(jax.jit(run), rows[0], w_in, w_out, counts[0])
+  # One loop over the trials forward, one backward.
+  assert loops(packed, rows, w_in, w_out, counts) == own + 2
 
 
 @pytest.mark.parametrize('data', [1, 2])
@@ -116,7 +147,11 @@ def test_a_cpu_loops_and_other_platforms_do_not():
   inputs = make_inputs([C] * E)
   traced = jax.jit(gradient(loss)).trace(*inputs)
   text = traced.lower(lowering_platforms=('cpu',)).compile().as_text()
-  assert (text.count(' while('), text.count(' conditional(')) == (2, 2)
+  weights_after = filled.MOST_BATCHED >= C
+  # A loop for each size in each direction; of the weights, one for each number of rows but all.
+  of_weights = len(weight_gradients.sizes_of(C)) - 1
+  assert text.count(' while(') == 2 * len(filled.sizes_of(C)) + weights_after * of_weights
+  assert text.count(' conditional(') == weights_after
   for platform in ('tpu', 'cuda'):
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert 'stablehlo.while' not in text and 'stablehlo.dot_general' in text

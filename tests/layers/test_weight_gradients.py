@@ -1,0 +1,67 @@
+"""Gradients of experts' weights from some of the rows, against sums over all rows in float64."""
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.layers import weight_gradients
+from moe_jax.layers.weight_gradients import costs, filled_gradients, sizes_of
+
+E, C = 8, 50
+
+
+def make_pairs(num_filled, seed=0):
+  rng = np.random.default_rng(seed)
+  is_filled = np.arange(C)[None, :, None] < np.asarray(num_filled)[:, None, None]
+  arrays = [np.where(is_filled, rng.normal(size=(E, C, n)), 0) for n in (4, 10, 5, 4)]
+  rows, grad, hidden, grad_y = [jnp.asarray(array, jnp.float32) for array in arrays]
+  return (rows, grad), (hidden, grad_y)
+
+
+def expected(pairs):
+  for pair in pairs:
+    rows, grad = (np.asarray(values, np.float64) for values in pair)
+    yield np.stack([sum(np.outer(rows[e, c], grad[e, c]) for c in range(C)) for e in range(E)])
+
+
+def assert_right(num_filled):
+  filled, pairs = jnp.asarray(num_filled, jnp.int32), make_pairs(num_filled)
+  for got, want in zip(jax.jit(filled_gradients)(filled, pairs), expected(pairs), strict=True):
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@hypothesis.settings(max_examples=20)
+@hypothesis.given(st.lists(st.integers(0, C), min_size=E, max_size=E), st.sampled_from([0, 85]))
+def test_any_loads(num_filled, rows_to_add):
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(weight_gradients, 'ROWS_TO_ADD', rows_to_add)
+    jax.clear_caches()
+    assert_right(num_filled)
+
+
+@pytest.mark.parametrize('size', [32, 40, 48, 50])
+def test_each_number_of_rows(monkeypatch, size):
+  """Also where it is not the cheapest, with loads below, at and above it."""
+  choice = lambda filled, sizes: jnp.array([abs(n - size) for n in sizes])  # noqa: E731
+  monkeypatch.setattr(weight_gradients, 'costs', choice)
+  jax.clear_caches()
+  assert_right([0, 1, size - 1, size, min(size + 1, C), C, 31, 49])
+
+
+def test_sizes():
+  # From 50 / 2 on in multiples of 8.
+  assert sizes_of(50) == (32, 40, 48, 50)
+  assert sizes_of(168) == (*range(88, 168, 8), 168)
+  assert sizes_of(5) == (5,)
+  assert sizes_of(16) == (8, 16)
+
+
+def test_costs_by_hand():
+  filled = jnp.array([30, 33, 41, 41, 20, 30, 0, 32])
+  # 8 x 32 and three experts with more: each 85 rows' time to add, and 50 - 32 rows more.
+  # 8 x 40 and two, 8 x 48 and none, 8 x 50.
+  want = [256 + 3 * (85 + 18), 320 + 2 * (85 + 10), 384, 400]
+  assert costs(filled, sizes_of(50)).tolist() == want
