@@ -52,9 +52,10 @@ def test_each_number_of_rows(monkeypatch, size):
 
 
 def test_sizes():
-  # From 50 / 2 on in multiples of 8.
+  # From 50 / 2 on in steps of 25 / 6, both rounded up to 8.
   assert sizes_of(50) == (32, 40, 48, 50)
-  assert sizes_of(168) == (*range(88, 168, 8), 168)
+  # 84 / 6 = 14, so 16.
+  assert sizes_of(168) == (88, 104, 120, 136, 152, 168)
   assert sizes_of(5) == (5,)
   assert sizes_of(16) == (8, 16)
 
