@@ -217,6 +217,8 @@ def command(verb, *arguments):
   out, err, argv = io.StringIO(), io.StringIO(), sys.argv
   hooks = sys.unraisablehook, sys.excepthook
   sys.argv = [verb, *map(str, arguments)]
+  # runpy would keep the code that the type checks of the tests are in, for other processes to find.
+  writes_no_code, sys.dont_write_bytecode = sys.dont_write_bytecode, True
   # The config file that an earlier command loaded under this name.
   sys.modules.pop('config_config', None)
   code = 0
@@ -234,6 +236,7 @@ def command(verb, *arguments):
     code = end.code or 0
   finally:
     sys.argv = argv
+    sys.dont_write_bytecode = writes_no_code
     sys.unraisablehook, sys.excepthook = hooks
   return Result(code, out.getvalue(), err.getvalue())
 
