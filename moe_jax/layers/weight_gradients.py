@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, Int
 # rows on: more take longer to compile, and the least cost is flat.
 MULTIPLE = 8
 STEPS = 6
-# Adding to an expert's gradient takes as long as multiplying so many rows more: measured, 1 to 30
-# are level, 85 and 160 worse.
+# Adding to an expert's gradient takes as long as multiplying so many rows more: measured, 1 to 40
+# are level, 85 and 160 as good or worse.
 ROWS_TO_ADD = 20
 
 Pair = tuple[Float[Array, 'E C _'], Float[Array, 'E C _']]

@@ -61,7 +61,7 @@ def test_flops_and_memory_are_those_of_the_products(num_experts, backward):
 
 @pytest.mark.parametrize('backward', [False, True])
 def test_products_in_a_loop_need_no_more_memory(backward, monkeypatch):
-  """XLA counts a loop's body once, so the FLOPs of these are counted in test_experts.py."""
+  """XLA counts a loop's body once; the FLOPs of these: test_experts.py and test_filled.py."""
   monkeypatch.setattr(experts, 'LEAST_WEIGHTS', 1)
   tokens, num_experts = 2048, 64
   compiled = lower(num_experts, 1, tokens, backward=backward).compile()

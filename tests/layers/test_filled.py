@@ -67,6 +67,25 @@ def test_the_edges_of_the_sizes(num_filled):
   tiny.assert_close(got, test_experts.expected(*inputs[:3]))
 
 
+def test_each_turn_multiplies_the_rows_of_its_size():
+  """So an expert costs at most C rows, and all of them the capacity factor of what is active."""
+  x, w_in, w_out, counts = make_inputs([C] * E)
+  of_row = 2 * (D * F + (F // 2) * D)  # of both products
+  forward = functools.partial(filled._looped_forward, 'swiglu', True)
+  assert turns(forward, x, counts, w_in, w_out) == [n * of_row for n in filled.sizes_of(C)]
+  backward = functools.partial(filled._looped_backward, 'swiglu')
+  got = turns(backward, x, x, counts, jnp.zeros((E, C, F)), w_in, w_out)
+  weights_in_loop = filled.MOST_BATCHED < C
+  assert got == [n * of_row * (1 + weights_in_loop) for n in filled.sizes_of(C)]
+
+
+def turns(function, *arrays):
+  """Returns the operations of products in one turn of each loop, in order."""
+  equations = jax.make_jaxpr(function)(*arrays).jaxpr.eqns
+  bodies = [e.params['body_jaxpr'].jaxpr for e in equations if e.primitive.name == 'while']
+  return [test_experts.product_flops(body) for body in bodies]
+
+
 def test_rows_beyond_are_not_computed():
   """What is not filled is not looked at: the loop alone, since others compute all rows."""
   x, w_in, w_out, counts = make_inputs([16] * E)

@@ -51,6 +51,32 @@ def test_each_number_of_rows(monkeypatch, size):
   assert_right([0, 1, size - 1, size, min(size + 1, C), C, 31, 49])
 
 
+@pytest.mark.parametrize(
+  ('num_filled', 'size'),
+  [
+    ([16] * E, 32),
+    # 8 x 32 + (20 + 18) rows for one that has more, against 320, 384 and 400.
+    ([50] + [10] * (E - 1), 32),
+    # 256 + 4 (20 + 18) = 408, 320 + 4 (20 + 10) = 440, 384.
+    ([48] * 4 + [0] * (E - 4), 48),
+  ],
+)
+def test_the_cheapest_number_of_rows_is_taken(num_filled, size):
+  """What lies beyond is not looked at, but of those that have more."""
+  filled, pairs = jnp.asarray(num_filled, jnp.int32), make_pairs(num_filled)
+  unread = (jnp.arange(C)[None, :, None] >= size) & (filled <= size)[:, None, None]
+  spoilt = jax.tree.map(lambda values: jnp.where(unread, jnp.nan, values), pairs)
+  for got, want in zip(jax.jit(filled_gradients)(filled, spoilt), expected(pairs), strict=True):
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_the_largest_number_is_read_where_all_have_as_many():
+  """Of rows that do not count, too: so the test above would see a wrong choice."""
+  pairs = make_pairs([C] * E)
+  spoilt = jax.tree.map(lambda values: values.at[0, C - 1].set(jnp.nan), pairs)
+  assert all(np.isnan(of[0]).any() for of in filled_gradients(jnp.full((E,), C), spoilt))
+
+
 def test_sizes():
   # From 50 / 2 on in steps of 25 / 6, both rounded up to 8.
   assert sizes_of(50) == (32, 40, 48, 50)
