@@ -14,6 +14,7 @@ from moe_jax.benchmark.arms import Shape, with_tokens_per_expert
 from moe_jax.benchmark.timing import compile_arm, is_void, measure, milliseconds, ratio
 from moe_jax.layers import experts as experts_lib
 from moe_jax.layers.basic import hidden_dim
+from moe_jax.layers.weight_gradients import batched_gradient
 
 
 def _looped_weights_gradient(rows: jax.Array, grad: jax.Array) -> jax.Array:
@@ -24,7 +25,7 @@ def _looped_weights_gradient(rows: jax.Array, grad: jax.Array) -> jax.Array:
 PRODUCTS = {
   'x W': (experts_lib.batched, experts_lib.looped),
   'dx': (experts_lib.batched_rows_gradient, experts_lib.looped_rows_gradient),
-  'dW': (experts_lib.weights_gradient, _looped_weights_gradient),
+  'dW': (batched_gradient, _looped_weights_gradient),
 }
 
 

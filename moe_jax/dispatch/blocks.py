@@ -125,7 +125,7 @@ def backward(
     return Gradients(
       gradients.tokens.at[token].add(of_inputs[0].astype(jnp.float32), mode='drop'),
       gradients.scales.at[items].add(of_scales, mode='drop'),
-      jax.tree.map(lambda total, part: _add_at(total, part, expert), gradients.weights, of_weights),
+      jax.tree.map(lambda total, part: add_at(total, part, expert), gradients.weights, of_weights),
     )
 
   return jax.lax.fori_loop(0, blocks.ends[-1], add, gradients)
@@ -150,7 +150,9 @@ def _weights_of(weights: Weights, expert: Int[Array, '']) -> Weights:
   return jax.tree.map(lambda w: jax.lax.dynamic_slice_in_dim(w, expert, 1), weights)
 
 
-def _add_at(total: Array, part: Array, expert: Int[Array, '']) -> Array:
-  """Adds in place. A scatter-add would do the same, and slower."""
+def add_at(
+  total: Float[Array, 'E *rest'], part: Float[Array, '1 *rest'], expert: Int[Array, '']
+) -> Float[Array, 'E *rest']:
+  """Adds to one expert's part, in place. A scatter-add would do the same, and slower."""
   old = jax.lax.dynamic_slice_in_dim(total, expert, 1)
   return jax.lax.dynamic_update_slice_in_dim(total, old + part, expert, 0)

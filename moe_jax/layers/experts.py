@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax.layers import basic
 from moe_jax.layers.filled import run_filled
+from moe_jax.layers.weight_gradients import batched_gradient
 from moe_jax.routing.router import varying_like
 
 # A loop on CPUs from so many experts on, up to so many rows of each, from so many weights of each.
@@ -102,13 +103,6 @@ def looped_rows_gradient(
   return jax.lax.map(lambda pair: pair[0] @ pair[1].T, (grad, weights))
 
 
-def weights_gradient(
-  rows: Float[Array, 'E C D'], grad: Float[Array, 'E C F']
-) -> Float[Array, 'E D F']:
-  """Gradient of the weights, all experts in one product."""
-  return jnp.einsum('ecd,ecf->edf', rows, grad)
-
-
 @jax.custom_vjp
 def _times(rows, weights):
   return jax.lax.platform_dependent(rows, weights, cpu=looped, default=batched)
@@ -123,7 +117,7 @@ def _times_bwd(residuals, grad):
   of_rows = jax.lax.platform_dependent(
     grad, weights, cpu=looped_rows_gradient, default=batched_rows_gradient
   )
-  return of_rows, weights_gradient(rows, grad)
+  return of_rows, batched_gradient(rows, grad)
 
 
 _times.defvjp(_times_fwd, _times_bwd)

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moe_jax.dispatch.blocks import add_at
+
 # What the numbers of rows that are chosen from are multiples of, and their steps from half of all
 # rows on: more take longer to compile, and the least cost is flat.
 MULTIPLE = 8
@@ -27,7 +29,7 @@ Pair = tuple[Float[Array, 'E C _'], Float[Array, 'E C _']]
 def batched_gradient(
   rows: Float[Array, 'E C D'], grad: Float[Array, 'E C F']
 ) -> Float[Array, 'E D F']:
-  """Multiplies all rows."""
+  """Returns rows.T @ grad of each expert, of all rows in one product."""
   return jnp.einsum('ecd,ecf->edf', rows, grad)
 
 
@@ -71,7 +73,7 @@ def _gradients(size, filled, pairs):
   def add(j, totals):
     rest = functools.partial(_rest, order[j], size)
     return tuple(
-      _add_at(order[j], total, rest(rows).T @ rest(grad))
+      add_at(total, (rest(rows).T @ rest(grad))[None], order[j])
       for total, (rows, grad) in zip(totals, pairs, strict=True)
     )
 
@@ -81,11 +83,3 @@ def _gradients(size, filled, pairs):
 def _rest(expert: Int[Array, ''], size: int, values: Float[Array, 'E C D']) -> Float[Array, 'n D']:
   own = jax.lax.dynamic_index_in_dim(values, expert, keepdims=False)
   return own[size:]
-
-
-def _add_at(
-  expert: Int[Array, ''], total: Float[Array, 'E D F'], part: Float[Array, 'D F']
-) -> Float[Array, 'E D F']:
-  """Adds in place. A scatter-add would do the same, and slower."""
-  old = jax.lax.dynamic_index_in_dim(total, expert, keepdims=False)
-  return jax.lax.dynamic_update_index_in_dim(total, old + part, expert, 0)
