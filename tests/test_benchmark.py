@@ -85,6 +85,23 @@ def test_dispatch_and_layer_print_a_row_for_each_pass():
     refused.assert_error(flags[0].partition('=')[0])
 
 
+def test_dispatch_says_how_much_more_each_arm_grows_than_its_products(monkeypatch):
+  monkeypatch.setattr(dispatch, 'SLOWEST', 1e9)  # of layers this small the dense one takes nothing
+  flags = ('--num_experts=4,8', '--routings=uniform', '--arms=gather,dropless')
+  result = tiny.command('benchmark', 'dispatch', *SMALL, *flags)
+  assert result.code == 0, result.err
+  rows = [json.loads(line) for line in result.out.splitlines()]
+  assert [row['num_experts'] for row in rows] == [4, 4, 8, 8]
+  for row, first in zip(rows, (*rows[:2], *rows[:2]), strict=True):
+    for name, arm in row['arms'].items():
+      for excess, eta in (('excess', 'eta_bmm'), ('excess_balanced', 'eta_balanced')):
+        grown = first['arms'][name][eta]['median'] / arm[eta]['median']
+        assert arm[excess] == pytest.approx(grown)
+    # What drops nothing is held against balanced rows alone, what has a capacity against both.
+    assert row['arms']['dropless']['eta_bmm'] == row['arms']['dropless']['eta_balanced']
+    assert row['arms']['gather']['eta_bmm'] != row['arms']['gather']['eta_balanced']
+
+
 def test_arms_of_the_decode_benchmark_compute_the_same():
   plan = decode.plan_of(SHAPE, 6, seed=0)
   assert plan.keep.shape == (12, 1, 2) and bool(plan.keep.all())

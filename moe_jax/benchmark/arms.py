@@ -1,5 +1,6 @@
 """What layers are measured on, and the dense layer that they are measured against."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -93,8 +94,14 @@ def _matrices(
   key: jax.Array, first: tuple[int, ...], second: tuple[int, ...], dtype: str
 ) -> tuple[Array, Array]:
   keys = jax.random.split(key)
-  make = lambda key, shape: jax.random.normal(key, shape, jnp.dtype(dtype)) * shape[-2] ** -0.5  # noqa: E731
-  return make(keys[0], first), make(keys[1], second)
+  return _matrix(keys[0], first, dtype), _matrix(keys[1], second, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _matrix(key: jax.Array, shape: tuple[int, ...], dtype: str) -> Array:
+  """Draws each expert's in turn: random bits of all would be as large as the weights."""
+  one = lambda key: jax.random.normal(key, shape[-2:], jnp.dtype(dtype)) * shape[-2] ** -0.5  # noqa: E731
+  return one(key) if len(shape) == 2 else jax.lax.map(one, jax.random.split(key, shape[0]))
 
 
 def dense_of(weights: Any, x: Float[Array, '*any D'], activation: str) -> Float[Array, '*any D']:

@@ -108,7 +108,8 @@ def rows(
     `arms`: {name: eta_dense (time of the dense layer of the same active FLOPs / time of the arm),
     eta_bmm (time of its batched products without dispatch / time of the arm: `products` are those
     of the padded buffers, `balanced` those of ceil(S K / E) rows per expert, which arms that drop
-    nothing are held against), excess (over the first E of the same routing and pass; see
+    nothing are held against), eta_balanced (`balanced` / arm for every arm), excess and
+    excess_balanced (of these two, over the first E of the same routing and pass; see
     `arms.excess`), milliseconds, compile_seconds, temporary_bytes}, `not_measured`: {name: why},
     and `peers`, None without them or what `peers.summary` says.
   """
@@ -125,8 +126,9 @@ def rows(
         fast = [arm for arm in arms if arm not in slow]
         row = _row(case, fast, backward, rounds, seed, peers, memory)
         for arm, facts in row['arms'].items():
-          eta = facts['eta_bmm']['median']
-          facts['excess'] = excess(eta, first.setdefault((name, row['pass'], arm), eta))
+          for of, eta_of in (('excess', 'eta_bmm'), ('excess_balanced', 'eta_balanced')):
+            eta = facts[eta_of]['median']
+            facts[of] = excess(eta, first.setdefault((name, row['pass'], arm, of), eta))
         slow |= {arm: f'{why} at E={experts}' for arm, why in row['not_measured'].items()}
         row['not_measured'] = dict(slow)
         yield row
@@ -261,6 +263,7 @@ def _row(
       name: {
         'eta_dense': ratio(seconds['dense'], seconds[name])._asdict(),
         'eta_bmm': ratio(seconds[_products_of(name)], seconds[name])._asdict(),
+        'eta_balanced': ratio(seconds['balanced'], seconds[name])._asdict(),
         'milliseconds': milliseconds(seconds[name]),
         'compile_seconds': arm.compile_seconds,
         'temporary_bytes': arm.temporary_bytes,
@@ -288,9 +291,8 @@ def _compile(
     'dense': compile_(dense_layer, case.dense, case.tokens),
     'dense copy': compile_(dense_layer, case.dense, case.tokens),
     'products': compile_(products, case.params, case.buffers),
+    'balanced': compile_(products, case.params, case.balanced),
   }
-  if set(names) & set(DROPLESS):
-    compiled['balanced'] = compile_(products, case.params, case.balanced)
   dense_seconds = float(np.median(measure({'': compiled['dense'].call}, 3)['']))
   not_measured = {}
   for name in names:

@@ -17,7 +17,7 @@ from moe_jax.dispatch.blocks import add_at
 
 # What the numbers of rows that are chosen from are multiples of, and their steps from half of all
 # rows on: more take longer to compile, and the least cost is flat.
-MULTIPLE = 8
+MULTIPLE = 4
 STEPS = 6
 # Adding to an expert's gradient takes as long as multiplying so many rows more: measured, 1 to 40
 # are level, 85 and 160 as good or worse.

@@ -42,12 +42,13 @@ gradient = functools.partial(jax.value_and_grad, argnums=(0, 1, 2))
 
 
 def test_sizes():
-  assert filled.sizes_of(5) == (5,)
-  # Steps of 25 / 20 and 25 / 4, rounded up to 8.
-  assert filled.sizes_of(50) == (8, 16, 24, 32, 40, 48, 50)
-  # Below 544 in steps of 544 / 4, from there in steps of 544 / 20 = 27.2, so 32.
-  assert filled.sizes_of(1088) == (136, 272, 408, *range(544, 1088, 32), 1088)
-  for capacity in range(1, 3000, 7):
+  assert filled.sizes_of(1) == (1,)
+  assert filled.sizes_of(5) == (2, 4, 5)
+  # Steps of 25 / 20 and 25 / 4, from 25 on, all rounded up to even numbers.
+  assert filled.sizes_of(50) == (8, 16, 24, *range(26, 50, 2), 50)
+  # Below 544 in steps of 544 / 4, from there in steps of 544 / 20 = 27.2, so 28.
+  assert filled.sizes_of(1088) == (136, 272, 408, *range(544, 1088, 28), 1088)
+  for capacity in range(1, 3000):
     sizes = filled.sizes_of(capacity)
     assert sizes == tuple(sorted(set(sizes))) and sizes[-1] == capacity and len(sizes) <= 24
 

@@ -46,7 +46,7 @@ def test_any_loads(num_filled, rows_to_add):
     assert_right(num_filled)
 
 
-@pytest.mark.parametrize('size', [32, 40, 48, 50])
+@pytest.mark.parametrize('size', [28, 36, 44, 50])
 def test_each_number_of_rows(monkeypatch, size):
   """Also where it is not the cheapest, with loads below, at and above it."""
   choice = lambda filled, sizes: jnp.array([abs(n - size) for n in sizes])  # noqa: E731
@@ -57,11 +57,11 @@ def test_each_number_of_rows(monkeypatch, size):
 @pytest.mark.parametrize(
   ('num_filled', 'size'),
   [
-    ([16] * E, 32),
-    # 8 x 32 + (20 + 18) rows for one that has more, against 320, 384 and 400.
-    ([50] + [10] * (E - 1), 32),
-    # 256 + 4 (20 + 18) = 408, 320 + 4 (20 + 10) = 440, 384.
-    ([48] * 4 + [0] * (E - 4), 48),
+    ([16] * E, 28),
+    # 8 x 28 + (20 + 22) rows for one that has more, against 288 + (20 + 14), 352 + 26 and 400.
+    ([50] + [10] * (E - 1), 28),
+    # 224 + 4 (20 + 22) = 392, 288 + 4 (20 + 14) = 424, 352, 400.
+    ([44] * 4 + [0] * (E - 4), 44),
   ],
 )
 def test_the_cheapest_number_of_rows_is_taken(num_filled, size):
@@ -81,17 +81,18 @@ def test_the_largest_number_is_read_where_all_have_as_many():
 
 
 def test_sizes():
-  # From 50 / 2 on in steps of 25 / 6, both rounded up to 8.
-  assert sizes_of(50) == (32, 40, 48, 50)
+  # From 50 / 2 on in steps of 25 / 6, both rounded up to a multiple of 4.
+  assert sizes_of(50) == (28, 36, 44, 50)
   # 84 / 6 = 14, so 16.
-  assert sizes_of(168) == (88, 104, 120, 136, 152, 168)
-  assert sizes_of(5) == (5,)
-  assert sizes_of(16) == (8, 16)
+  assert sizes_of(168) == (84, 100, 116, 132, 148, 164, 168)
+  assert sizes_of(3) == (3,)
+  assert sizes_of(5) == (4, 5)
+  assert sizes_of(16) == (8, 12, 16)
 
 
 def test_costs_by_hand():
   filled = jnp.array([30, 33, 41, 41, 20, 30, 0, 32])
-  # 8 x 32 and three experts with more: each 20 rows' time to add, and 50 - 32 rows more.
-  # 8 x 40 and two, 8 x 48 and none, 8 x 50.
-  want = [256 + 3 * (20 + 18), 320 + 2 * (20 + 10), 384, 400]
+  # 8 x 28 and six experts with more: each 20 rows' time to add, and 50 - 28 rows more.
+  # 8 x 36 and two, 8 x 44 and none, 8 x 50.
+  want = [224 + 6 * (20 + 22), 288 + 2 * (20 + 14), 352, 400]
   assert costs(filled, sizes_of(50)).tolist() == want
