@@ -9,7 +9,7 @@ from absl import flags
 
 from moe_jax import cli
 from moe_jax.errors import UserError
-from moe_jax.results import figures, scaling, tables
+from moe_jax.results import figures, methods, scaling, tables
 from moe_jax.results.page import Cell, write_page
 from moe_jax.results.records import DIVERGED, FINISHED, Record, read_records, write_records
 from moe_jax.results.statistics import Interval
@@ -114,8 +114,8 @@ def write_report(
     ('table.md', tables.markdown(summary, columns)),
     ('table.tex', tables.latex(summary, columns)),
     ('table.csv', tables.csv_text(summary)),
-    ('methods.tex', tables.methods(summary)),
-    ('cite.bib', tables.bibtex(summary)),
+    ('methods.tex', methods.methods(summary)),
+    ('cite.bib', methods.bibtex(summary)),
   ):
     (out / name).write_text(text, encoding='utf-8')
   if study.scaling:

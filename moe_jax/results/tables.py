@@ -1,55 +1,20 @@
-"""A summary as Markdown, LaTeX, CSV and BibTeX, and as the paragraph on methods of a paper.
+"""A summary as tables in Markdown, LaTeX and CSV.
 
 Numbers are the mean and half the width of its interval, rounded to two digits of the latter.
 Whatever is not averaged is listed below the table with its reason.
 """
 
-import collections
 import csv
 import io
 import math
-import re
-import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from moe_jax.errors import UserError
+from moe_jax.results.markup import escape_latex, escape_markdown, latex_number, one_line
 from moe_jax.results.statistics import LEVEL, Difference, Interval
 from moe_jax.results.summary import SIGNIFICANCE, Absent, ArmSummary, Summary
 
-# What CITATION.cff says, which is not installed with the package.
-TITLE = 'moe_jax'
-AUTHOR = 'The moe_jax maintainers'
-VERSION = '0.1.0'
-LICENSE = 'Apache-2.0'
-
-_MARKDOWN_SPECIALS = re.compile(r'[\\`*_{}\[\]<>#|~$&!]')
-# Brackets and stars would be read as arguments of the \\ or \item before them.
-_LATEX = {
-  '\\': r'\textbackslash{}',
-  '{': r'\{',
-  '}': r'\}',
-  '$': r'\$',
-  '&': r'\&',
-  '#': r'\#',
-  '%': r'\%',
-  '_': r'\_',
-  '^': r'\textasciicircum{}',
-  '~': r'\textasciitilde{}',
-  '<': r'\textless{}',
-  '>': r'\textgreater{}',
-  '|': r'\textbar{}',
-  '"': r'\textquotedblright{}',
-  '`': r'\textquoteleft{}',
-  '[': '{[}',
-  ']': '{]}',
-  '*': '{*}',
-  '±': r'\ensuremath{\pm}',
-  '×': r'\ensuremath{\times}',
-}
-# Accents that LaTeX puts on letters in any font encoding, of code points below _MOST_ACCENTED.
-_ACCENTS = '\u0300\u0301\u0302\u0303\u0308\u030a\u030c\u0327'
-_MOST_ACCENTED = 0x180
 _SCALES = ((1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k'))
 # Characters of a row in LaTeX, which \small fits on a page of text, and of a name in a title.
 _WIDEST = 88
@@ -75,7 +40,7 @@ class _Table(NamedTuple):
   num_left: int
 
 
-_PLAIN = _Style(lambda text: ' '.join(text.split()), lambda text: text, '-')
+_PLAIN = _Style(one_line, lambda text: text, '-')
 
 
 def markdown(summary: Summary, metrics: Mapping[str, str] | None = None) -> str:
@@ -115,9 +80,9 @@ def latex(summary: Summary, metrics: Mapping[str, str] | None = None) -> str:
   Raises:
     UserError: for a metric that no arm has.
   """
-  style = _Style(escape_latex, _latex_number, '--')
-  head = [f'% {_one_line(summary.study.question)}', r'% Needs \usepackage{booktabs}.']
-  head += [f'% Warning: {_one_line(warning)}' for warning in summary.warnings]
+  style = _Style(escape_latex, latex_number, '--')
+  head = [f'% {one_line(summary.study.question)}', r'% Needs \usepackage{booktabs}.']
+  head += [f'% Warning: {one_line(warning)}' for warning in summary.warnings]
   parts = []
   plain = _tables(summary, _PLAIN, metrics or {})
   tables = zip(_tables(summary, style, metrics or {}), plain, strict=True)
@@ -155,70 +120,6 @@ def csv_text(summary: Summary) -> str:
   return file.getvalue()
 
 
-def methods(summary: Summary) -> str:
-  """Returns a paragraph in LaTeX: models, data, seeds, statistics, commit.
-
-  Of the config it says what all finished trials agree on, and names what arms change.
-  """
-  sentences = [
-    *_on_models(summary),
-    *_on_training(summary),
-    *_on_statistics(summary),
-    *_on_provenance(summary),
-  ]
-  return escape_latex(' '.join(sentences)) + '\n'
-
-
-def bibtex(summary: Summary) -> str:
-  """Returns an entry for this software at the commits that finished trials ran.
-
-  Of type `misc`, which every BibTeX style knows.
-  """
-  commits = summary.provenance.commits
-  note = f'Git {_count_noun("commit", commits)} {", ".join(commits) or "unknown"}'
-  if summary.provenance.dirty:
-    note += ', with uncommitted changes'
-  return (
-    f'@misc{{{TITLE},\n'
-    f'  author = {{{{{escape_latex(AUTHOR)}}}}},\n'
-    f'  title = {{{{{escape_latex(TITLE)}}}}},\n'
-    f'  version = {{{escape_latex(VERSION)}}},\n'
-    f'  license = {{{escape_latex(LICENSE)}}},\n'
-    f'  note = {{{escape_latex(note)}}},\n'
-    '}\n'
-  )
-
-
-def escape_markdown(text: str) -> str:
-  """Returns text on one line that Markdown shows as it is, in a cell of a table too."""
-  return _MARKDOWN_SPECIALS.sub(lambda match: f'\\{match.group()}', _one_line(text))
-
-
-def escape_latex(text: str) -> str:
-  """Returns text on one line that LaTeX shows as it is; [U+XXXX] for what its fonts may lack."""
-  shown = ''.join(c if _is_plain(c) else f'[U+{ord(c):04X}]' for c in _one_line(text))
-  escaped = ''.join(_LATEX.get(c, c) for c in shown)
-  # Two hyphens would be joined to a dash.
-  return re.sub('-(?=-)', '-{}', escaped)
-
-
-def _latex_number(text: str) -> str:
-  return '$' + text.replace('±', r'\pm') + '$'
-
-
-def _is_plain(char: str) -> bool:
-  if ' ' <= char <= '~' or char in _LATEX:
-    return True
-  letter, *accents = list(unicodedata.normalize('NFD', char))
-  return (
-    ord(char) < _MOST_ACCENTED and letter.isascii() and len(accents) == 1 and accents[0] in _ACCENTS
-  )
-
-
-def _one_line(text: str) -> str:
-  return ' '.join(text.split())
-
-
 def _tables(summary: Summary, style: _Style, metrics: Mapping[str, str]) -> list[_Table]:
   tables = [_arms_table(summary, style, metrics)]
   if summary.comparisons:
@@ -253,7 +154,7 @@ def _arms_table(summary: Summary, style: _Style, metrics: Mapping[str, str]) -> 
       arm.flops_per_token,
     ]
     counts += [arm.tokens, arm.tokens_per_expert]
-    cells += [style.nothing if n is None else _count(n) for n in counts]
+    cells += [style.nothing if n is None else count(n) for n in counts]
     cells += [_interval(arm.metrics.get(name), style) for name in metrics]
     rows.append(cells)
   return _Table([style.text(name) for name in header], rows, 1)
@@ -313,7 +214,8 @@ def _interval(interval: Interval | None, style: _Style, sign: str = '') -> str:
   return style.number(f'{mean:{sign}z.{decimals}f} ± {half:.{decimals}f}')
 
 
-def _count(number: int | float) -> str:
+def count(number: int | float) -> str:
+  """Returns three digits and a suffix: 1.23M."""
   for scale, suffix in _SCALES:
     # What rounds up to it as well.
     if number >= 0.9995 * scale:
@@ -331,7 +233,7 @@ def notes(summary: Summary) -> list[str]:
   """Returns what must be said of the tables, a sentence or two each, as plain text."""
   study = summary.study
   said = [
-    f'{_metric(summary)}: mean ± half the width of the {LEVEL:.0%} interval of Student t over '
+    f'{metric(summary)}: mean ± half the width of the {LEVEL:.0%} interval of Student t over '
     'seeds; a single seed has no interval.'
   ]
   if study.baseline:
@@ -360,7 +262,8 @@ def _absent(trial: Absent) -> str:
   return f'seed {trial.seed}: {trial.status}{where}{reason}'
 
 
-def _metric(summary: Summary) -> str:
+def metric(summary: Summary) -> str:
+  """Returns the metric that decides, its unit, split and direction."""
   study = summary.study
   better = 'lower' if study.metric.lower_is_better else 'higher'
   return (
@@ -398,105 +301,3 @@ def _csv_row(summary: Summary, arm: ArmSummary, names: Sequence[str]) -> dict[st
     name: '' if isinstance(value, float) and math.isnan(value) else value
     for name, value in row.items()
   }
-
-
-def _on_models(summary: Summary) -> list[str]:
-  study, config = summary.study, summary.provenance.config
-  run = [arm for arm in summary.arms if not arm.dropped]
-  question = study.question if study.question.endswith(('?', '.')) else f'{study.question}.'
-  sentences = [f'Study {study.name} ({len(run)} {_count_noun("arm", run)}): {question}']
-  shape = _known(
-    config,
-    ('model.num_layers', '{} blocks'),
-    ('model.embed_dim', 'width {}'),
-    ('model.num_heads', '{} heads'),
-  )
-  sentence = 'All models are decoder-only Transformers' + (f' with {shape}' if shape else '')
-  total = _range(arm.parameters.get('total') for arm in run)
-  active = _range(arm.parameters.get('active') for arm in run)
-  if total and active:
-    sentence += f'; they have {total} parameters, of which {active} are active for a token'
-  sentences.append(f'{sentence}.')
-  fields = sorted({field for arm in run for field in arm.changes})
-  if fields:
-    sentences.append(f'Arms differ in {", ".join(fields)}.')
-  for arm, field in summary.provenance.not_causal.items():
-    sentences.append(f'{arm} is not causal: a token can depend on later ones ({field}).')
-  return sentences
-
-
-def _on_training(summary: Summary) -> list[str]:
-  config, data = summary.provenance.config, summary.provenance.data
-  texts = ' and '.join(f'{d["name"]} (fingerprint {str(d["fingerprint"])[:16]})' for d in data)
-  sentence = f'They are trained on {texts or "no data yet"}'
-  sentence += f' as {config["data.tokenizer"]}' if 'data.tokenizer' in config else ''
-  batch = _known(
-    config,
-    ('train.num_steps', '{} steps'),
-    ('data.batch_size', '{} sequences a step'),
-    ('data.sequence_length', '{} tokens a sequence'),
-  )
-  tokens = _range(arm.tokens for arm in summary.arms)
-  sentence += f' for {batch}' if batch else ''
-  sentences = [sentence + (f' ({tokens} tokens without padding).' if tokens else '.')]
-  optimizer = _known(
-    config,
-    ('optim.name', '{}'),
-    ('optim.learning_rate', 'peak learning rate {}'),
-    ('optim.schedule', '{} schedule'),
-    ('optim.warmup_steps', '{} steps of warm-up'),
-    ('optim.weight_decay', 'weight decay {}'),
-  )
-  return sentences + ([f'Optimizer: {optimizer}.'] if optimizer else [])
-
-
-def _on_statistics(summary: Summary) -> list[str]:
-  study = summary.study
-  seeds = ', '.join(str(seed) for seed in study.seeds)
-  sentences = [
-    f'Each arm is trained with {_count_noun("seed", study.seeds)} {seeds}, of initial values, data '
-    'order and noise.',
-    f'What decides is {_metric(summary)}, as the mean over seeds with the {LEVEL:.0%} interval of '
-    'Student t.',
-  ]
-  if study.comparisons:
-    sentences.append(
-      f'{len(study.comparisons)} planned {_count_noun("comparison", study.comparisons)}: mean '
-      'difference paired by seed, two-sided paired t-test, p-values adjusted by Holm, significant '
-      f'below {SIGNIFICANCE}.'
-    )
-  by_status = collections.Counter(trial.status for arm in summary.arms for trial in arm.absent)
-  if by_status:
-    counts = ', '.join(f'{count} {status}' for status, count in by_status.items())
-    num = by_status.total() + sum(len(arm.values) for arm in summary.arms)
-    sentences.append(
-      f'{by_status.total()} of {num} trials have no value and are in no mean ({counts}).'
-    )
-  return sentences
-
-
-def _on_provenance(summary: Summary) -> list[str]:
-  of = summary.provenance
-  if not of.commits:
-    return []
-  sentence = f'Trials ran {TITLE} at {_count_noun("commit", of.commits)} {", ".join(of.commits)}'
-  sentence += ' with uncommitted changes' if of.dirty else ''
-  sentence += f', on {" and ".join(of.devices)}' if of.devices else ''
-  if of.packs:
-    sentence += f', {" or ".join(map(str, of.packs))} trials as one program'
-  return [f'{sentence}.']
-
-
-def _known(config: dict[str, Any], *fields: tuple[str, str]) -> str:
-  """Returns the phrases of those fields that all trials agree on."""
-  return ', '.join(phrase.format(config[name]) for name, phrase in fields if name in config)
-
-
-def _range(numbers: Iterable[int | float | None]) -> str:
-  known = [number for number in numbers if number is not None]
-  texts = [_count(number) for number in (min(known), max(known))] if known else []
-  return ' to '.join(dict.fromkeys(texts))
-
-
-def _count_noun(noun: str, things: Sequence[Any]) -> str:
-  return noun if len(things) <= 1 else f'{noun}s'

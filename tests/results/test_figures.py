@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from moe_jax.results import figures
+from moe_jax.results import expert_figures, figures, panels
 from moe_jax.results.records import FINISHED
 from moe_jax.study import Metric
 from tests.results import example
@@ -57,11 +57,11 @@ def _crossed():
 
 
 def test_the_interval_is_of_student():
-  mean, half = figures.mean_and_interval([1.0, 2.0, 3.0])
+  mean, half = panels.mean_and_interval([1.0, 2.0, 3.0])
   assert mean == 2
   # The table's t of 97.5% with 2 degrees of freedom.
   assert half == pytest.approx(4.302653 / np.sqrt(3), rel=1e-6)
-  mean, half = figures.mean_and_interval([[1.0, 5.0]])
+  mean, half = panels.mean_and_interval([[1.0, 5.0]])
   assert mean.tolist() == [1, 5] and np.isnan(half).all()
 
 
@@ -98,12 +98,12 @@ def test_names_of_arms_become_names_of_files(tmp_path):
 def test_nothing_is_drawn_of_what_records_lack(tmp_path):
   for records in ([], _bare()):
     assert [draw(STUDY, records) for draw in DRAWINGS] == [None] * 4
-    assert figures.load(STUDY, records, MOE[0]) is None
-    assert figures.specialization(STUDY, records, MOE[0]) is None
+    assert expert_figures.load(STUDY, records, MOE[0]) is None
+    assert expert_figures.specialization(STUDY, records, MOE[0]) is None
     assert figures.save_all(STUDY, records, tmp_path) == []
-  assert figures.load(STUDY, RECORDS, 'dense') is None
-  assert figures.specialization(STUDY, RECORDS, 'dense') is None
-  assert figures.load(STUDY, RECORDS, MOE[0], seed=7) is None
+  assert expert_figures.load(STUDY, RECORDS, 'dense') is None
+  assert expert_figures.specialization(STUDY, RECORDS, 'dense') is None
+  assert expert_figures.load(STUDY, RECORDS, MOE[0], seed=7) is None
 
 
 @pytest.mark.parametrize('seeds', [(0,), (2,)])
@@ -153,7 +153,7 @@ def test_many_arms_get_panels_of_twelve():
   figure = figures.loss_curves(study, records)
   legends = [_legend(axes) for axes in figure.axes]
   assert [len(legend) for legend in legends] == [12, 12, 11]
-  assert sum(legends, []) == list(figures.by_arm(study, records))
+  assert sum(legends, []) == list(panels.by_arm(study, records))
   for axes in figure.axes:
     styles = {(line.get_color(), line.get_linestyle()) for line in axes.get_legend().get_lines()}
     assert len(styles) == len(axes.get_legend().get_lines())
@@ -245,7 +245,7 @@ def test_drop_share_leaves_out_evaluations_without_drops():
 
 def test_load_is_relative_to_balance():
   arm = example.TOP_1.format(4)
-  figure = figures.load(STUDY, RECORDS, arm)
+  figure = expert_figures.load(STUDY, RECORDS, arm)
   # Seed 0 of this arm is unfinished.
   assert figure.get_suptitle().replace('\n', ' ') == f'{arm}, seed 1'
   record = next(r for r in RECORDS if (r.arm, r.seed) == (arm, 1))
@@ -257,14 +257,14 @@ def test_load_is_relative_to_balance():
     np.testing.assert_allclose(mesh.get_array(), 4 * shares.T)
     assert mesh.norm(1.0) == 0.5
     assert axes.get_title() == f'MoE layer {layer}'
-  title = figures.load(STUDY, RECORDS, arm, seed=0).get_suptitle().replace('\n', ' ')
+  title = expert_figures.load(STUDY, RECORDS, arm, seed=0).get_suptitle().replace('\n', ' ')
   assert title == f'{arm}, seed 0, unfinished at step 700'
 
 
 def test_many_layers_wrap(tmp_path):
   record = next(r for r in RECORDS if r.arm == MOE[0])
   record = dataclasses.replace(record, load=[[step, load[:1] * 7] for step, load in record.load])
-  figure = figures.load(STUDY, [record], MOE[0])
+  figure = expert_figures.load(STUDY, [record], MOE[0])
   figure.savefig(tmp_path / 'load.png')
   assert len([axes for axes in figure.axes[:9] if axes.get_visible()]) == 7
 
@@ -272,8 +272,8 @@ def test_many_layers_wrap(tmp_path):
 def test_specialization_is_of_the_last_or_all_layers():
   arm = example.TOP_2.format(16)
   record = next(r for r in RECORDS if (r.arm, r.seed) == (arm, 0))
-  last = figures.specialization(STUDY, RECORDS, arm)
-  every = figures.specialization(STUDY, RECORDS, arm, evaluation='dropless', all_layers=True)
+  last = expert_figures.specialization(STUDY, RECORDS, arm)
+  every = expert_figures.specialization(STUDY, RECORDS, arm, evaluation='dropless', all_layers=True)
   assert [axes.get_title() for axes in last.axes[:-1]] == ['MoE layer 1']
   assert [axes.get_title() for axes in every.axes[:-1]] == ['MoE layer 0', 'MoE layer 1']
   for figure, evaluation in ((last, 'capacity'), (every, 'dropless')):

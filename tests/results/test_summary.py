@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from moe_jax.errors import UserError
-from moe_jax.results import summary
+from moe_jax.results import comparable, summary
 from moe_jax.results.records import DIVERGED, FAILED, FINISHED, MISSING, UNFINISHED
-from moe_jax.study import Comparison, Metric, Point
+from moe_jax.study import MAY_DIFFER, Comparison, Metric, Point
 from tests.results import made
 
 VALUES = {'dense': [3.0, 5.0, 7.0], 'moe': [2.0, 3.0, 4.0]}
@@ -248,7 +248,7 @@ OTHER_BOTH = {'name': 'tier2', 'fingerprint': 'e' * 64, 'tokenizer': 'u' * 64}
 )
 def test_what_cannot_be_compared_is_refused_unless_it_is_the_question(changes, may_differ, words):
   records = [made.make_record('dense', 0), made.make_record('moe', 1, **changes)]
-  for excuses in ((), tuple(name for name in summary.MAY_DIFFER if name != may_differ)):
+  for excuses in ((), tuple(name for name in MAY_DIFFER if name != may_differ)):
     with pytest.raises(UserError) as error:
       summary.summarize(made.make_study(may_differ=excuses), records)
     wanted = (*words, 'dense (seed 0)', 'moe (seed 1)', repr(may_differ))
@@ -256,7 +256,7 @@ def test_what_cannot_be_compared_is_refused_unless_it_is_the_question(changes, m
     if may_differ == 'data' and excuses:
       wanted = ('data.name', 'tier1', 'tier2', repr(may_differ))
     assert all(word in str(error.value) for word in wanted), error.value
-  summary.check_comparable(made.make_study(may_differ=(may_differ,)), records)
+  comparable.check_comparable(made.make_study(may_differ=(may_differ,)), records)
 
 
 @pytest.mark.parametrize(
@@ -269,25 +269,25 @@ def test_what_cannot_be_compared_is_refused_unless_it_is_the_question(changes, m
 def test_what_no_study_can_ask_is_always_refused(changes, words):
   records = [made.make_record('dense', 0), made.make_record('moe', 1, **changes)]
   with pytest.raises(UserError) as error:
-    summary.check_comparable(made.make_study(may_differ=summary.MAY_DIFFER), records)
+    comparable.check_comparable(made.make_study(may_differ=MAY_DIFFER), records)
   assert all(word in str(error.value) for word in words), error.value
 
 
 def test_seeds_of_one_arm_are_compared_too():
   records = [made.make_record('moe', 0), made.make_record('moe', 1, data=OTHER_BOTH)]
   with pytest.raises(UserError, match=r'moe \(seed 0\).*moe \(seed 1\)'):
-    summary.check_comparable(made.make_study(), records)
+    comparable.check_comparable(made.make_study(), records)
 
 
 def test_other_tokenizers_excuse_no_other_text():
   study = made.make_study(may_differ=('tokenizer',))
   with pytest.raises(UserError, match=r'data\.name'):
-    summary.check_comparable(
+    comparable.check_comparable(
       study, [made.make_record('dense', 0), made.make_record('moe', 1, data=OTHER_BOTH)]
     )
   other_text = {**made.make_record().data, 'fingerprint': 'e' * 64}
   with pytest.raises(UserError, match='data fingerprint'):
-    summary.check_comparable(
+    comparable.check_comparable(
       study, [made.make_record('dense', 0), made.make_record('moe', 1, data=other_text)]
     )
 
@@ -299,7 +299,7 @@ def test_a_percent_of_compute_and_tokens_is_no_difference():
     made.make_record('dense', 1, tokens=804_000),
     made.make_record('moe', 0, flops_per_token=2_411_000),
   ]
-  summary.check_comparable(made.make_study(), records)
+  comparable.check_comparable(made.make_study(), records)
   # Each is within 1% of the first, not of each other.
   records = [
     made.make_record('dense', 0),
@@ -307,14 +307,14 @@ def test_a_percent_of_compute_and_tokens_is_no_difference():
     made.make_record('moe', 0, flops_per_token=2_420_000),
   ]
   with pytest.raises(UserError, match=r'dense \(seed 1\).*moe \(seed 0\)'):
-    summary.check_comparable(made.make_study(), records)
+    comparable.check_comparable(made.make_study(), records)
 
 
 def test_what_did_not_finish_is_not_compared():
   other = {'step': 3, 'num_steps': 500, 'tokens': 7, 'data': OTHER_BOTH, 'flops_per_token': 1}
   records = [made.make_record('dense', 0), made.make_record('moe', 0, status=FAILED, **other)]
-  summary.check_comparable(made.make_study(), records)
-  summary.check_comparable(made.make_study(), [])
+  comparable.check_comparable(made.make_study(), records)
+  comparable.check_comparable(made.make_study(), [])
 
 
 @pytest.mark.parametrize(

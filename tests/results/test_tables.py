@@ -13,7 +13,7 @@ import pytest
 from hypothesis import strategies
 
 from moe_jax.errors import UserError
-from moe_jax.results import summary, tables
+from moe_jax.results import markup, methods, summary, tables
 from moe_jax.results.records import DIVERGED, FAILED
 from moe_jax.results.statistics import Interval
 from moe_jax.study import Comparison, Point
@@ -184,7 +184,7 @@ def test_digits_come_from_the_interval(mean, half, text):
   ],
 )  # fmt: skip
 def test_counts(number, text):
-  assert tables._count(number) == text
+  assert tables.count(number) == text
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_csv_has_every_arm_and_every_digit(broken):
 
 
 def test_methods_say_what_was_done(broken):
-  text = tables.methods(broken)
+  text = methods.methods(broken)
   assert check_latex(text) == [] and text.count('\n') == 1
   for words in (
     'my\\_study (4 arms): Is 50\\% of',
@@ -250,33 +250,33 @@ def test_methods_say_what_is_wrong():
     for seed, commit in enumerate(['a1', 'b2'])
   ]
   made_of = summary.summarize(made.make_study(['dense'], seeds=(0, 1)), records)
-  text = tables.methods(made_of)
+  text = methods.methods(made_of)
   assert (
     'dense is not causal: a token can depend on later ones (moe.router=expert\\_choice)' in text
   )
   assert 'commits a1, b2 with uncommitted changes' in text
   assert 'Arms differ' not in text and 'planned' not in text and 'no value' not in text
   note = 'note = {Git commits a1, b2, with uncommitted changes}'
-  assert note in tables.bibtex(made_of)
+  assert note in methods.bibtex(made_of)
 
 
 def test_a_study_without_records():
   empty = summary.summarize(made.make_study(), [])
   check_latex(tables.latex(empty))
-  check_latex(tables.methods(empty))
+  check_latex(methods.methods(empty))
   assert tables.markdown(empty).count('missing: no record') == 6
   assert tables.csv_text(empty).count('\n') == 3
-  assert 'note = {Git commit unknown}' in tables.bibtex(empty)
+  assert 'note = {Git commit unknown}' in methods.bibtex(empty)
   assert tables.csv_text(summary.summarize(made.make_study(()), [])) == 'arm\n'
 
 
 def test_bibtex_is_what_citation_says(broken):
   citation = (REPOSITORY / 'CITATION.cff').read_text(encoding='utf-8')
   of = dict(re.findall(r'^(?:  - )?(\w[\w-]*): (.+)$', citation, re.MULTILINE))
-  assert (of['title'], of['name']) == (tables.TITLE, tables.AUTHOR)
-  assert (of['version'], of['license']) == (tables.VERSION, tables.LICENSE)
+  assert (of['title'], of['name']) == (methods.TITLE, methods.AUTHOR)
+  assert (of['version'], of['license']) == (methods.VERSION, methods.LICENSE)
   assert len(re.findall(r'^  - name:', citation, re.MULTILINE)) == 1
-  text = tables.bibtex(broken)
+  text = methods.bibtex(broken)
   assert text.startswith('@misc{moe_jax,\n') and text.count('{') == text.count('}')
   assert 'author = {{The moe\\_jax maintainers}}' in text and f'Git commit {made.COMMIT}' in text
 
@@ -286,7 +286,7 @@ def test_bibtex_is_what_citation_says(broken):
 @hypothesis.example('*')
 @hypothesis.example(made.HOSTILE)
 def test_latex_shows_any_ascii(text):
-  escaped = tables.escape_latex(text)
+  escaped = markup.escape_latex(text)
   check_latex(escaped)
   visible = ''.join(f'[U+{ord(c):04X}]' if not ' ' <= c <= '~' else c for c in _one_line(text))
   assert _shown(escaped) == visible
@@ -296,13 +296,13 @@ def test_latex_shows_any_ascii(text):
 
 @hypothesis.given(strategies.text(max_size=40))
 def test_latex_has_no_character_that_fonts_may_lack(text):
-  for char in tables.escape_latex(text):
+  for char in markup.escape_latex(text):
     assert char in 'éüñçŠ' or char.isascii() or 0xC0 <= ord(char) < 0x180
 
 
 @hypothesis.given(strategies.text(max_size=40))
 def test_markdown_shows_any_text(text):
-  escaped = tables.escape_markdown(text)
+  escaped = markup.escape_markdown(text)
   assert _markdown_shown(escaped) == _one_line(text)
   assert _markdown_rows(f'| {escaped} | x |\n') == [[_one_line(text), 'x']]
 
@@ -321,7 +321,7 @@ def test_markdown_shows_any_text(text):
   ],
 )
 def test_latex_by_hand(text, latex):
-  assert tables.escape_latex(text) == latex
+  assert markup.escape_latex(text) == latex
 
 
 @pytest.mark.parametrize(
@@ -352,9 +352,9 @@ def test_compilers_at_hand_take_it(broken, tmp_path):
       r'\begin{table}',
       tables.latex(broken, {'capacity/router/drop_share': 'drops'}),
       r'\end{table}',
-      tables.methods(broken),
+      methods.methods(broken),
       # Everything of ASCII, and the accents that are let through.
-      tables.escape_latex(''.join(map(chr, range(0x180)))),
+      markup.escape_latex(''.join(map(chr, range(0x180)))),
       r'\end{document}',
     ]
   )
@@ -377,7 +377,7 @@ _COMMANDS = {
   'textbackslash', 'textasciicircum', 'textasciitilde', 'textless', 'textgreater', 'textbar',
   'textquotedblright', 'textquoteleft',
 }  # fmt: skip
-_SHOWN = {latex: char for char, latex in tables._LATEX.items()} | {'-{}': '-'}
+_SHOWN = {latex: char for char, latex in markup.LATEX.items()} | {'-{}': '-'}
 _TOKEN = re.compile(
   r'\\begin\{(?P<begin>\w+)\}(?:\{(?P<columns>[lr]+)\})?|\\end\{(?P<end>\w+)\}'
   r'|\\(?P<command>[a-zA-Z]+)|(?P<row>\\\\)|\\(?P<escaped>[&%$#_{}])|(?P<char>.)',
@@ -419,7 +419,7 @@ def check_latex(text: str) -> list[list[str]]:
     elif kind == 'char':
       assert value not in '#%_^~|"`\\', (value, after[:20])
       assert value not in '<>' or math_mode, (value, after[:20])
-      assert value.isascii() or tables._is_plain(value), value
+      assert value.isascii() or markup.is_plain(value), value
       depth += {'{': 1, '}': -1}.get(value, 0)
       assert depth >= 0
       math_mode ^= value == '$'

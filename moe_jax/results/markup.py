@@ -1,0 +1,65 @@
+"""Text that a format shows as it is, whatever its characters mean there."""
+
+import re
+import unicodedata
+
+_MARKDOWN_SPECIALS = re.compile(r'[\\`*_{}\[\]<>#|~$&!]')
+# Brackets and stars would be read as arguments of the \\ or \item before them.
+LATEX = {
+  '\\': r'\textbackslash{}',
+  '{': r'\{',
+  '}': r'\}',
+  '$': r'\$',
+  '&': r'\&',
+  '#': r'\#',
+  '%': r'\%',
+  '_': r'\_',
+  '^': r'\textasciicircum{}',
+  '~': r'\textasciitilde{}',
+  '<': r'\textless{}',
+  '>': r'\textgreater{}',
+  '|': r'\textbar{}',
+  '"': r'\textquotedblright{}',
+  '`': r'\textquoteleft{}',
+  '[': '{[}',
+  ']': '{]}',
+  '*': '{*}',
+  '±': r'\ensuremath{\pm}',
+  '×': r'\ensuremath{\times}',
+}
+# Accents that LaTeX puts on letters in any font encoding, of code points below _MOST_ACCENTED.
+_ACCENTS = '\u0300\u0301\u0302\u0303\u0308\u030a\u030c\u0327'
+_MOST_ACCENTED = 0x180
+
+
+def escape_markdown(text: str) -> str:
+  """Returns text on one line that Markdown shows as it is, in a cell of a table too."""
+  return _MARKDOWN_SPECIALS.sub(lambda match: f'\\{match.group()}', one_line(text))
+
+
+def escape_latex(text: str) -> str:
+  """Returns text on one line that LaTeX shows as it is; [U+XXXX] for what its fonts may lack."""
+  shown = ''.join(c if is_plain(c) else f'[U+{ord(c):04X}]' for c in one_line(text))
+  escaped = ''.join(LATEX.get(c, c) for c in shown)
+  # Two hyphens would be joined to a dash.
+  return re.sub('-(?=-)', '-{}', escaped)
+
+
+def latex_number(text: str) -> str:
+  """Returns a number, or '-1.2 ± 0.1', in math mode."""
+  return '$' + text.replace('±', r'\pm') + '$'
+
+
+def is_plain(char: str) -> bool:
+  """Whether any font of LaTeX has the character, or `LATEX` a command for it."""
+  if ' ' <= char <= '~' or char in LATEX:
+    return True
+  letter, *accents = list(unicodedata.normalize('NFD', char))
+  return (
+    ord(char) < _MOST_ACCENTED and letter.isascii() and len(accents) == 1 and accents[0] in _ACCENTS
+  )
+
+
+def one_line(text: str) -> str:
+  """Returns the words with one space between them."""
+  return ' '.join(text.split())

@@ -1,0 +1,152 @@
+"""The paragraph on methods of a paper, and the entry that cites this software."""
+
+import collections
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from moe_jax.results.markup import escape_latex
+from moe_jax.results.statistics import LEVEL
+from moe_jax.results.summary import SIGNIFICANCE, Summary
+from moe_jax.results.tables import count, metric
+
+# What CITATION.cff says, which is not installed with the package.
+TITLE = 'moe_jax'
+AUTHOR = 'The moe_jax maintainers'
+VERSION = '0.1.0'
+LICENSE = 'Apache-2.0'
+
+
+def methods(summary: Summary) -> str:
+  """Returns a paragraph in LaTeX: models, data, seeds, statistics, commit.
+
+  Of the config it says what all finished trials agree on, and names what arms change.
+  """
+  sentences = [
+    *_on_models(summary),
+    *_on_training(summary),
+    *_on_statistics(summary),
+    *_on_provenance(summary),
+  ]
+  return escape_latex(' '.join(sentences)) + '\n'
+
+
+def bibtex(summary: Summary) -> str:
+  """Returns an entry for this software at the commits that finished trials ran.
+
+  Of type `misc`, which every BibTeX style knows.
+  """
+  commits = summary.provenance.commits
+  note = f'Git {_count_noun("commit", commits)} {", ".join(commits) or "unknown"}'
+  if summary.provenance.dirty:
+    note += ', with uncommitted changes'
+  return (
+    f'@misc{{{TITLE},\n'
+    f'  author = {{{{{escape_latex(AUTHOR)}}}}},\n'
+    f'  title = {{{{{escape_latex(TITLE)}}}}},\n'
+    f'  version = {{{escape_latex(VERSION)}}},\n'
+    f'  license = {{{escape_latex(LICENSE)}}},\n'
+    f'  note = {{{escape_latex(note)}}},\n'
+    '}\n'
+  )
+
+
+def _on_models(summary: Summary) -> list[str]:
+  study, config = summary.study, summary.provenance.config
+  run = [arm for arm in summary.arms if not arm.dropped]
+  question = study.question if study.question.endswith(('?', '.')) else f'{study.question}.'
+  sentences = [f'Study {study.name} ({len(run)} {_count_noun("arm", run)}): {question}']
+  shape = _known(
+    config,
+    ('model.num_layers', '{} blocks'),
+    ('model.embed_dim', 'width {}'),
+    ('model.num_heads', '{} heads'),
+  )
+  sentence = 'All models are decoder-only Transformers' + (f' with {shape}' if shape else '')
+  total = _range(arm.parameters.get('total') for arm in run)
+  active = _range(arm.parameters.get('active') for arm in run)
+  if total and active:
+    sentence += f'; they have {total} parameters, of which {active} are active for a token'
+  sentences.append(f'{sentence}.')
+  fields = sorted({field for arm in run for field in arm.changes})
+  if fields:
+    sentences.append(f'Arms differ in {", ".join(fields)}.')
+  for arm, field in summary.provenance.not_causal.items():
+    sentences.append(f'{arm} is not causal: a token can depend on later ones ({field}).')
+  return sentences
+
+
+def _on_training(summary: Summary) -> list[str]:
+  config, data = summary.provenance.config, summary.provenance.data
+  texts = ' and '.join(f'{d["name"]} (fingerprint {str(d["fingerprint"])[:16]})' for d in data)
+  sentence = f'They are trained on {texts or "no data yet"}'
+  sentence += f' as {config["data.tokenizer"]}' if 'data.tokenizer' in config else ''
+  batch = _known(
+    config,
+    ('train.num_steps', '{} steps'),
+    ('data.batch_size', '{} sequences a step'),
+    ('data.sequence_length', '{} tokens a sequence'),
+  )
+  tokens = _range(arm.tokens for arm in summary.arms)
+  sentence += f' for {batch}' if batch else ''
+  sentences = [sentence + (f' ({tokens} tokens without padding).' if tokens else '.')]
+  optimizer = _known(
+    config,
+    ('optim.name', '{}'),
+    ('optim.learning_rate', 'peak learning rate {}'),
+    ('optim.schedule', '{} schedule'),
+    ('optim.warmup_steps', '{} steps of warm-up'),
+    ('optim.weight_decay', 'weight decay {}'),
+  )
+  return sentences + ([f'Optimizer: {optimizer}.'] if optimizer else [])
+
+
+def _on_statistics(summary: Summary) -> list[str]:
+  study = summary.study
+  seeds = ', '.join(str(seed) for seed in study.seeds)
+  sentences = [
+    f'Each arm is trained with {_count_noun("seed", study.seeds)} {seeds}, of initial values, data '
+    'order and noise.',
+    f'What decides is {metric(summary)}, as the mean over seeds with the {LEVEL:.0%} interval of '
+    'Student t.',
+  ]
+  if study.comparisons:
+    sentences.append(
+      f'{len(study.comparisons)} planned {_count_noun("comparison", study.comparisons)}: mean '
+      'difference paired by seed, two-sided paired t-test, p-values adjusted by Holm, significant '
+      f'below {SIGNIFICANCE}.'
+    )
+  by_status = collections.Counter(trial.status for arm in summary.arms for trial in arm.absent)
+  if by_status:
+    counts = ', '.join(f'{count} {status}' for status, count in by_status.items())
+    num = by_status.total() + sum(len(arm.values) for arm in summary.arms)
+    sentences.append(
+      f'{by_status.total()} of {num} trials have no value and are in no mean ({counts}).'
+    )
+  return sentences
+
+
+def _on_provenance(summary: Summary) -> list[str]:
+  of = summary.provenance
+  if not of.commits:
+    return []
+  sentence = f'Trials ran {TITLE} at {_count_noun("commit", of.commits)} {", ".join(of.commits)}'
+  sentence += ' with uncommitted changes' if of.dirty else ''
+  sentence += f', on {" and ".join(of.devices)}' if of.devices else ''
+  if of.packs:
+    sentence += f', {" or ".join(map(str, of.packs))} trials as one program'
+  return [f'{sentence}.']
+
+
+def _known(config: dict[str, Any], *fields: tuple[str, str]) -> str:
+  """Returns the phrases of those fields that all trials agree on."""
+  return ', '.join(phrase.format(config[name]) for name, phrase in fields if name in config)
+
+
+def _range(numbers: Iterable[int | float | None]) -> str:
+  known = [number for number in numbers if number is not None]
+  texts = [count(number) for number in (min(known), max(known))] if known else []
+  return ' to '.join(dict.fromkeys(texts))
+
+
+def _count_noun(noun: str, things: Sequence[Any]) -> str:
+  return noun if len(things) <= 1 else f'{noun}s'

@@ -1,0 +1,120 @@
+"""What the figures of a study share: colours, panels, labels, and the values of its trials."""
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import scipy.stats
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from moe_jax.results.records import FINISHED, STATUSES, Record
+from moe_jax.study import Study
+
+# Okabe and Ito's colours, which the colour-blind can tell apart, without the yellow that white
+# paper swallows; then again dashed.
+_COLORS = ('#0072B2', '#E69F00', '#009E73', '#D55E00', '#CC79A7', '#56B4E9', '#000000')
+_DASHES = ('-', '--')
+# More cannot be told apart; further ones get a panel of their own.
+_MOST_IN_PANEL = 12
+STYLE: dict[Any, Any] = {
+  'font.size': 9,
+  'axes.spines.top': False,
+  'axes.spines.right': False,
+  'axes.grid': True,
+  'grid.alpha': 0.3,
+  'legend.frameon': False,
+  'legend.fontsize': 'small',
+  'legend.handlelength': 3,
+  'pdf.fonttype': 42,
+}
+
+Trials = list[Record]
+
+
+def by_arm(study: Study, records: Sequence[Record]) -> dict[str, Trials]:
+  """Returns the trials of each arm by seed, arms in the order of the study, strangers last."""
+  names = [arm.name for arm in study.arms] + [record.arm for record in records]
+  arms: dict[str, Trials] = {name: [] for name in names}
+  for record in sorted(records, key=lambda r: r.seed):
+    arms[record.arm].append(record)
+  return {name: trials for name, trials in arms.items() if trials}
+
+
+def mean_and_interval(values: Any) -> tuple[Any, Any]:
+  """Returns the mean over the first axis and half the width of its 95% t interval.
+
+  The latter is NaN of a single value.
+  """
+  values = np.asarray(values, np.float64)
+  count = len(values)
+  if count < 2:
+    return np.mean(values, 0), np.full(values.shape[1:], np.nan)
+  error = np.std(values, 0, ddof=1) / np.sqrt(count)
+  return np.mean(values, 0), scipy.stats.t.ppf(0.975, count - 1) * error
+
+
+def values_of(trials: Trials, name: str) -> list[float]:
+  """Returns a metric of the finished trials that have it."""
+  return [r.metrics[name] for r in trials if r.status == FINISHED and name in r.metrics]
+
+
+def field_of(record: Record, field: str) -> Any:
+  """Returns a config field, as 'moe.num_experts', None if there is none."""
+  value: Any = record.config
+  for name in field.split('.'):
+    value = value.get(name) if isinstance(value, dict) else None
+  return record.changes.get(field) if value is None else value
+
+
+def styles() -> Iterator[dict[str, Any]]:
+  """Returns colours and dashes of lines, each once."""
+  return ({'color': color, 'ls': dash, 'lw': 1.4} for dash in _DASHES for color in _COLORS)
+
+
+def make_panels(names: list[str]) -> tuple[Figure, list[tuple[Axes, list[str]]]]:
+  """Returns a figure, and its panels below each other with the names that each shows."""
+  count = -(-len(names) // _MOST_IN_PANEL)
+  size = -(-len(names) // count)
+  chunks = [names[at : at + size] for at in range(0, len(names), size)]
+  # A legend must fit beside its panel: about 0.15 inches for a line, 0.05 between entries.
+  legend = max(sum(0.05 + 0.15 * (wrapped(n).count('\n') + 1) for n in chunk) for chunk in chunks)
+  height = max(3.2, legend)
+  figure = Figure(figsize=(7.5, 0.6 + height * len(chunks)), layout='constrained')
+  axes = figure.subplots(len(chunks), 1, squeeze=False, sharex=True, sharey=True)[:, 0]
+  return figure, list(zip(axes, chunks, strict=True))
+
+
+def wrapped(name: str, width: int = 34) -> str:
+  """Returns a name in lines that fit beside a panel."""
+  # A dollar sign would begin a formula.
+  return textwrap.fill(name, width).replace('$', r'\$')
+
+
+def label_panels(panels: list[tuple[Axes, list[str]]], x: str, y: str) -> None:
+  """Names the axes, and puts a legend beside each panel."""
+  for axes, names in panels:
+    axes.set_ylabel(y)
+    labels = [wrapped(name) for name in names]
+    handles = {
+      label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    axes.legend(
+      [handles[label] for label in labels],
+      labels,
+      loc='upper left',
+      bbox_to_anchor=(1.01, 1),
+      borderaxespad=0,
+    )
+  panels[-1][0].set_xlabel(x)
+
+
+def note(figure: Figure, records: Sequence[Record], shown: str = '') -> None:
+  """Says below a figure how many trials are not in its means."""
+  counts = [(s, sum(r.status == s for r in records)) for s in STATUSES if s != FINISHED]
+  text = ', '.join(f'{count} {status}' for status, count in counts if count)
+  if text:
+    figure.supxlabel(
+      f'{shown}not in the means: {text}', fontsize='small', color='0.35', x=0.98, ha='right'
+    )
