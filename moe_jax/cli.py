@@ -54,12 +54,12 @@ def print_help(text: str) -> NoReturn:
   try:
     print(text, flush=True)
   except BrokenPipeError:
-    _end_of_help()
+    end_of_reading()
   sys.exit(0)
 
 
-def _end_of_help() -> NoReturn:
-  """Leaves when whoever reads has enough. What is still to be written goes nowhere."""
+def end_of_reading() -> NoReturn:
+  """Leaves when whoever reads has enough, as `head`. What is still to be written goes nowhere."""
   os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   sys.exit(0)
 
@@ -74,7 +74,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, ImportError) as error:
     raise _UsageError(_describe(error, argv)) from error
   except BrokenPipeError:
-    _end_of_help()
+    end_of_reading()
   except OSError as error:
     path = next((w.partition('=')[2] for w in argv if w.lstrip('-').startswith('config=')), '')
     if not os.path.exists(path.partition(':')[0]):

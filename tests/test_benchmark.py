@@ -1,6 +1,7 @@
 """The benchmarks run; no test looks at what they measure, but arms must compute the same."""
 
 import json
+import re
 import sys
 
 import jax
@@ -8,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.benchmark import decode, dispatch, routings, timing
+from moe_jax import cli
+from moe_jax.benchmark import decode, dispatch, routings, text, timing
 from moe_jax.benchmark.arms import Shape, expert_weights
 from tests import tiny
 
@@ -80,7 +82,7 @@ def test_dispatch_and_layer_print_a_row_for_each_pass():
     kept = (1 - row['drop_share']) * 128
     assert kept == pytest.approx((1 - row['padding']) * 160)
     assert row['max_load'] > 1.2 and row['tokens_per_expert'] == 32
-  for flags in (['--routings=luck'], ['--arms=magic'], ['--tokens_per_expert=-1']):
+  for flags in (['--routings=luck'], ['--routings='], ['--arms=magic'], ['--tokens_per_expert=-1']):
     refused = tiny.command('benchmark', 'dispatch', *SMALL, *flags)
     refused.assert_error(flags[0].partition('=')[0])
 
@@ -100,6 +102,64 @@ def test_dispatch_says_how_much_more_each_arm_grows_than_its_products(monkeypatc
     # What drops nothing is held against balanced rows alone, what has a capacity against both.
     assert row['arms']['dropless']['eta_bmm'] == row['arms']['dropless']['eta_balanced']
     assert row['arms']['gather']['eta_bmm'] != row['arms']['gather']['eta_balanced']
+
+
+def test_dispatch_prints_both_products_and_both_excesses():
+  ratio = lambda median: {'median': median, 'low': 0.5, 'high': 2.0}  # noqa: E731
+  arm = {
+    'eta_dense': ratio(1.11),
+    'eta_bmm': ratio(1.22),
+    'excess': 1.33,
+    'eta_balanced': ratio(1.44),
+    'excess_balanced': 1.55,
+    'milliseconds': 1.0,
+    'compile_seconds': 1.0,
+    'temporary_bytes': 1,
+  }
+  row = {
+    'num_experts': 4,
+    'num_tokens': 64,
+    'routing': 'uniform',
+    'pass': 'forward',
+    'tokens_per_expert': 32,
+    'max_load': 1.0,
+    'drop_share': 0.0,
+    'padding': 0.2,
+    'dense_milliseconds': 1.0,
+    'null': ratio(1.0),
+    'void': False,
+    'arms': {'gather': arm},
+    'not_measured': {},
+    'peers': None,
+  }
+  found = re.findall(
+    r'(dense/arm|products/arm|balanced/arm|excess) (\d\.\d\d)', text.of_dispatch(row)
+  )
+  assert found == [
+    ('dense/arm', '1.11'),
+    ('products/arm', '1.22'),
+    ('excess', '1.33'),
+    ('balanced/arm', '1.44'),
+    ('excess', '1.55'),
+  ]
+
+
+def test_experts_of_the_benchmark_differ_and_keep_the_scale_of_their_inputs():
+  params = expert_weights(jax.random.key(0), SHAPE._replace(embed_dim=256, mlp_dim=64), 6)
+  for weights, width in ((params.w_in, 256), (params.w_out, 64)):
+    assert len({float(expert[0, 0]) for expert in weights}) == 6
+    np.testing.assert_allclose(np.std(weights, axis=(1, 2)), width**-0.5, rtol=0.05)
+
+
+def test_whoever_reads_the_rows_may_leave(monkeypatch):
+  def leave(*_, **__):
+    raise BrokenPipeError
+
+  monkeypatch.setattr(text, 'of_products', leave)
+  left = []
+  monkeypatch.setattr(cli, 'end_of_reading', lambda: left.append(True))
+  result = tiny.command('benchmark', 'products', *SMALL[1:-1])
+  assert result.code == 0 and left, result.err
 
 
 def test_arms_of_the_decode_benchmark_compute_the_same():

@@ -224,7 +224,10 @@ def _tokens_per_expert() -> int:
 
 def _show(rows: Iterable[dict[str, Any]], of_row: Callable[[dict[str, Any]], str]) -> None:
   for row in rows:
-    print(json.dumps(row) if _JSON.value else of_row(row), flush=True)
+    try:
+      print(json.dumps(row) if _JSON.value else of_row(row), flush=True)
+    except BrokenPipeError:
+      cli.end_of_reading()
 
 
 def _router() -> None:
@@ -277,6 +280,8 @@ def _shape() -> Shape:
 
 def _dispatch() -> None:
   names, shape = _names(_ROUTINGS, routings.ROUTINGS), _shape()
+  if not names:
+    raise UserError('--routings', '', f'must name some of {", ".join(routings.ROUTINGS)}')
   num_experts, tokens_per_expert = _values_of_e([8, 64, 256, 1024]), _tokens_per_expert()
   trace = None
   if routings.TRACE in names:

@@ -38,13 +38,14 @@ def of_dispatch(row: dict[str, Any]) -> str:
       ahead = f'grouped_mm/arm {Ratio(**peers["ours"][name])!s:<20} '
     lines.append(
       f'  {name:<12}dense/arm {Ratio(**arm["eta_dense"])!s:<20}products/arm '
-      f'{Ratio(**arm["eta_bmm"])!s:<20}excess {arm["excess"]:.2f}, over balanced '
-      f'{arm["excess_balanced"]:<6.2f}{arm["milliseconds"]:>9,.1f} ms  {ahead}{_program(arm)}'
+      f'{Ratio(**arm["eta_bmm"])!s:<20}excess {arm["excess"]:<6.2f}balanced/arm '
+      f'{Ratio(**arm["eta_balanced"])!s:<20}excess {arm["excess_balanced"]:<6.2f}'
+      f'{arm["milliseconds"]:>9,.1f} ms  {ahead}{_program(arm)}'
     )
   lines += [f'  {name:<12}not measured: {why}' for name, why in row['not_measured'].items()]
   if peers:
     lines.append(
-      f'  {"grouped_mm":<12}dense/arm {Ratio(**peers["eta_dense"])!s:<20}{"":<66}'
+      f'  {"grouped_mm":<12}dense/arm {Ratio(**peers["eta_dense"])!s:<20}{"":<92}'
       f'{peers["milliseconds"]:>9,.1f} ms  in {peers["versions"]}; its dense '
       f'{peers["dense_milliseconds"]:,.1f} ms, null {Ratio(**peers["null"])}{_void(peers)}'
     )

@@ -27,7 +27,7 @@ from moe_jax.layers.weight_gradients import batched_gradient, filled_gradients
 from moe_jax.routing.router import varying_like
 
 # What numbers of rows are multiples of, and their steps above half of all rows and below. Products
-# of any number of rows take as long per row; more sizes take longer to compile.
+# gain nothing from multiples of 8; more sizes take longer to compile.
 MULTIPLE = 2
 FINE_STEPS, COARSE_STEPS = 20, 4
 # Rows of an expert up to which the gradients of the weights come after the loops: measured,

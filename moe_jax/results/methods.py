@@ -4,10 +4,10 @@ import collections
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from moe_jax.results import tables
 from moe_jax.results.markup import escape_latex
 from moe_jax.results.statistics import LEVEL
 from moe_jax.results.summary import SIGNIFICANCE, Summary
-from moe_jax.results.tables import count, metric
 
 # What CITATION.cff says, which is not installed with the package.
 TITLE = 'moe_jax'
@@ -106,8 +106,8 @@ def _on_statistics(summary: Summary) -> list[str]:
   sentences = [
     f'Each arm is trained with {_count_noun("seed", study.seeds)} {seeds}, of initial values, data '
     'order and noise.',
-    f'What decides is {metric(summary)}, as the mean over seeds with the {LEVEL:.0%} interval of '
-    'Student t.',
+    f'What decides is {tables.metric(summary)}, as the mean over seeds with the {LEVEL:.0%} '
+    'interval of Student t.',
   ]
   if study.comparisons:
     sentences.append(
@@ -144,7 +144,7 @@ def _known(config: dict[str, Any], *fields: tuple[str, str]) -> str:
 
 def _range(numbers: Iterable[int | float | None]) -> str:
   known = [number for number in numbers if number is not None]
-  texts = [count(number) for number in (min(known), max(known))] if known else []
+  texts = [tables.count(number) for number in (min(known), max(known))] if known else []
   return ' to '.join(dict.fromkeys(texts))
 
 

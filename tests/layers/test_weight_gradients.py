@@ -1,5 +1,7 @@
 """Gradients of experts' weights from some of the rows, against sums over all rows in float64."""
 
+import functools
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -7,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.layers import weight_gradients
+from moe_jax.layers import filled, weight_gradients
 from moe_jax.layers.weight_gradients import costs, filled_gradients, sizes_of
 
 E, C = 8, 50
@@ -96,3 +98,16 @@ def test_costs_by_hand():
   # 8 x 36 and two, 8 x 44 and none, 8 x 50.
   want = [224 + 6 * (20 + 22), 288 + 2 * (20 + 14), 352, 400]
   assert costs(filled, sizes_of(50)).tolist() == want
+
+
+@pytest.mark.parametrize(('capacity', 'after'), [(168, True), (192, True), (304, False)])
+def test_up_to_which_capacity_gradients_come_after_the_loops(capacity, after):
+  """As measured (experiments/LOG.md): no loop of the backward pass then writes those of w_in."""
+  w_in, w_out = jnp.zeros((E, 6, 10)), jnp.zeros((E, 5, 6))
+  rows, hidden = jnp.zeros((E, capacity, 6)), jnp.zeros((E, capacity, 10))
+  backward = functools.partial(filled._looped_backward, 'swiglu')
+  arguments = (rows, rows, jnp.zeros((E,), jnp.int32), hidden, w_in, w_out)
+  equations = jax.make_jaxpr(backward)(*arguments).jaxpr.eqns
+  loops = [equation for equation in equations if equation.primitive.name == 'while']
+  written = {var.aval.shape for loop in loops for var in loop.outvars}
+  assert loops and (w_in.shape not in written) == after
