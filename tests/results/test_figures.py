@@ -56,15 +56,6 @@ def _crossed():
   return dataclasses.replace(STUDY, arms=()), records
 
 
-def test_the_interval_is_of_student():
-  mean, half = panels.mean_and_interval([1.0, 2.0, 3.0])
-  assert mean == 2
-  # The table's t of 97.5% with 2 degrees of freedom.
-  assert half == pytest.approx(4.302653 / np.sqrt(3), rel=1e-6)
-  mean, half = panels.mean_and_interval([[1.0, 5.0]])
-  assert mean.tolist() == [1, 5] and np.isnan(half).all()
-
-
 def test_files_are_the_same_each_time(tmp_path):
   one = figures.save_all(STUDY, FEW, tmp_path / 'one')
   other = figures.save_all(STUDY, list(reversed(FEW)), tmp_path / 'deep' / 'other')
@@ -241,47 +232,6 @@ def test_drop_share_leaves_out_evaluations_without_drops():
   ]
   (axes,) = figures.drop_share(STUDY, none).axes
   assert 'dropless' in axes.get_xlabel()
-
-
-def test_load_is_relative_to_balance():
-  arm = example.TOP_1.format(4)
-  figure = expert_figures.load(STUDY, RECORDS, arm)
-  # Seed 0 of this arm is unfinished.
-  assert figure.get_suptitle().replace('\n', ' ') == f'{arm}, seed 1'
-  record = next(r for r in RECORDS if (r.arm, r.seed) == (arm, 1))
-  panels, bar = figure.axes[:2], figure.axes[2]
-  assert bar.get_ylabel() == 'load x experts (1: balance)'
-  for layer, axes in enumerate(panels):
-    (mesh,) = axes.collections
-    shares = np.array([load for _, load in record.load])[:, layer]
-    np.testing.assert_allclose(mesh.get_array(), 4 * shares.T)
-    assert mesh.norm(1.0) == 0.5
-    assert axes.get_title() == f'MoE layer {layer}'
-  title = expert_figures.load(STUDY, RECORDS, arm, seed=0).get_suptitle().replace('\n', ' ')
-  assert title == f'{arm}, seed 0, unfinished at step 700'
-
-
-def test_many_layers_wrap(tmp_path):
-  record = next(r for r in RECORDS if r.arm == MOE[0])
-  record = dataclasses.replace(record, load=[[step, load[:1] * 7] for step, load in record.load])
-  figure = expert_figures.load(STUDY, [record], MOE[0])
-  figure.savefig(tmp_path / 'load.png')
-  assert len([axes for axes in figure.axes[:9] if axes.get_visible()]) == 7
-
-
-def test_specialization_is_of_the_last_or_all_layers():
-  arm = example.TOP_2.format(16)
-  record = next(r for r in RECORDS if (r.arm, r.seed) == (arm, 0))
-  last = expert_figures.specialization(STUDY, RECORDS, arm)
-  every = expert_figures.specialization(STUDY, RECORDS, arm, evaluation='dropless', all_layers=True)
-  assert [axes.get_title() for axes in last.axes[:-1]] == ['MoE layer 1']
-  assert [axes.get_title() for axes in every.axes[:-1]] == ['MoE layer 0', 'MoE layer 1']
-  for figure, evaluation in ((last, 'capacity'), (every, 'dropless')):
-    assert f'{evaluation} evaluation, test split' in figure.get_suptitle().replace('\n', ' ')
-    (image,) = figure.axes[-2].images
-    loads = [record.domains[evaluation][domain]['router/load'][1] for domain in example.DOMAINS]
-    np.testing.assert_allclose(image.get_array(), loads)
-    assert tuple(t.get_text() for t in figure.axes[-2].get_yticklabels()) == example.DOMAINS
 
 
 def test_lines_of_equal_flops_go_through_the_best_of_each_size():

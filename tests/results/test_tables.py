@@ -3,54 +3,24 @@
 import csv
 import io
 import math
-import pathlib
 import re
 import shutil
 import subprocess
 
-import hypothesis
 import pytest
-from hypothesis import strategies
 
 from moe_jax.errors import UserError
 from moe_jax.results import markup, methods, summary, tables
-from moe_jax.results.records import DIVERGED, FAILED
 from moe_jax.results.statistics import Interval
-from moe_jax.study import Comparison, Point
-from tests.results import made
+from moe_jax.study import Comparison
+from tests.results import made, shown
 
-REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 NUMBER = tables._Style(str, str, '-')
 
 
 @pytest.fixture(scope='module')
 def broken():
-  """A summary with everything that can go wrong, under names that mean something to each format."""
-  arms = (
-    'dense',
-    made.HOSTILE,
-    Point('single', {'moe.num_experts': 4}),
-    Point('[none] \\', {}, 'K_2 > E & more'),
-    'dead',
-  )
-  study = made.make_study(
-    arms,
-    question='Is 50% of $5 {enough}?',
-    name='my_study',
-    baseline='dense',
-    comparisons=(Comparison(made.HOSTILE, 'dense'), Comparison('dead', made.HOSTILE)),
-  )
-  records = [
-    *made.make_records({'dense': [2.0, 2.1, 2.2]}),
-    made.make_record(made.HOSTILE, 0, 1.5, metrics={'capacity/router/drop_share': 0.25}),
-    made.make_record(made.HOSTILE, 1, 1.62, metrics={'capacity/router/drop_share': 0.5}),
-    made.make_record(
-      made.HOSTILE, 2, status=DIVERGED, step=40, reason='loss is nan:\n\n  x_1 ^ \\end{tabular} & %'
-    ),
-    made.make_record('single', 1, 1.23456789, changes={'moe.num_experts': 4}),
-    *(made.make_record('dead', seed, status=FAILED, reason='λ\x00é') for seed in range(3)),
-  ]
-  return summary.summarize(study, records)
+  return made.make_broken()
 
 
 def test_arms_in_markdown():
@@ -71,11 +41,11 @@ def test_arms_in_markdown():
 
 def test_nothing_is_left_out_of_markdown(broken):
   text = tables.markdown(broken)
-  for row in _markdown_rows(text):
+  for row in shown.markdown_rows(text):
     assert len(row) in (9, 7)
-  names = [row[0] for row in _markdown_rows(text) if len(row) == 9][2:]
+  names = [row[0] for row in shown.markdown_rows(text) if len(row) == 9][2:]
   assert names == ['dense', made.HOSTILE, 'single', 'dead']
-  plain = _markdown_shown(text)
+  plain = shown.markdown_shown(text)
   assert f'- {made.HOSTILE}, seed 2: diverged at step 40 of 100: loss is nan: x_1 ^ ' in plain
   assert '- single, seed 0: missing: no record\n' in plain
   assert plain.count('- dead, seed ') == 3 and '- [none] \\: K_2 > E & more\n' in plain
@@ -91,7 +61,7 @@ def test_nothing_is_left_out_of_markdown(broken):
 
 def test_nothing_is_left_out_of_latex(broken):
   text = tables.latex(broken)
-  cells = check_latex(text)
+  cells = shown.check_latex(text)
   arms, planned = _joined(cells)
   assert list(arms) == ['arm', 'dense', made.HOSTILE, 'single', 'dead']
   assert [len(row) for row in arms.values()] == [8] * 5
@@ -103,7 +73,7 @@ def test_nothing_is_left_out_of_latex(broken):
   assert list(planned) == ['arm', made.HOSTILE, 'dead']
   assert arms['single'][:3] == ['1 of 3', '$1.235$', '$-0.8654$']
   assert arms['dense'][1] == r'$2.10 \pm 0.25$'
-  items = [_shown(item) for item in re.findall(r'^\\item (.*)$', text, re.MULTILINE)]
+  items = [shown.latex_shown(item) for item in re.findall(r'^\\item (.*)$', text, re.MULTILINE)]
   assert items[0] == (
     f'{made.HOSTILE}, seed 2: diverged at step 40 of 100: loss is nan: x_1 ^ \\end{{tabular}} & %'
   )
@@ -117,7 +87,7 @@ def test_nothing_is_left_out_of_latex(broken):
 def test_a_wide_latex_table_goes_on_in_a_second_one(broken):
   text = tables.latex(broken)
   assert text.count(r'\begin{tabular}') > 2
-  for row in check_latex(text):
+  for row in shown.check_latex(text):
     # With the two characters between columns. Beside names that long one column is not too many.
     width = sum(len(cell.strip('$').replace(r'\pm', '±')) + 2 for cell in row)
     assert width <= 88 or len(row) in (2, 4)
@@ -138,10 +108,10 @@ def _joined(cells: list[list[str]]) -> tuple[dict[str, list[str]], dict[str, lis
 
 def test_further_columns(broken):
   name = 'capacity/router/drop_share'
-  row = _markdown_rows(tables.markdown(broken, {name: 'drops'}))[3]
+  row = shown.markdown_rows(tables.markdown(broken, {name: 'drops'}))[3]
   # 0.25 and 0.5: deviation 0.177, standard error 0.125, half width 12.7062 * 0.125.
   assert row[0] == made.HOSTILE and row[9] == '0.4 ± 1.6'
-  cells = check_latex(tables.latex(broken, {name: 'drops'}))
+  cells = shown.check_latex(tables.latex(broken, {name: 'drops'}))
   arms, _ = _joined(cells)
   assert [row[-1] for row in arms.values()][:3] == ['drops', '--', r'$0.4 \pm 1.6$']
   for table in (tables.markdown, tables.latex):
@@ -218,127 +188,14 @@ def test_csv_has_every_arm_and_every_digit(broken):
   assert all(None not in row and None not in row.values() for row in rows)
 
 
-def test_methods_say_what_was_done(broken):
-  text = methods.methods(broken)
-  assert check_latex(text) == [] and text.count('\n') == 1
-  for words in (
-    'my\\_study (4 arms): Is 50\\% of',
-    '2 blocks, width 128, 4 heads; they have 1.2M parameters, of which 400k',
-    'differ in moe.num\\_experts.',
-    'tier1 (fingerprint ffffffffffffffff) as bytes for 1000 steps, 32 sequences a step',
-    'seeds 0, 1, 2,',
-    'dropless/bits\\_per\\_byte in bits per byte on the test split (lower is better)',
-    '2 planned comparisons: mean difference paired by seed',
-    # dense 3, hostile 2, single 1.
-    '6 of 12 trials have no value and are in no mean (1 diverged, 2 missing, 3 failed)',
-    f'moe\\_jax at commit {made.COMMIT}, on 8 x cpu (cpu).',
-  ):
-    assert words in text, (words, text)
-  assert 'uncommitted' not in text and 'causal' not in text
-
-
-def test_methods_say_what_is_wrong():
-  records = [
-    made.make_record(
-      'dense',
-      seed,
-      config=made.make_config(router='expert_choice', num_experts=4 + 4 * seed),
-      git_dirty=True,
-      git_commit=commit,
-      parameters={'total': 1000 + seed, 'active': 1000 * (1 + seed)},
-    )
-    for seed, commit in enumerate(['a1', 'b2'])
-  ]
-  made_of = summary.summarize(made.make_study(['dense'], seeds=(0, 1)), records)
-  text = methods.methods(made_of)
-  assert (
-    'dense is not causal: a token can depend on later ones (moe.router=expert\\_choice)' in text
-  )
-  assert 'commits a1, b2 with uncommitted changes' in text
-  assert 'Arms differ' not in text and 'planned' not in text and 'no value' not in text
-  note = 'note = {Git commits a1, b2, with uncommitted changes}'
-  assert note in methods.bibtex(made_of)
-
-
 def test_a_study_without_records():
   empty = summary.summarize(made.make_study(), [])
-  check_latex(tables.latex(empty))
-  check_latex(methods.methods(empty))
+  shown.check_latex(tables.latex(empty))
+  shown.check_latex(methods.methods(empty))
   assert tables.markdown(empty).count('missing: no record') == 6
   assert tables.csv_text(empty).count('\n') == 3
   assert 'note = {Git commit unknown}' in methods.bibtex(empty)
   assert tables.csv_text(summary.summarize(made.make_study(()), [])) == 'arm\n'
-
-
-def test_bibtex_is_what_citation_says(broken):
-  citation = (REPOSITORY / 'CITATION.cff').read_text(encoding='utf-8')
-  of = dict(re.findall(r'^(?:  - )?(\w[\w-]*): (.+)$', citation, re.MULTILINE))
-  assert (of['title'], of['name']) == (methods.TITLE, methods.AUTHOR)
-  assert (of['version'], of['license']) == (methods.VERSION, methods.LICENSE)
-  assert len(re.findall(r'^  - name:', citation, re.MULTILINE)) == 1
-  text = methods.bibtex(broken)
-  assert text.startswith('@misc{moe_jax,\n') and text.count('{') == text.count('}')
-  assert 'author = {{The moe\\_jax maintainers}}' in text and f'Git commit {made.COMMIT}' in text
-
-
-@hypothesis.given(strategies.text(strategies.characters(max_codepoint=0x7F), max_size=40))
-@hypothesis.example('[0]')
-@hypothesis.example('*')
-@hypothesis.example(made.HOSTILE)
-def test_latex_shows_any_ascii(text):
-  escaped = markup.escape_latex(text)
-  check_latex(escaped)
-  visible = ''.join(f'[U+{ord(c):04X}]' if not ' ' <= c <= '~' else c for c in _one_line(text))
-  assert _shown(escaped) == visible
-  row = f'\\begin{{tabular}}{{ll}}\n{escaped} & {escaped} \\\\\n{escaped} & \\\\\n\\end{{tabular}}'
-  assert [row[0] for row in check_latex(row)] == [visible.strip()] * 2
-
-
-@hypothesis.given(strategies.text(max_size=40))
-def test_latex_has_no_character_that_fonts_may_lack(text):
-  for char in markup.escape_latex(text):
-    assert char in 'éüñçŠ' or char.isascii() or 0xC0 <= ord(char) < 0x180
-
-
-@hypothesis.given(strategies.text(max_size=40))
-def test_markdown_shows_any_text(text):
-  escaped = markup.escape_markdown(text)
-  assert _markdown_shown(escaped) == _one_line(text)
-  assert _markdown_rows(f'| {escaped} | x |\n') == [[_one_line(text), 'x']]
-
-
-@pytest.mark.parametrize(
-  ('text', 'latex'),
-  [
-    ('a_b', r'a\_b'),
-    ('\\', r'\textbackslash{}'),
-    ('{}', r'\{\}'),
-    ('x^2~', r'x\textasciicircum{}2\textasciitilde{}'),
-    ('<->', r'\textless{}-\textgreater{}'),
-    ('---x', '-{}-{}-x'),
-    ('é ± λ', r'é \ensuremath{\pm} {[}U+03BB{]}'),
-    ('a\n\tb', 'a b'),
-  ],
-)
-def test_latex_by_hand(text, latex):
-  assert markup.escape_latex(text) == latex
-
-
-@pytest.mark.parametrize(
-  'text',
-  [
-    'a_b', '50%', 'a & b', 'x}', '{x', r'\begin{tabular}{ll} a \\ \end{tabular}', 'a # b', '2^3',
-    'a~b', '$1', 'a<b', r'\unknown', 'λ',
-    '\\begin{tabular}{ll}\na & b & c \\\\\n\\end{tabular}',
-    '\\begin{tabular}{ll}\na & b \\\\\n[c] & d \\\\\n\\end{tabular}',
-    '\\begin{tabular}{ll}\na & b\n\\end{tabular}',
-    '\\begin{itemize}\n\\item[a] b\n\\end{itemize}',
-    '\\begin{itemize}',
-  ],
-)  # fmt: skip
-def test_the_check_of_latex_finds_errors(text):
-  with pytest.raises(AssertionError):
-    check_latex(text)
 
 
 @pytest.mark.slow
@@ -369,91 +226,3 @@ def test_compilers_at_hand_take_it(broken, tmp_path):
         [compiler, *flags, 'paper.tex'], cwd=tmp_path, capture_output=True, timeout=300, check=False
       )
       assert done.returncode == 0, done.stdout[-2000:]
-
-
-# What the tables may use: anything else would have come out of a name.
-_COMMANDS = {
-  'toprule', 'midrule', 'bottomrule', 'medskip', 'noindent', 'item', 'pm', 'ensuremath', 'times',
-  'textbackslash', 'textasciicircum', 'textasciitilde', 'textless', 'textgreater', 'textbar',
-  'textquotedblright', 'textquoteleft',
-}  # fmt: skip
-_SHOWN = {latex: char for char, latex in markup.LATEX.items()} | {'-{}': '-'}
-_TOKEN = re.compile(
-  r'\\begin\{(?P<begin>\w+)\}(?:\{(?P<columns>[lr]+)\})?|\\end\{(?P<end>\w+)\}'
-  r'|\\(?P<command>[a-zA-Z]+)|(?P<row>\\\\)|\\(?P<escaped>[&%$#_{}])|(?P<char>.)',
-  re.DOTALL,
-)
-
-
-def check_latex(text: str) -> list[list[str]]:
-  """Checks syntax without a compiler and returns the cells of all tabulars, as they will be shown.
-
-  Braces, environments and dollars are balanced, each row has as many cells as its tabular columns,
-  and special characters are escaped.
-  """
-  text = re.sub('^%.*\n', '', text, flags=re.MULTILINE)
-  environments, depth, math_mode, columns, rows = [], 0, False, 0, []
-  cells, cell = [], ''
-  for token in _TOKEN.finditer(text):
-    kind, value = token.lastgroup, token.group()
-    after = text[token.end() :].lstrip()
-    if kind in ('begin', 'columns'):
-      assert depth == 0 and not math_mode and token['begin'] in ('tabular', 'itemize')
-      assert (token['begin'] == 'tabular') == bool(token['columns'])
-      environments.append(token['begin'])
-      columns, cells, cell = len(token['columns'] or ''), [], ''
-      continue
-    if kind == 'end':
-      assert environments and environments.pop() == token['end'] and depth == 0 and not math_mode
-      assert not columns or (cells == [] and not cell.replace(r'\bottomrule', '').strip()), cell
-      columns = 0
-    elif kind == 'command':
-      assert token['command'] in _COMMANDS, value
-      assert token['command'] != 'item' or (environments[-1:] == ['itemize'] and after[:1] != '[')
-    elif kind == 'row':
-      assert columns and depth == 0 and not math_mode and after[:1] not in ('[', '*'), value
-      rows.append([_shown(re.sub(r'\\\w+rule', '', c).strip()) for c in [*cells, cell]])
-      assert len(rows[-1]) == columns, rows[-1]
-      cells, cell = [], ''
-      continue
-    elif kind == 'char':
-      assert value not in '#%_^~|"`\\', (value, after[:20])
-      assert value not in '<>' or math_mode, (value, after[:20])
-      assert value.isascii() or markup.is_plain(value), value
-      depth += {'{': 1, '}': -1}.get(value, 0)
-      assert depth >= 0
-      math_mode ^= value == '$'
-      if value == '&':
-        assert columns and depth == 0 and not math_mode, after[:20]
-        cells, cell = [*cells, cell], ''
-        continue
-    cell += value
-  assert not environments and depth == 0 and not math_mode
-  return rows
-
-
-def _shown(latex: str) -> str:
-  """Returns what LaTeX shows of escaped text; numbers in dollars stay."""
-  if re.fullmatch(r'\$[^$\\]*(\\pm[^$\\]*)?\$', latex):
-    return latex
-  longest_first = sorted(_SHOWN, key=len, reverse=True)
-  return re.sub('|'.join(map(re.escape, longest_first)), lambda m: _SHOWN[m.group()], latex)
-
-
-def _markdown_shown(text: str) -> str:
-  """Returns text without the backslashes that Markdown takes for escapes: those before ASCII."""
-  return re.sub(r'\\([!-/:-@\[-`{-~])', r'\1', text)
-
-
-def _markdown_rows(text: str) -> list[list[str]]:
-  """Returns the cells of all tables, as they will be shown."""
-  rows = []
-  for line in text.split('\n'):
-    if line.startswith('|'):
-      cells = re.findall(r'((?:\\.|[^\\|])*)\|', line)[1:]
-      rows.append([_markdown_shown(cell).strip() for cell in cells])
-  return rows
-
-
-def _one_line(text: str) -> str:
-  return ' '.join(text.split())

@@ -1,0 +1,69 @@
+"""The paragraph on methods and the citation, of hand-made studies."""
+
+import pathlib
+import re
+
+import pytest
+
+from moe_jax.results import methods, summary
+from tests.results import made, shown
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope='module')
+def broken():
+  return made.make_broken()
+
+
+def test_methods_say_what_was_done(broken):
+  text = methods.methods(broken)
+  assert shown.check_latex(text) == [] and text.count('\n') == 1
+  for words in (
+    'my\\_study (4 arms): Is 50\\% of',
+    '2 blocks, width 128, 4 heads; they have 1.2M parameters, of which 400k',
+    'differ in moe.num\\_experts.',
+    'tier1 (fingerprint ffffffffffffffff) as bytes for 1000 steps, 32 sequences a step',
+    'seeds 0, 1, 2,',
+    'dropless/bits\\_per\\_byte in bits per byte on the test split (lower is better)',
+    '2 planned comparisons: mean difference paired by seed',
+    # dense 3, hostile 2, single 1.
+    '6 of 12 trials have no value and are in no mean (1 diverged, 2 missing, 3 failed)',
+    f'moe\\_jax at commit {made.COMMIT}, on 8 x cpu (cpu).',
+  ):
+    assert words in text, (words, text)
+  assert 'uncommitted' not in text and 'causal' not in text
+
+
+def test_methods_say_what_is_wrong():
+  records = [
+    made.make_record(
+      'dense',
+      seed,
+      config=made.make_config(router='expert_choice', num_experts=4 + 4 * seed),
+      git_dirty=True,
+      git_commit=commit,
+      parameters={'total': 1000 + seed, 'active': 1000 * (1 + seed)},
+    )
+    for seed, commit in enumerate(['a1', 'b2'])
+  ]
+  made_of = summary.summarize(made.make_study(['dense'], seeds=(0, 1)), records)
+  text = methods.methods(made_of)
+  assert (
+    'dense is not causal: a token can depend on later ones (moe.router=expert\\_choice)' in text
+  )
+  assert 'commits a1, b2 with uncommitted changes' in text
+  assert 'Arms differ' not in text and 'planned' not in text and 'no value' not in text
+  note = 'note = {Git commits a1, b2, with uncommitted changes}'
+  assert note in methods.bibtex(made_of)
+
+
+def test_bibtex_is_what_citation_says(broken):
+  citation = (REPOSITORY / 'CITATION.cff').read_text(encoding='utf-8')
+  of = dict(re.findall(r'^(?:  - )?(\w[\w-]*): (.+)$', citation, re.MULTILINE))
+  assert (of['title'], of['name']) == (methods.TITLE, methods.AUTHOR)
+  assert (of['version'], of['license']) == (methods.VERSION, methods.LICENSE)
+  assert len(re.findall(r'^  - name:', citation, re.MULTILINE)) == 1
+  text = methods.bibtex(broken)
+  assert text.startswith('@misc{moe_jax,\n') and text.count('{') == text.count('}')
+  assert 'author = {{The moe\\_jax maintainers}}' in text and f'Git commit {made.COMMIT}' in text
