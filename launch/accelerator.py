@@ -1,38 +1,62 @@
 """Checks and times the MoE layer on an accelerator within ten minutes.
 
-  .venv/bin/python launch/accelerator.py [--peers] [--minutes=10]
+  ./launch/accelerator [--peers] [--minutes=10] [--out=FILE]     sets up what is missing, then runs
+  python launch/accelerator.py ...                               this, where everything is there
 
 First y and all gradients of each dispatcher on the accelerator against one-hot products on the CPU,
 in float32 at full precision, under a skewed router; a difference ends it with exit code 1. Then
 what the product of the router costs in float32 and in bfloat16, and `moe_jax.benchmark dispatch` in
-bfloat16 on the shapes below, until the time is up; --peers adds transformers' grouped_mm, which
-needs torch and transformers.
+bfloat16 on the shapes below, until the time is up; at the end each arm beside what it should reach.
+A benchmark that fails is named and the others go on; then the exit code is 1, too. --peers adds
+transformers' grouped_mm, which needs torch and transformers. --out adds rows as JSON to a file as
+they come. --smaller=32 divides tokens, D and F, to try all this where there is no accelerator.
 """
 
 import argparse
-import dataclasses
+import json
+import os
 import pathlib
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-# Tokens, D, F, E (or several), K; the first four are layers of published models.
+
+class Layers(NamedTuple):
+  """Layers that are timed in one call: tokens, D, F, E (or several), K."""
+
+  tokens: int
+  width: int
+  hidden: int
+  experts: str
+  selected: int
+
+
+# The first four are layers of published models.
 SHAPES = (
-  (32_768, 2_048, 1_024, '64', 8),
-  (32_768, 2_048, 768, '128', 8),
-  (16_384, 4_096, 14_336, '8', 2),
-  (32_768, 1_536, 256, '512', 8),
-  (32_768, 1_024, 512, '8,64,256,1024', 8),
+  Layers(32_768, 2_048, 1_024, '64', 8),
+  Layers(32_768, 2_048, 768, '128', 8),
+  Layers(16_384, 4_096, 14_336, '8', 2),
+  Layers(32_768, 1_536, 256, '512', 8),
+  Layers(32_768, 1_024, 512, '8,64,256,1024', 8),
 )
 CASES = (('gather', 1.0), ('gather', None), ('dropless', 1.0), ('dropless', None))
 TOLERANCE = 1e-5
+# Products / arm that is asked for, where experts have at least so many tokens.
+TARGETS = {'forward': 0.85, 'forward+backward': 0.75}
+LEAST_TOKENS = 512
+ARMS = ('gather', 'dropless')
 
 
 def check() -> float:
   """Prints and returns the largest relative error (norm of the difference over the norm)."""
+  import dataclasses
+
   import jax
   import jax.numpy as jnp
   import numpy as np
@@ -79,45 +103,152 @@ def check() -> float:
   return worst
 
 
-def main() -> None:
-  """Runs the check, then the benchmarks."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-  )
-  parser.add_argument('--peers', action='store_true')
-  parser.add_argument('--minutes', type=float, default=10)
-  arguments = parser.parse_args()
-  end = time.monotonic() + 60 * arguments.minutes
+def only_check(on_cpu: bool) -> None:
+  """Checks, in a process of its own: JAX keeps the memory of a GPU as long as its process lives."""
+  import jax
+
+  if not on_cpu and jax.default_backend() == 'cpu':
+    _refuse("devices='cpu': no accelerator is here; --smaller=32 tries the script without one")
   if not check() < TOLERANCE:
     sys.exit(f'error: the accelerator differs from the CPU by {TOLERANCE} or more')
-  for command in commands(arguments.peers):
+
+
+def main(words: list[str]) -> None:
+  """Runs the check, then the benchmarks, and says what they reached."""
+  flags = _flags(words)
+  if flags.only_check:
+    only_check(flags.smaller > 1)
+    return
+  end = time.monotonic() + 60 * flags.minutes
+  checked = [sys.executable, __file__, '--only_check', f'--smaller={flags.smaller}']
+  code = subprocess.run(checked, check=False).returncode
+  if code:
+    sys.exit(code)
+  rows, failed = [], []
+  for command in commands(flags.peers, flags.smaller):
     print('python', ' '.join(command), flush=True)
-    try:
-      subprocess.run(
-        [sys.executable, *command], cwd=ROOT, check=True, timeout=max(1, end - time.monotonic())
-      )
-    except subprocess.TimeoutExpired:
+    for row in _rows(command, end, failed):
+      print(_text(command, row), flush=True)
+      if flags.out:
+        with open(flags.out, 'a', encoding='utf-8') as file:
+          file.write(json.dumps({'command': ' '.join(command), **row}) + '\n')
+      rows.append((command, row))
+    if time.monotonic() >= end:
       print('the time is up; what is missing above was not measured')
-      return
+      break
+  print('\n'.join(verdicts(rows)))
+  if failed:
+    sys.exit('error: failed, see above: ' + '; '.join(failed))
 
 
-def commands(peers: bool) -> list[list[str]]:
+def commands(peers: bool, smaller: int = 1) -> list[list[str]]:
   """Returns the benchmarks in their order: the router's two products, then the shapes."""
   result = []
-  for tokens, width, hidden, experts, selected in SHAPES:
+  for layers in SHAPES:
+    tokens, width, hidden = (-(-size // smaller) for size in layers[:3])
     shape = [
-      *('--dtype=bfloat16', f'--num_tokens={tokens}', f'--embed_dim={width}'),
-      *(f'--mlp_dim={hidden}', f'--num_experts={experts}', f'--num_selected_experts={selected}'),
+      *('--json', '--dtype=bfloat16', f'--num_tokens={tokens}', f'--embed_dim={width}'),
+      *(f'--mlp_dim={hidden}', f'--num_experts={layers.experts}'),
+      f'--num_selected_experts={layers.selected}',
     ]
     if not result:
       for dtype in ('float32', 'bfloat16'):
         flags = ['--routers=top_k,loss_free', f'--router_dtype={dtype}']
         result.append(['-m', 'moe_jax.benchmark', 'router', *flags, *shape])
-    flags = ['--routings=uniform', '--arms=gather,dropless,ragged_dot,copy']
+    flags = ['--routings=uniform', f'--arms={",".join(ARMS)},ragged_dot,copy']
     more = ['--peers'] if peers else []
     result.append(['-m', 'moe_jax.benchmark', 'dispatch', *flags, *shape, *more])
   return result
 
 
+def verdicts(rows: list[tuple[list[str], dict[str, Any]]]) -> list[str]:
+  """Returns a line for each of our arms in each row of `dispatch`: what it reached, and the target.
+
+  Args:
+    rows: of the benchmarks, each with its command.
+  """
+  from moe_jax.benchmark.timing import Ratio
+
+  lines = [
+    f'{"D":>6}{"F":>7}{"E":>6} {"tokens/E":>9} {"pass":<17}{"arm":<10}{"products/arm":<20}target'
+  ]
+  for command, row in rows:
+    if 'arms' not in row:
+      continue
+    width, hidden = (_value(command, name) for name in ('--embed_dim', '--mlp_dim'))
+    for name in ARMS:
+      head = (
+        f'{width:>6}{hidden:>7}{row["num_experts"]:>6} {row["tokens_per_expert"]:>9,.0f} '
+        f'{row["pass"]:<17}{name:<10}'
+      )
+      if name not in row['arms']:
+        lines.append(f'{head}not measured: {row["not_measured"][name]}')
+        continue
+      eta, target = row['arms'][name]['eta_bmm'], TARGETS[row['pass']]
+      asked = f'none below {LEAST_TOKENS} tokens'
+      if row['tokens_per_expert'] >= LEAST_TOKENS:
+        asked = f'{target} {"reached" if eta["median"] >= target else "missed"}'
+      peers = row['peers']
+      ahead = f', grouped_mm/arm {Ratio(**peers["ours"][name])}' if peers else ''
+      void = row['void'] or bool(peers and peers['void'])
+      lines.append(f'{head}{Ratio(**eta)!s:<20}{asked}{ahead}{", VOID" if void else ""}')
+  return lines
+
+
+def _flags(words: list[str]) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
+  )
+  parser.error = _refuse  # type: ignore[method-assign]
+  parser.add_argument('--peers', action='store_true')
+  parser.add_argument('--minutes', type=float, default=10)
+  parser.add_argument('--out', type=pathlib.Path)
+  parser.add_argument('--smaller', type=int, default=1)
+  parser.add_argument('--only_check', action='store_true', help=argparse.SUPPRESS)
+  flags = parser.parse_args(words)
+  if not 0 < flags.minutes < float('inf'):
+    _refuse(f'--minutes={flags.minutes}: must be above 0 and finite')
+  if flags.smaller < 1:
+    _refuse(f'--smaller={flags.smaller}: must be at least 1')
+  if flags.out is not None and flags.out.is_dir() or flags.out and not flags.out.parent.is_dir():
+    _refuse(f'--out={flags.out}: must be a file in a directory that is there')
+  return flags
+
+
+def _refuse(what: str) -> None:
+  print(f'error: {what}', file=sys.stderr)
+  sys.exit(2)
+
+
+def _rows(command: list[str], end: float, failed: list[str]) -> Iterator[dict[str, Any]]:
+  """Runs a benchmark until it or the time ends; yields its rows, and adds it to `failed`."""
+  # Other processes and other libraries need memory of the same device.
+  variables = {**os.environ, 'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}
+  process = subprocess.Popen(
+    [sys.executable, *command], cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True
+  )
+  timer = threading.Timer(max(0.0, end - time.monotonic()), process.kill)
+  timer.start()
+  assert process.stdout is not None
+  try:
+    # Of a line that was being written at the end there is no end.
+    yield from (json.loads(line) for line in process.stdout if line.endswith('\n'))
+    if process.wait() and timer.is_alive():
+      failed.append(' '.join(command))
+  finally:
+    timer.cancel()
+    process.kill()
+
+
+def _text(command: list[str], row: dict[str, Any]) -> str:
+  from moe_jax.benchmark import text
+
+  return text.of_dispatch(row) if 'dispatch' in command else text.of_router(row)
+
+
+def _value(command: list[str], flag: str) -> str:
+  return next(word.partition('=')[2] for word in command if word.startswith(f'{flag}='))
+
+
 if __name__ == '__main__':
-  main()
+  main(sys.argv[1:])

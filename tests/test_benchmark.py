@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moe_jax import cli
-from moe_jax.benchmark import decode, dispatch, routings, text, timing
+from moe_jax.benchmark import decode, dispatch, peers, routings, text, timing
 from moe_jax.benchmark.arms import Shape, expert_weights
 from tests import tiny
 
@@ -293,6 +293,14 @@ def test_what_only_a_trace_needs_is_refused_without_one(flag):
   refused.assert_error(flag.partition('=')[0], '--routings=trace')
 
 
+@pytest.mark.parametrize(
+  'words', [('layer', '--num_experts=4,04'), ('dispatch', '--arms=gather,copy,gather')]
+)
+def test_what_is_named_twice_is_refused(words):
+  refused = tiny.command('benchmark', *words)
+  refused.assert_error(words[1].partition('=')[0], 'more than once')
+
+
 def test_help_is_no_error():
   result = tiny.command('benchmark', '--help')
   assert result.code == 0 and 'dispatch' in result.out, result.err
@@ -341,6 +349,49 @@ def test_an_arm_that_is_too_slow_is_not_tried_with_more_experts(monkeypatch):
   ]
   assert all(why.endswith('times the dense layer at E=2') for why in rows)
   assert rows[:2] == rows[2:]
+
+
+def test_an_arm_that_memory_is_too_small_for_is_left_out_and_the_others_go_on(monkeypatch):
+  def layer_of(arm, activation):
+    if arm == 'ragged_dot':
+      raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 1 byte.')
+    return dispatch_layer(arm, activation)
+
+  dispatch_layer = dispatch.layer_of
+  monkeypatch.setattr(dispatch, 'layer_of', layer_of)
+  shape, arms = SHAPE._replace(num_tokens=8), ['ragged_dot', 'gather']
+  options = {'routings': ['uniform'], 'tokens_per_expert': 0, 'rounds': 9, 'seed': 0}
+  rows = list(dispatch.rows(shape, num_experts=[2, 4], arms=arms, **options))
+  assert len(rows) == 4
+  for row in rows:
+    assert row['not_measured'] == {'ragged_dot': 'out of memory at E=2'}
+    assert 'gather' in row['arms'] and 'ragged_dot' not in row['arms']
+
+
+def test_any_other_failure_of_an_arm_ends_the_benchmark(monkeypatch):
+  def layer_of(arm, activation):
+    raise jax.errors.JaxRuntimeError('INTERNAL: broken')
+
+  monkeypatch.setattr(dispatch, 'layer_of', layer_of)
+  options = {'routings': ['uniform'], 'tokens_per_expert': 0, 'rounds': 9, 'seed': 0}
+  with pytest.raises(jax.errors.JaxRuntimeError, match='broken'):
+    list(dispatch.rows(SHAPE, num_experts=[2], arms=['gather'], **options))
+
+
+def test_peers_without_memory_are_left_out_and_ours_go_on(monkeypatch):
+  class OutOfMemoryError(RuntimeError):
+    """As torch has it."""
+
+  def no_memory(*_):
+    raise OutOfMemoryError('CUDA out of memory.')
+
+  monkeypatch.setattr(peers, 'arms', no_memory)
+  options = {'routings': ['uniform'], 'tokens_per_expert': 0, 'rounds': 9, 'seed': 0}
+  shape = SHAPE._replace(num_tokens=8)
+  rows = dispatch.rows(shape, num_experts=[2], arms=['gather'], peers=True, **options)
+  for row in rows:
+    assert row['not_measured'] == {peers.GROUPED: 'out of memory at E=2'}
+    assert row['peers'] is None and 'gather' in row['arms']
 
 
 def test_a_trace_is_what_the_router_of_a_run_chose(tmp_path, text):

@@ -16,7 +16,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -200,10 +200,19 @@ def main() -> None:
 def _numbers(flag: flags.FlagHolder, lowest: int) -> list[int]:
   if not flag.value or not all(n.isdigit() and int(n) >= lowest for n in flag.value):
     raise UserError(f'--{flag.name}', flag.value, f'must be numbers >= {lowest}')
-  return [int(n) for n in flag.value]
+  numbers = [int(n) for n in flag.value]
+  _check_once(flag, numbers)
+  return numbers
+
+
+def _check_once(flag: flags.FlagHolder, values: Sequence[Any]) -> None:
+  twice = [value for value in values if values.count(value) > 1]
+  if twice:
+    raise UserError(f'--{flag.name}', flag.value, f'names {twice[0]} more than once')
 
 
 def _names(flag: flags.FlagHolder, known: Collection[str]) -> list[str]:
+  _check_once(flag, flag.value)
   for name in flag.value:
     if name not in known:
       raise UserError(f'--{flag.name}', name, f'must be of {", ".join(known)}')

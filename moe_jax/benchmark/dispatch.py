@@ -32,6 +32,7 @@ from moe_jax.benchmark.timing import (
   Compiled,
   Memory,
   compile_arm,
+  is_out_of_memory,
   is_void,
   measure,
   milliseconds,
@@ -111,26 +112,27 @@ def rows(
     nothing are held against), eta_balanced (`balanced` / arm for every arm), excess and
     excess_balanced (of these two, over the first E of the same routing and pass; see
     `arms.excess`), milliseconds, compile_seconds, temporary_bytes}, `not_measured`: {name: why},
-    and `peers`, None without them or what `peers.summary` says.
+    and `peers`, None without them (or without memory for them) or what `peers.summary` says.
   """
   first: dict[tuple[str, ...], float] = {}
-  # What is too slow is so again with more experts.
-  too_slow: dict[bool, dict[str, str]] = {False: {}, True: {}}
+  # What is too slow or too large is so again with more experts.
+  left_out: dict[bool, dict[str, str]] = {False: {}, True: {}}
   for experts in num_experts:
     of_experts = with_tokens_per_expert(shape, tokens_per_expert, experts)
     for name in routings:
       case = _case(of_experts, experts, name, seed, trace)
       for backward in (False, True):
-        slow = too_slow[backward]
+        out = left_out[backward]
         memory = Memory() if reuse_memory else None
-        fast = [arm for arm in arms if arm not in slow]
-        row = _row(case, fast, backward, rounds, seed, peers, memory)
+        names = [arm for arm in arms if arm not in out]
+        with_peers = peers and peers_lib.GROUPED not in out
+        row = _row(case, names, backward, rounds, seed, with_peers, memory)
         for arm, facts in row['arms'].items():
           for of, eta_of in (('excess', 'eta_bmm'), ('excess_balanced', 'eta_balanced')):
             eta = facts[eta_of]['median']
             facts[of] = excess(eta, first.setdefault((name, row['pass'], arm, of), eta))
-        slow |= {arm: f'{why} at E={experts}' for arm, why in row['not_measured'].items()}
-        row['not_measured'] = dict(slow)
+        out |= {arm: f'{why} at E={experts}' for arm, why in row['not_measured'].items()}
+        row['not_measured'] = dict(out)
         yield row
 
 
@@ -244,9 +246,14 @@ def _row(
   calls = {name: arm.call for name, arm in compiled.items()}
   peer_arms = {}
   if with_peers:
-    peer_arms = peers_lib.arms(
-      case.shape, case.params, case.dense, case.tokens[0], plan.expert_index[0], backward
-    )
+    try:
+      peer_arms = peers_lib.arms(
+        case.shape, case.params, case.dense, case.tokens[0], plan.expert_index[0], backward
+      )
+    except RuntimeError as error:
+      if not is_out_of_memory(error):
+        raise
+      not_measured[peers_lib.GROUPED] = 'out of memory'
   seconds = measure(calls | peer_arms, rounds, seed)
   null = ratio(seconds['dense'], seconds['dense copy'])
   load = np.bincount(np.asarray(plan.expert_index).ravel(), minlength=num_experts)
@@ -274,7 +281,7 @@ def _row(
     'not_measured': not_measured,
     'peers': None,
   }
-  if with_peers:
+  if peer_arms:
     row['peers'] = peers_lib.summary(seconds, [name for name in names if name in compiled])
   return row
 
@@ -297,7 +304,13 @@ def _compile(
   not_measured = {}
   for name in names:
     layer = timed(layer_of(name, activation), backward)
-    arm = compile_(layer, case.params, case.tokens, case.plan)
+    try:
+      arm = compile_(layer, case.params, case.tokens, case.plan)
+    except jax.errors.JaxRuntimeError as error:
+      if not is_out_of_memory(error):
+        raise
+      not_measured[name] = 'out of memory'
+      continue
     slower = arm.first_seconds / dense_seconds
     if slower > SLOWEST:
       # On a restless machine one call can take any time.

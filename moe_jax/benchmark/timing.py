@@ -107,6 +107,11 @@ def compile_arm(function: Callable, *arguments: Any, memory: Memory | None = Non
   return Compiled(call, first, seconds, temporary, lambda: compiled.as_text() or '')
 
 
+def is_out_of_memory(error: Exception) -> bool:
+  """Whether this is how XLA, or torch, says that a device has not enough memory."""
+  return 'RESOURCE_EXHAUSTED' in str(error) or type(error).__name__ == 'OutOfMemoryError'
+
+
 def measure(
   arms: Mapping[str, Callable[[], Any]], rounds: int, seed: int = 0, least_seconds: float = 0.0
 ) -> dict[str, list[float]]:

@@ -5,11 +5,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import scipy.stats
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 
 from moe_jax.results.records import FINISHED, STATUSES, Record
+from moe_jax.results.statistics import half_width
 from moe_jax.study import Study
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, without the yellow that white
@@ -42,17 +43,12 @@ def by_arm(study: Study, records: Sequence[Record]) -> dict[str, Trials]:
   return {name: trials for name, trials in arms.items() if trials}
 
 
-def mean_and_interval(values: Any) -> tuple[Any, Any]:
+def mean_and_interval(values: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
   """Returns the mean over the first axis and half the width of its 95% t interval.
 
   The latter is NaN of a single value.
   """
-  values = np.asarray(values, np.float64)
-  count = len(values)
-  if count < 2:
-    return np.mean(values, 0), np.full(values.shape[1:], np.nan)
-  error = np.std(values, 0, ddof=1) / np.sqrt(count)
-  return np.mean(values, 0), scipy.stats.t.ppf(0.975, count - 1) * error
+  return np.mean(np.asarray(values, np.float64), 0), half_width(values)
 
 
 def values_of(trials: Trials, name: str) -> list[float]:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.stats
+from numpy.typing import ArrayLike
 
 LEVEL = 0.95
 NUM_RESAMPLES = 10_000
@@ -65,10 +66,18 @@ def mean_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
   num = len(values)
   if num < 2:
     return _without_limits(values)
-  mean = float(np.mean(values))
-  quantile = float(scipy.stats.t.ppf((1 + level) / 2, num - 1))
-  half = quantile * float(np.std(values, ddof=1)) / math.sqrt(num)
+  mean, half = float(np.mean(values)), float(half_width(values, level))
   return Interval(mean, mean - half, mean + half, num)
+
+
+def half_width(values: ArrayLike, level: float = LEVEL) -> np.ndarray:
+  """Returns half the width of `mean_interval` over the first axis; NaN of a single value."""
+  values = np.asarray(values, np.float64)
+  num = len(values)
+  if num < 2:
+    return np.full(values.shape[1:], np.nan)
+  quantile = float(scipy.stats.t.ppf((1 + level) / 2, num - 1))
+  return quantile * np.std(values, 0, ddof=1) / math.sqrt(num)
 
 
 def bootstrap_interval(
