@@ -224,20 +224,19 @@ def _rows(command: list[str], end: float, failed: list[str]) -> Iterator[dict[st
   """Runs a benchmark until it or the time ends; yields its rows, and adds it to `failed`."""
   # Other processes and other libraries need memory of the same device.
   variables = {**os.environ, 'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}
-  process = subprocess.Popen(
+  with subprocess.Popen(
     [sys.executable, *command], cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True
-  )
-  timer = threading.Timer(max(0.0, end - time.monotonic()), process.kill)
-  timer.start()
-  assert process.stdout is not None
-  try:
-    # Of a line that was being written at the end there is no end.
-    yield from (json.loads(line) for line in process.stdout if line.endswith('\n'))
-    if process.wait() and timer.is_alive():
-      failed.append(' '.join(command))
-  finally:
-    timer.cancel()
-    process.kill()
+  ) as process:
+    timer = threading.Timer(max(0.0, end - time.monotonic()), process.kill)
+    timer.start()
+    try:
+      # Of a line that was being written at the end there is no end.
+      yield from (json.loads(line) for line in process.stdout or () if line.endswith('\n'))
+      if process.wait() and timer.is_alive():
+        failed.append(' '.join(command))
+    finally:
+      timer.cancel()
+      process.kill()
 
 
 def _text(command: list[str], row: dict[str, Any]) -> str:

@@ -353,9 +353,10 @@ def test_an_arm_that_is_too_slow_is_not_tried_with_more_experts(monkeypatch):
 
 def test_an_arm_that_memory_is_too_small_for_is_left_out_and_the_others_go_on(monkeypatch):
   def layer_of(arm, activation):
-    if arm == 'ragged_dot':
-      raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 1 byte.')
-    return dispatch_layer(arm, activation)
+    return too_large if arm == 'ragged_dot' else dispatch_layer(arm, activation)
+
+  def too_large(*_):
+    raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 1 byte.')
 
   dispatch_layer = dispatch.layer_of
   monkeypatch.setattr(dispatch, 'layer_of', layer_of)
@@ -369,10 +370,10 @@ def test_an_arm_that_memory_is_too_small_for_is_left_out_and_the_others_go_on(mo
 
 
 def test_any_other_failure_of_an_arm_ends_the_benchmark(monkeypatch):
-  def layer_of(arm, activation):
+  def broken(*_):
     raise jax.errors.JaxRuntimeError('INTERNAL: broken')
 
-  monkeypatch.setattr(dispatch, 'layer_of', layer_of)
+  monkeypatch.setattr(dispatch, 'layer_of', lambda *_: broken)
   options = {'routings': ['uniform'], 'tokens_per_expert': 0, 'rounds': 9, 'seed': 0}
   with pytest.raises(jax.errors.JaxRuntimeError, match='broken'):
     list(dispatch.rows(SHAPE, num_experts=[2], arms=['gather'], **options))

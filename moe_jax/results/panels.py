@@ -48,7 +48,7 @@ def mean_and_interval(values: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
 
   The latter is NaN of a single value.
   """
-  return np.mean(np.asarray(values, np.float64), 0), half_width(values)
+  return np.asarray(np.mean(np.asarray(values, np.float64), 0)), half_width(values)
 
 
 def values_of(trials: Trials, name: str) -> list[float]:

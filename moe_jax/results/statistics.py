@@ -77,7 +77,7 @@ def half_width(values: ArrayLike, level: float = LEVEL) -> np.ndarray:
   if num < 2:
     return np.full(values.shape[1:], np.nan)
   quantile = float(scipy.stats.t.ppf((1 + level) / 2, num - 1))
-  return quantile * np.std(values, 0, ddof=1) / math.sqrt(num)
+  return np.asarray(quantile * np.std(values, 0, ddof=1) / math.sqrt(num))
 
 
 def bootstrap_interval(
