@@ -4,18 +4,19 @@
   python launch/accelerator.py ...                               this, where everything is there
 
 First y and all gradients of each dispatcher on the accelerator against one-hot products on the CPU,
-in float32 at full precision, under a skewed router; a difference ends it with exit code 1. Then
-what the product of the router costs in float32 and in bfloat16, and `moe_jax.benchmark dispatch` in
-bfloat16 on the shapes below, until the time is up; at the end each arm beside what it should reach.
-A benchmark that fails is named and the others go on; then the exit code is 1, too. --peers adds
-transformers' grouped_mm, which needs torch and transformers. --out adds rows as JSON to a file as
-they come. --smaller=32 divides tokens, D and F, to try all this where there is no accelerator.
+in float32 at full precision, under a skewed router; a difference, or a NaN, ends it with exit code
+1. Then what the product of the router costs in float32 and in bfloat16, and `moe_jax.benchmark
+dispatch` in bfloat16 on the shapes below, until the time is up; at the end each arm beside what it
+should reach. A benchmark that fails is named and the others go on; then, and where nothing was
+measured, the exit code is 1, too. Ctrl-C and SIGTERM end it with 130 and 143, after what was
+reached so far.
 """
 
 import argparse
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import threading
@@ -50,6 +51,7 @@ TOLERANCE = 1e-5
 # Products / arm that is asked for, where experts have at least so many tokens.
 TARGETS = {'forward': 0.85, 'forward+backward': 0.75}
 LEAST_TOKENS = 512
+MOST_MINUTES = 24 * 60
 ARMS = ('gather', 'dropless')
 
 
@@ -93,22 +95,31 @@ def check() -> float:
       (_, y), gradients = program(*jax.device_put((params, x), on))
     return [np.asarray(leaf) for leaf in jax.tree.leaves((y, gradients))]
 
-  worst = 0.0
+  worst = []
   print(f'on {device.device_kind}, JAX {jax.__version__}')
   for name, factor in CASES:
     pairs = zip(result(device, name, factor), result(cpu, 'einsum', factor), strict=True)
-    error = max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs)
-    worst = max(worst, error)
+    # Python's max would lose a NaN, np.max does not.
+    error = np.max([np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in pairs])
+    worst.append(error)
     print(f'{name}, capacity factor {factor}: relative error {error:.1e}', flush=True)
-  return worst
+  return float(np.max(worst))
 
 
-def only_check(on_cpu: bool) -> None:
+def only_check(on_cpu: bool, peers: bool) -> None:
   """Checks, in a process of its own: JAX keeps the memory of a GPU as long as its process lives."""
   import jax
 
+  from moe_jax.benchmark.peers import libraries
+  from moe_jax.errors import UserError
+
   if not on_cpu and jax.default_backend() == 'cpu':
     _refuse("devices='cpu': no accelerator is here; --smaller=32 tries the script without one")
+  if peers:
+    try:
+      libraries()
+    except UserError as error:
+      _refuse(str(error))
   if not check() < TOLERANCE:
     sys.exit(f'error: the accelerator differs from the CPU by {TOLERANCE} or more')
 
@@ -116,29 +127,96 @@ def only_check(on_cpu: bool) -> None:
 def main(words: list[str]) -> None:
   """Runs the check, then the benchmarks, and says what they reached."""
   flags = _flags(words)
-  if flags.only_check:
-    only_check(flags.smaller > 1)
+  if flags.only_flags:
     return
+  if flags.only_check:
+    only_check(flags.smaller > 1, flags.peers)
+    return
+  for number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, lambda number, _: sys.exit(128 + number))
+  rows: list[tuple[list[str], dict[str, Any]]] = []
+  failed: list[str] = []
+  try:
+    _run_all(flags, rows, failed)
+  except KeyboardInterrupt:
+    sys.exit(130)
+  finally:
+    if rows:
+      print('\n'.join(verdicts(rows)), flush=True)
+  if failed:
+    sys.exit('error: failed, see above: ' + '; '.join(failed))
+  if not any('arms' in row for _, row in rows):
+    sys.exit(f'error: --minutes={flags.minutes}: over before a layer was measured')
+
+
+def _run_all(
+  flags: argparse.Namespace, rows: list[tuple[list[str], dict[str, Any]]], failed: list[str]
+) -> None:
+  """Fills in what the benchmarks measured, and which of them failed."""
   end = time.monotonic() + 60 * flags.minutes
-  checked = [sys.executable, __file__, '--only_check', f'--smaller={flags.smaller}']
-  code = subprocess.run(checked, check=False).returncode
-  if code:
-    sys.exit(code)
-  rows, failed = [], []
+  of_check = [__file__, '--only_check', f'--smaller={flags.smaller}', *['--peers'] * flags.peers]
+  check_ = Child(of_check, end)
+  for line in check_:
+    print(line, flush=True)
+  if check_.code:
+    sys.exit(check_.code)
   for command in commands(flags.peers, flags.smaller):
+    if time.monotonic() >= end:
+      print('the time is up; what is missing above was not measured')
+      return
     print('python', ' '.join(command), flush=True)
-    for row in _rows(command, end, failed):
+    child = Child(command, end)
+    for line in child:
+      row = _row(line)
+      if row is None:
+        print(line, flush=True)
+        continue
+      rows.append((command, row))
       print(_text(command, row), flush=True)
       if flags.out:
         with open(flags.out, 'a', encoding='utf-8') as file:
           file.write(json.dumps({'command': ' '.join(command), **row}) + '\n')
-      rows.append((command, row))
-    if time.monotonic() >= end:
-      print('the time is up; what is missing above was not measured')
-      break
-  print('\n'.join(verdicts(rows)))
-  if failed:
-    sys.exit('error: failed, see above: ' + '; '.join(failed))
+    if child.code:
+      failed.append(' '.join(command))
+
+
+class Child:
+  """A process of Python, killed when the time is up or its reader leaves.
+
+  Iterating runs it and gives the lines that it prints.
+
+  Attributes:
+    code: how it ended; 0 if it was killed as the time was up.
+  """
+
+  def __init__(self, command: list[str], end: float):
+    self._command, self._end, self._is_late = command, end, False
+    self.code = 0
+
+  def __iter__(self) -> Iterator[str]:
+    # Other processes and other libraries need memory of the same device. Ctrl-C is for us alone.
+    with subprocess.Popen(
+      [sys.executable, *self._command],
+      cwd=ROOT,
+      env={**os.environ, 'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'},
+      stdout=subprocess.PIPE,
+      text=True,
+      start_new_session=True,
+    ) as process:
+      timer = threading.Timer(max(0.0, self._end - time.monotonic()), self._stop, [process])
+      timer.start()
+      try:
+        # What was being written when it was killed has no end of line.
+        yield from (line[:-1] for line in process.stdout or () if line.endswith('\n'))
+        code = process.wait()
+        self.code = 0 if self._is_late else code
+      finally:
+        timer.cancel()
+        process.kill()
+
+  def _stop(self, process: subprocess.Popen) -> None:
+    self._is_late = True
+    process.kill()
 
 
 def commands(peers: bool, smaller: int = 1) -> list[list[str]]:
@@ -170,7 +248,7 @@ def verdicts(rows: list[tuple[list[str], dict[str, Any]]]) -> list[str]:
   from moe_jax.benchmark.timing import Ratio
 
   lines = [
-    f'{"D":>6}{"F":>7}{"E":>6} {"tokens/E":>9} {"pass":<17}{"arm":<10}{"products/arm":<20}target'
+    f'{"D":>6}{"F":>7}{"E":>6} {"tokens/E":>9} {"pass":<17}{"arm":<10}{"products/arm":<21}target'
   ]
   for command, row in rows:
     if 'arms' not in row:
@@ -184,34 +262,47 @@ def verdicts(rows: list[tuple[list[str], dict[str, Any]]]) -> list[str]:
       if name not in row['arms']:
         lines.append(f'{head}not measured: {row["not_measured"][name]}')
         continue
-      eta, target = row['arms'][name]['eta_bmm'], TARGETS[row['pass']]
+      eta, target = Ratio(**row['arms'][name]['eta_bmm']), TARGETS[row['pass']]
       asked = f'none below {LEAST_TOKENS} tokens'
       if row['tokens_per_expert'] >= LEAST_TOKENS:
-        asked = f'{target} {"reached" if eta["median"] >= target else "missed"}'
-      peers = row['peers']
-      ahead = f', grouped_mm/arm {Ratio(**peers["ours"][name])}' if peers else ''
-      void = row['void'] or bool(peers and peers['void'])
-      lines.append(f'{head}{Ratio(**eta)!s:<20}{asked}{ahead}{", VOID" if void else ""}')
+        asked = f'{target} {"reached" if eta.median >= target else "missed"}'
+      ahead = ''
+      if row['peers']:
+        peer = Ratio(**row['peers']['ours'][name])
+        ahead = f', grouped_mm/arm {_exact(peer)} {"ahead" if peer.median > 1 else "not ahead"}'
+      void = row['void'] or bool(row['peers'] and row['peers']['void'])
+      lines.append(f'{head}{_exact(eta):<21}{asked}{ahead}{", VOID" if void else ""}')
   return lines
+
+
+def _exact(ratio: Any) -> str:
+  """Returns a ratio so that none which is below its target looks as if it were not."""
+  return f'{ratio.median:.3f} [{ratio.low:.2f}, {ratio.high:.2f}]'
 
 
 def _flags(words: list[str]) -> argparse.Namespace:
   parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
   )
   parser.error = _refuse  # type: ignore[method-assign]
-  parser.add_argument('--peers', action='store_true')
-  parser.add_argument('--minutes', type=float, default=10)
-  parser.add_argument('--out', type=pathlib.Path)
-  parser.add_argument('--smaller', type=int, default=1)
-  parser.add_argument('--only_check', action='store_true', help=argparse.SUPPRESS)
+  add = parser.add_argument
+  add('--peers', action='store_true', help="adds transformers' grouped_mm; needs both libraries")
+  add('--minutes', type=float, default=10, help='until it stops; installing is not counted')
+  add('--out', type=pathlib.Path, help='file that rows are added to as they come, as JSON')
+  add('--smaller', type=int, default=1, help='divides tokens, D and F, to try it on a CPU')
+  for name in ('--only_check', '--only_flags'):
+    add(name, action='store_true', help=argparse.SUPPRESS)
   flags = parser.parse_args(words)
-  if not 0 < flags.minutes < float('inf'):
-    _refuse(f'--minutes={flags.minutes}: must be above 0 and finite')
+  if not 0 < flags.minutes <= MOST_MINUTES:
+    _refuse(f'--minutes={flags.minutes}: must be above 0 and at most {MOST_MINUTES}')
   if flags.smaller < 1:
     _refuse(f'--smaller={flags.smaller}: must be at least 1')
-  if flags.out is not None and flags.out.is_dir() or flags.out and not flags.out.parent.is_dir():
-    _refuse(f'--out={flags.out}: must be a file in a directory that is there')
+  if flags.out is not None:
+    try:
+      with open(flags.out, 'a', encoding='utf-8') as file:
+        file.write('')
+    except OSError as error:
+      _refuse(f'--out={flags.out}: cannot be written: {error.strerror}')
   return flags
 
 
@@ -220,23 +311,13 @@ def _refuse(what: str) -> None:
   sys.exit(2)
 
 
-def _rows(command: list[str], end: float, failed: list[str]) -> Iterator[dict[str, Any]]:
-  """Runs a benchmark until it or the time ends; yields its rows, and adds it to `failed`."""
-  # Other processes and other libraries need memory of the same device.
-  variables = {**os.environ, 'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}
-  with subprocess.Popen(
-    [sys.executable, *command], cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True
-  ) as process:
-    timer = threading.Timer(max(0.0, end - time.monotonic()), process.kill)
-    timer.start()
-    try:
-      # Of a line that was being written at the end there is no end.
-      yield from (json.loads(line) for line in process.stdout or () if line.endswith('\n'))
-      if process.wait() and timer.is_alive():
-        failed.append(' '.join(command))
-    finally:
-      timer.cancel()
-      process.kill()
+def _row(line: str) -> dict[str, Any] | None:
+  """Returns the row that a line is; other libraries may print lines of their own."""
+  try:
+    row = json.loads(line)
+  except ValueError:
+    return None
+  return row if isinstance(row, dict) else None
 
 
 def _text(command: list[str], row: dict[str, Any]) -> str:

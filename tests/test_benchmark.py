@@ -341,6 +341,7 @@ def test_router_in_bfloat16_says_how_many_choices_differ():
 
 def test_an_arm_that_is_too_slow_is_not_tried_with_more_experts(monkeypatch):
   monkeypatch.setattr(dispatch, 'SLOWEST', 0.0)
+  monkeypatch.setattr(dispatch, 'LEAST_SECONDS', 0.0)
   shape = SHAPE._replace(num_tokens=8)
   options = {'routings': ['uniform'], 'tokens_per_expert': 0, 'rounds': 9, 'seed': 0}
   rows = [
@@ -367,6 +368,37 @@ def test_an_arm_that_memory_is_too_small_for_is_left_out_and_the_others_go_on(mo
   for row in rows:
     assert row['not_measured'] == {'ragged_dot': 'out of memory at E=2'}
     assert 'gather' in row['arms'] and 'ragged_dot' not in row['arms']
+
+
+def test_what_takes_no_time_is_not_left_out_as_slow(monkeypatch):
+  monkeypatch.setattr(dispatch, 'SLOWEST', 0.0)
+  monkeypatch.setattr(dispatch, 'LEAST_SECONDS', 1e9)
+  options = {'routings': ['uniform'], 'tokens_per_expert': 0, 'rounds': 9, 'seed': 0}
+  rows = dispatch.rows(SHAPE._replace(num_tokens=8), num_experts=[2], arms=['gather'], **options)
+  assert not any(row['not_measured'] for row in rows)
+
+
+def test_no_memory_for_the_references_is_one_line(monkeypatch):
+  def too_large(*_, **__):
+    raise jax.errors.JaxRuntimeError('INTERNAL: Error: Out of memory allocating 17179869184 bytes.')
+
+  monkeypatch.setattr(dispatch, 'dense_weights', too_large)
+  result = tiny.command('benchmark', 'dispatch', *SMALL, '--routings=uniform')
+  result.assert_error("benchmark='dispatch'", 'not enough memory', '17179869184 bytes')
+
+
+@pytest.mark.parametrize(
+  ('text', 'is_so'),
+  [
+    ('RESOURCE_EXHAUSTED: Failed to allocate', True),
+    ('INTERNAL: Error dispatching computation: Out of memory allocating 1 bytes.', True),
+    ('CUDA out of memory. Tried to allocate', True),
+    ("DefaultCPUAllocator: can't allocate memory", True),
+    ('INTERNAL: an illegal memory access', False),
+  ],
+)
+def test_no_memory_is_told_from_other_failures(text, is_so):
+  assert timing.is_out_of_memory(RuntimeError(text)) == is_so
 
 
 def test_any_other_failure_of_an_arm_ends_the_benchmark(monkeypatch):

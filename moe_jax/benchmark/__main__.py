@@ -38,6 +38,7 @@ from moe_jax.benchmark import (
   step,
   sweep,
   text,
+  timing,
 )
 from moe_jax.benchmark.arms import Shape
 from moe_jax.errors import UserError
@@ -185,6 +186,16 @@ def main() -> None:
   _check_sizes()
   if not _JSON.value:
     print(f'on {jax.devices()[0].device_kind}, {jax.device_count()} device(s)')
+  try:
+    _run()
+  except jax.errors.JaxRuntimeError as error:
+    if not timing.is_out_of_memory(error):
+      raise
+    why = str(error).splitlines()[0]
+    raise UserError('benchmark', _COMMAND, f'the device has not enough memory: {why}') from error
+
+
+def _run() -> None:
   {
     'decode': _decode,
     'dispatch': _dispatch,
@@ -212,6 +223,8 @@ def _check_once(flag: flags.FlagHolder, values: Sequence[Any]) -> None:
 
 
 def _names(flag: flags.FlagHolder, known: Collection[str]) -> list[str]:
+  if not flag.value:
+    raise UserError(f'--{flag.name}', '', f'must name some of {", ".join(known)}')
   _check_once(flag, flag.value)
   for name in flag.value:
     if name not in known:
@@ -289,8 +302,6 @@ def _shape() -> Shape:
 
 def _dispatch() -> None:
   names, shape = _names(_ROUTINGS, routings.ROUTINGS), _shape()
-  if not names:
-    raise UserError('--routings', '', f'must name some of {", ".join(routings.ROUTINGS)}')
   num_experts, tokens_per_expert = _values_of_e([8, 64, 256, 1024]), _tokens_per_expert()
   trace = None
   if routings.TRACE in names:

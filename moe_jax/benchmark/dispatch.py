@@ -48,8 +48,10 @@ from moe_jax.routing.plan import Plan
 ARMS = (*sorted(dispatch_room.DISPATCHERS, reverse=True), 'ragged_dot', 'copy')
 # Arms that drop nothing. Their products are those of balanced rows, without a capacity factor.
 DROPLESS = ('dropless', 'ragged_dot')
-# An arm that takes so many times as long as the dense layer in each of two calls is not measured.
+# An arm that takes so many times as long as the dense layer, and so many seconds, in each of two
+# calls is not measured.
 SLOWEST = 20.0
+LEAST_SECONDS = 0.5
 
 
 class Case(NamedTuple):
@@ -311,12 +313,12 @@ def _compile(
         raise
       not_measured[name] = 'out of memory'
       continue
-    slower = arm.first_seconds / dense_seconds
-    if slower > SLOWEST:
+    seconds, most = arm.first_seconds, max(LEAST_SECONDS, SLOWEST * dense_seconds)
+    if seconds > most:
       # On a restless machine one call can take any time.
-      slower = min(slower, measure({'': arm.call}, 1)[''][0] / dense_seconds)
-    if slower > SLOWEST:
-      not_measured[name] = f'{slower:.0f} times the dense layer'
+      seconds = min(seconds, measure({'': arm.call}, 1)[''][0])
+    if seconds > most:
+      not_measured[name] = f'{seconds / dense_seconds:.0f} times the dense layer'
     else:
       compiled[name] = arm
   return compiled, not_measured

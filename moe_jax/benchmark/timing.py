@@ -109,7 +109,8 @@ def compile_arm(function: Callable, *arguments: Any, memory: Memory | None = Non
 
 def is_out_of_memory(error: Exception) -> bool:
   """Whether this is how XLA, or torch, says that a device has not enough memory."""
-  return 'RESOURCE_EXHAUSTED' in str(error) or type(error).__name__ == 'OutOfMemoryError'
+  text = str(error).lower()
+  return any(s in text for s in ('resource_exhausted', 'out of memory', "can't allocate memory"))
 
 
 def measure(

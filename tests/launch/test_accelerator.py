@@ -4,12 +4,16 @@ import json
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import time
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from moe_jax.layers import moe
 from tests import tiny
 
 PATH = tiny.REPOSITORY / 'launch' / 'accelerator.py'
@@ -48,6 +52,7 @@ def test_runs_whole_and_goes_on_where_a_benchmark_fails(tmp_path, monkeypatch, c
   monkeypatch.setitem(SCRIPT['main'].__globals__, 'SHAPES', shapes)
   path = tmp_path / 'rows.jsonl'
   path.write_text('{"of": "an earlier run"}\n', encoding='utf-8')
+  monkeypatch.setattr(signal, 'signal', lambda *_: None)
   with pytest.raises(SystemExit) as end:
     SCRIPT['main'](['--smaller=2', f'--out={path}'])
   assert str(end.value).startswith('error: failed') and '--num_selected_experts=8' in end.value.code
@@ -66,18 +71,106 @@ def test_runs_whole_and_goes_on_where_a_benchmark_fails(tmp_path, monkeypatch, c
 
 
 def test_what_the_time_does_not_reach_is_no_failure():
-  failed = []
-  command = ['-c', 'import time; print("{}"); time.sleep(60)']
   start = time.monotonic()
-  assert list(SCRIPT['_rows'](command, start, failed)) in ([], [{}]) and not failed
+  late = SCRIPT['Child'](['-c', 'import time; time.sleep(60)'], start)
+  assert not list(late) and late.code == 0
   assert time.monotonic() - start < 30
-  assert list(SCRIPT['_rows'](['-c', 'print("{}"); raise SystemExit(1)'], start + 60, failed))
-  assert len(failed) == 1
+  failed = SCRIPT['Child'](['-c', 'print("{}"); raise SystemExit(3)'], start + 60)
+  assert list(failed) == ['{}'] and failed.code == 3
 
 
-def test_a_row_that_was_cut_off_is_left_out():
-  command = ['-c', 'print("{}"); print(\'{"a": \', end="")']
-  assert list(SCRIPT['_rows'](command, time.monotonic() + 60, [])) == [{}]
+def test_a_line_that_was_cut_off_is_left_out():
+  child = SCRIPT['Child'](['-c', 'print("{}"); print(\'{"a": \', end="")'], time.monotonic() + 60)
+  assert list(child) == ['{}']
+
+
+def test_children_leave_memory_to_others():
+  variable = 'XLA_PYTHON_CLIENT_PREALLOCATE'
+  command = ['-c', f'import os; print(os.environ["{variable}"])']
+  assert list(SCRIPT['Child'](command, time.monotonic() + 60)) == ['false']
+
+
+@pytest.mark.parametrize(('line', 'row'), [('{"a": 1}', {'a': 1}), ('loading', None), ('7', None)])
+def test_what_other_libraries_print_is_no_row(line, row):
+  assert SCRIPT['_row'](line) == row
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_stopped_script_stops_its_child(number, tmp_path):
+  # The child is the check; in place of it stands one that says its number and sleeps.
+  copy = tmp_path / 'launch' / 'accelerator.py'
+  copy.parent.mkdir()
+  copy.write_text(
+    PATH.read_text(encoding='utf-8').replace(
+      'of_check = [__file__,',
+      "of_check = ['-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(60)',",
+    ),
+    encoding='utf-8',
+  )
+  script = subprocess.Popen(
+    [sys.executable, copy], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  )
+  child = int(script.stdout.readline())
+  script.send_signal(number)
+  _, err = script.communicate(timeout=30)
+  assert script.returncode == 128 + number and 'Traceback' not in err
+  with pytest.raises(ProcessLookupError):
+    os.kill(child, 0)
+
+
+@pytest.mark.parametrize('error', [float('nan'), 1e-3])
+def test_a_wrong_accelerator_is_refused(error, monkeypatch):
+  monkeypatch.setitem(SCRIPT['only_check'].__globals__, 'check', lambda: error)
+  with pytest.raises(SystemExit, match='differs from the CPU'):
+    SCRIPT['only_check'](True, False)
+
+
+def test_nan_in_a_gradient_alone_is_seen(monkeypatch):
+  run = moe.dispatch_room.run
+
+  def broken(name, *rest):
+    outputs = run(name, *rest)
+    # The root of zeros is zero, its gradient 0 * infinity.
+    return outputs if name == 'einsum' else outputs + jnp.sqrt(0 * outputs)
+
+  monkeypatch.setattr(moe.dispatch_room, 'run', broken)
+  monkeypatch.setitem(SCRIPT['check'].__globals__, 'CASES', (('gather', 1.0),))
+  assert np.isnan(SCRIPT['check']())
+
+
+def test_peers_that_are_not_there_are_missed_at_once(monkeypatch, capsys):
+  monkeypatch.setitem(sys.modules, 'torch', None)
+  with pytest.raises(SystemExit) as end:
+    SCRIPT['only_check'](True, True)
+  assert end.value.code == 2 and 'torch' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('code', [1, 2])
+def test_nothing_is_timed_where_the_check_fails(code, monkeypatch):
+  started = []
+
+  class Failed:
+    """A child that ends at once."""
+
+    def __init__(self, command, end):
+      started.append(command)
+      self.code = code
+
+    def __iter__(self):
+      return iter(())
+
+  monkeypatch.setitem(SCRIPT['main'].__globals__, 'Child', Failed)
+  monkeypatch.setattr(signal, 'signal', lambda *_: None)
+  with pytest.raises(SystemExit) as end:
+    SCRIPT['main']([])
+  assert end.value.code == code and len(started) == 1 and '--only_check' in started[0]
+
+
+def test_time_that_is_over_before_anything_is_an_error(monkeypatch):
+  monkeypatch.setitem(SCRIPT['main'].__globals__, 'commands', lambda *_: [])
+  monkeypatch.setattr(signal, 'signal', lambda *_: None)
+  with pytest.raises(SystemExit, match='over before a layer'):
+    SCRIPT['main'](['--minutes=0.001'])
 
 
 def test_verdicts_name_target_peer_and_what_is_void():
@@ -103,14 +196,25 @@ def test_verdicts_name_target_peer_and_what_is_void():
   assert all(line.endswith('not measured: out of memory') for line in lines[1::2])
   # Asked: 0.85 forward, 0.75 with backward, of experts with 512 tokens or more.
   assert lines[0].split()[:5] == ['32', '16', '4', '512', 'forward']
-  assert lines[0].endswith('0.80 [0.70, 0.90]   0.85 missed')
-  assert lines[2].endswith('0.75 reached, grouped_mm/arm 0.80 [0.70, 0.90]')
-  assert lines[4].endswith('none below 512 tokens, grouped_mm/arm 0.80 [0.70, 0.90], VOID')
+  assert lines[0].endswith('0.800 [0.70, 0.90]   0.85 missed')
+  assert lines[2].endswith('0.75 reached, grouped_mm/arm 0.800 [0.70, 0.90] not ahead')
+  assert lines[4].endswith(
+    'none below 512 tokens, grouped_mm/arm 0.800 [0.70, 0.90] not ahead, VOID'
+  )
   assert lines[6].endswith('missed, VOID')
 
 
 @pytest.mark.parametrize(
-  'word', ['--minutes=0', '--minutes=inf', '--smaller=0', '--out=/', '--pears']
+  'word',
+  [
+    '--minutes=0',
+    '--minutes=inf',
+    '--minutes=nan',
+    '--smaller=0',
+    '--out=/',
+    '--out=/no/x',
+    '--pears',
+  ],
 )
 def test_bad_flags_are_refused(word, capsys):
   with pytest.raises(SystemExit) as end:
@@ -129,11 +233,13 @@ def test_without_an_accelerator_it_says_so():
   assert done.stderr.splitlines()[-1].startswith("error: devices='cpu': ")
 
 
-@pytest.mark.parametrize('peers', [[], ['--peers']])
-def test_the_launcher_installs_what_the_peers_need(peers, tmp_path):
-  for name in ('launch/accelerator', 'launch/environment.sh', 'setup.cfg'):
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    shutil.copy2(tiny.REPOSITORY / name, tmp_path / name)
+@pytest.fixture
+def checkout(tmp_path):
+  """A checkout whose .venv notes what it is called with."""
+  for name in ('accelerator', 'accelerator.py', 'environment.sh'):
+    (tmp_path / 'launch').mkdir(exist_ok=True)
+    shutil.copy2(tiny.REPOSITORY / 'launch' / name, tmp_path / 'launch' / name)
+  shutil.copy2(tiny.REPOSITORY / 'setup.cfg', tmp_path / 'setup.cfg')
   for name, content in (
     ('.venv/bin/python', '#!/usr/bin/env bash\necho "$@" >> calls\n'),
     ('tools/nvidia-smi', 'exit 1\n'),
@@ -141,12 +247,36 @@ def test_the_launcher_installs_what_the_peers_need(peers, tmp_path):
     (tmp_path / name).parent.mkdir(parents=True)
     (tmp_path / name).write_text(content)
     (tmp_path / name).chmod(0o755)
-  subprocess.run(
-    [tmp_path / 'launch' / 'accelerator', *peers, '--minutes=1'],
-    env={**os.environ, 'PATH': f'{tmp_path}/tools:{os.environ["PATH"]}', 'TPU_NAME': ''},
-    check=True,
+  return tmp_path
+
+
+def launch(checkout, *words):
+  """Returns (exit code, what it printed, calls of the Python in .venv) of the launcher."""
+  tools = f'{checkout}/tools:{os.environ["PATH"]}'
+  done = subprocess.run(
+    [checkout / 'launch' / 'accelerator', *words],
+    env={**os.environ, 'PATH': tools, 'TPU_NAME': '', 'PYTHON': sys.executable},
     capture_output=True,
+    text=True,
+    check=False,
   )
-  _, install, run = (tmp_path / 'calls').read_text().splitlines()
+  calls = checkout / 'calls'
+  lines = calls.read_text().splitlines() if calls.exists() else []
+  return done.returncode, done.stdout + done.stderr, lines
+
+
+@pytest.mark.parametrize('peers', [[], ['--peers']])
+def test_the_launcher_installs_what_the_peers_need(peers, checkout):
+  code, printed, (_, install, run) = launch(checkout, *peers, '--minutes=1')
+  assert code == 0, printed
   assert install.endswith('.[peers]' if peers else '--editable .')
   assert run == ' '.join(['launch/accelerator.py', *peers, '--minutes=1'])
+
+
+@pytest.mark.parametrize(
+  ('word', 'code', 'text'),
+  [('--help', 0, '--minutes'), ('-h', 0, '--minutes'), ('--minutes=0', 2, 'error: --minutes=0')],
+)
+def test_the_launcher_installs_nothing_for_help_or_wrong_flags(word, code, text, checkout):
+  found, printed, calls = launch(checkout, word)
+  assert (found, calls) == (code, []) and text in printed
