@@ -161,9 +161,6 @@ def _run_all(
   if check_.code:
     sys.exit(check_.code)
   for command in commands(flags.peers, flags.smaller):
-    if time.monotonic() >= end:
-      print('the time is up; what is missing above was not measured')
-      return
     print('python', ' '.join(command), flush=True)
     child = Child(command, end)
     for line in child:
@@ -176,6 +173,9 @@ def _run_all(
       if flags.out:
         with open(flags.out, 'a', encoding='utf-8') as file:
           file.write(json.dumps({'command': ' '.join(command), **row}) + '\n')
+    if child.is_late:
+      print('the time is up; what is missing was not measured')
+      return
     if child.code:
       failed.append(' '.join(command))
 
@@ -187,11 +187,12 @@ class Child:
 
   Attributes:
     code: how it ended; 0 if it was killed as the time was up.
+    is_late: whether it was.
   """
 
   def __init__(self, command: list[str], end: float):
-    self._command, self._end, self._is_late = command, end, False
-    self.code = 0
+    self._command, self._end = command, end
+    self.code, self.is_late = 0, False
 
   def __iter__(self) -> Iterator[str]:
     # Other processes and other libraries need memory of the same device. Ctrl-C is for us alone.
@@ -209,13 +210,13 @@ class Child:
         # What was being written when it was killed has no end of line.
         yield from (line[:-1] for line in process.stdout or () if line.endswith('\n'))
         code = process.wait()
-        self.code = 0 if self._is_late else code
+        self.code = 0 if self.is_late else code
       finally:
         timer.cancel()
         process.kill()
 
   def _stop(self, process: subprocess.Popen) -> None:
-    self._is_late = True
+    self.is_late = True
     process.kill()
 
 

@@ -73,10 +73,10 @@ def test_runs_whole_and_goes_on_where_a_benchmark_fails(tmp_path, monkeypatch, c
 def test_what_the_time_does_not_reach_is_no_failure():
   start = time.monotonic()
   late = SCRIPT['Child'](['-c', 'import time; time.sleep(60)'], start)
-  assert not list(late) and late.code == 0
+  assert not list(late) and late.code == 0 and late.is_late
   assert time.monotonic() - start < 30
   failed = SCRIPT['Child'](['-c', 'print("{}"); raise SystemExit(3)'], start + 60)
-  assert list(failed) == ['{}'] and failed.code == 3
+  assert list(failed) == ['{}'] and failed.code == 3 and not failed.is_late
 
 
 def test_a_line_that_was_cut_off_is_left_out():
@@ -166,11 +166,15 @@ def test_nothing_is_timed_where_the_check_fails(code, monkeypatch):
   assert end.value.code == code and len(started) == 1 and '--only_check' in started[0]
 
 
-def test_time_that_is_over_before_anything_is_an_error(monkeypatch):
-  monkeypatch.setitem(SCRIPT['main'].__globals__, 'commands', lambda *_: [])
+def test_time_that_is_over_before_anything_is_an_error(monkeypatch, capsys):
+  commands = [['-c', 'import time; time.sleep(60)'], ['-c', 'print("more")']]
+  monkeypatch.setitem(SCRIPT['main'].__globals__, 'commands', lambda *_: commands)
+  # `python -c0` stands for the check, which takes longer than this.
+  monkeypatch.setitem(SCRIPT['main'].__globals__, '__file__', '-c0')
   monkeypatch.setattr(signal, 'signal', lambda *_: None)
   with pytest.raises(SystemExit, match='over before a layer'):
-    SCRIPT['main'](['--minutes=0.001'])
+    SCRIPT['main'](['--minutes=0.02'])
+  assert capsys.readouterr().out.splitlines()[-1].startswith('the time is up')
 
 
 def test_verdicts_name_target_peer_and_what_is_void():
