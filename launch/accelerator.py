@@ -132,20 +132,19 @@ def main(words: list[str]) -> None:
   if flags.only_check:
     only_check(flags.smaller > 1, flags.peers)
     return
-  for number in (signal.SIGTERM, signal.SIGHUP):
-    signal.signal(number, lambda number, _: sys.exit(128 + number))
+  _set_signals(lambda number, _: sys.exit(128 + number))
   rows: list[tuple[list[str], dict[str, Any]]] = []
   failed: list[str] = []
   try:
     _run_all(flags, rows, failed)
-  except KeyboardInterrupt:
-    sys.exit(130)
   finally:
-    if rows:
+    # What is said below is said to its end.
+    _set_signals(signal.SIG_IGN)
+    if _has_layers(rows):
       print('\n'.join(verdicts(rows)), flush=True)
   if failed:
     sys.exit('error: failed, see above: ' + '; '.join(failed))
-  if not any('arms' in row for _, row in rows):
+  if not _has_layers(rows):
     sys.exit(f'error: --minutes={flags.minutes}: over before a layer was measured')
 
 
@@ -158,6 +157,8 @@ def _run_all(
   check_ = Child(of_check, end)
   for line in check_:
     print(line, flush=True)
+  if check_.is_late:
+    sys.exit(f'error: --minutes={flags.minutes}: over before the check was')
   if check_.code:
     sys.exit(check_.code)
   for command in commands(flags.peers, flags.smaller):
@@ -170,14 +171,31 @@ def _run_all(
         continue
       rows.append((command, row))
       print(_text(command, row), flush=True)
-      if flags.out:
-        with open(flags.out, 'a', encoding='utf-8') as file:
-          file.write(json.dumps({'command': ' '.join(command), **row}) + '\n')
+      try:
+        _write(flags, {'command': ' '.join(command), **row})
+      except OSError as error:
+        failed.append(f'--out={flags.out}: {error.strerror}; without it from then on')
+        flags.out = None
     if child.is_late:
       print('the time is up; what is missing was not measured')
       return
     if child.code:
       failed.append(' '.join(command))
+
+
+def _has_layers(rows: list[tuple[list[str], dict[str, Any]]]) -> bool:
+  return any('arms' in row for _, row in rows)
+
+
+def _set_signals(handler: Any) -> None:
+  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, handler)
+
+
+def _write(flags: argparse.Namespace, row: dict[str, Any]) -> None:
+  if flags.out is not None:
+    with open(flags.out, 'a', encoding='utf-8') as file:
+      file.write(json.dumps(row) + '\n')
 
 
 class Child:
@@ -289,7 +307,7 @@ def _flags(words: list[str]) -> argparse.Namespace:
   add = parser.add_argument
   add('--peers', action='store_true', help="adds transformers' grouped_mm; needs both libraries")
   add('--minutes', type=float, default=10, help='until it stops; installing is not counted')
-  add('--out', type=pathlib.Path, help='file that rows are added to as they come, as JSON')
+  add('--out', help='file that rows are added to as they come, as JSON')
   add('--smaller', type=int, default=1, help='divides tokens, D and F, to try it on a CPU')
   for name in ('--only_check', '--only_flags'):
     add(name, action='store_true', help=argparse.SUPPRESS)
@@ -332,4 +350,9 @@ def _value(command: list[str], flag: str) -> str:
 
 
 if __name__ == '__main__':
-  main(sys.argv[1:])
+  try:
+    main(sys.argv[1:])
+    sys.stdout.flush()
+  except BrokenPipeError:
+    # Whoever reads has enough, as `head`.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

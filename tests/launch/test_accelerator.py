@@ -145,36 +145,57 @@ def test_peers_that_are_not_there_are_missed_at_once(monkeypatch, capsys):
   assert end.value.code == 2 and 'torch' in capsys.readouterr().err
 
 
+@pytest.fixture
+def stand_ins(monkeypatch):
+  """Sets programs of Python for the check and the benchmarks; signals stay those of pytest."""
+
+  def stand_in(check, *programs):
+    variables = SCRIPT['main'].__globals__
+    # `python -cPROGRAM` stands for the check.
+    monkeypatch.setitem(variables, '__file__', f'-c{check}')
+    commands = [['-c', program, 'dispatch'] for program in programs]
+    monkeypatch.setitem(variables, 'commands', lambda *_: commands)
+    monkeypatch.setitem(variables, '_text', lambda *_: 'text')
+    monkeypatch.setitem(variables, 'verdicts', lambda rows: [f'{len(rows)} verdicts'])
+    monkeypatch.setattr(signal, 'signal', lambda *_: None)
+
+  return stand_in
+
+
+SLEEP = 'import time; time.sleep(60)'
+A_ROW = 'print(\'{"arms": {}}\', flush=True)'
+
+
 @pytest.mark.parametrize('code', [1, 2])
-def test_nothing_is_timed_where_the_check_fails(code, monkeypatch):
-  started = []
-
-  class Failed:
-    """A child that ends at once."""
-
-    def __init__(self, command, end):
-      started.append(command)
-      self.code = code
-
-    def __iter__(self):
-      return iter(())
-
-  monkeypatch.setitem(SCRIPT['main'].__globals__, 'Child', Failed)
-  monkeypatch.setattr(signal, 'signal', lambda *_: None)
+def test_nothing_is_timed_where_the_check_fails(code, stand_ins, capsys):
+  stand_ins(f'raise SystemExit({code})', A_ROW)
   with pytest.raises(SystemExit) as end:
     SCRIPT['main']([])
-  assert end.value.code == code and len(started) == 1 and '--only_check' in started[0]
+  assert end.value.code == code and 'verdicts' not in capsys.readouterr().out
 
 
-def test_time_that_is_over_before_anything_is_an_error(monkeypatch, capsys):
-  commands = [['-c', 'import time; time.sleep(60)'], ['-c', 'print("more")']]
-  monkeypatch.setitem(SCRIPT['main'].__globals__, 'commands', lambda *_: commands)
-  # `python -c0` stands for the check, which takes longer than this.
-  monkeypatch.setitem(SCRIPT['main'].__globals__, '__file__', '-c0')
-  monkeypatch.setattr(signal, 'signal', lambda *_: None)
-  with pytest.raises(SystemExit, match='over before a layer'):
-    SCRIPT['main'](['--minutes=0.02'])
-  assert capsys.readouterr().out.splitlines()[-1].startswith('the time is up')
+@pytest.mark.parametrize(
+  ('programs', 'text'),
+  [((SLEEP,), 'before the check was'), (('0', SLEEP, A_ROW), 'before a layer was measured')],
+)
+def test_time_that_is_over_before_anything_is_an_error(programs, text, stand_ins):
+  stand_ins(*programs)
+  with pytest.raises(SystemExit, match=text):
+    SCRIPT['main'](['--minutes=0.1'])
+
+
+def test_time_that_ends_a_benchmark_is_said(stand_ins, capsys):
+  stand_ins('0', A_ROW, f'{A_ROW}; {SLEEP}', A_ROW)
+  SCRIPT['main'](['--minutes=0.1'])
+  *_, up, verdicts = capsys.readouterr().out.splitlines()
+  assert up.startswith('the time is up') and verdicts == '2 verdicts'
+
+
+def test_a_full_disk_costs_the_file_alone(stand_ins, capsys):
+  stand_ins('0', A_ROW, A_ROW)
+  with pytest.raises(SystemExit, match='--out=/dev/full: No space left'):
+    SCRIPT['main'](['--out=/dev/full'])
+  assert capsys.readouterr().out.splitlines()[-1] == '2 verdicts'
 
 
 def test_verdicts_name_target_peer_and_what_is_void():
@@ -216,6 +237,7 @@ def test_verdicts_name_target_peer_and_what_is_void():
     '--minutes=nan',
     '--smaller=0',
     '--out=/',
+    '--out=',
     '--out=/no/x',
     '--pears',
   ],
@@ -245,7 +267,7 @@ def checkout(tmp_path):
     shutil.copy2(tiny.REPOSITORY / 'launch' / name, tmp_path / 'launch' / name)
   shutil.copy2(tiny.REPOSITORY / 'setup.cfg', tmp_path / 'setup.cfg')
   for name, content in (
-    ('.venv/bin/python', '#!/usr/bin/env bash\necho "$@" >> calls\n'),
+    ('.venv/bin/python', f'#!/usr/bin/env bash\necho "$@" >> {tmp_path}/calls\n'),
     ('tools/nvidia-smi', 'exit 1\n'),
   ):
     (tmp_path / name).parent.mkdir(parents=True)
@@ -260,6 +282,7 @@ def launch(checkout, *words):
   done = subprocess.run(
     [checkout / 'launch' / 'accelerator', *words],
     env={**os.environ, 'PATH': tools, 'TPU_NAME': '', 'PYTHON': sys.executable},
+    cwd=checkout / 'tools',
     capture_output=True,
     text=True,
     check=False,
@@ -269,12 +292,17 @@ def launch(checkout, *words):
   return done.returncode, done.stdout + done.stderr, lines
 
 
+def test_out_is_where_the_launcher_was_called(checkout):
+  assert launch(checkout, '--out=rows.jsonl')[0] == 0
+  assert (checkout / 'tools' / 'rows.jsonl').exists()
+
+
 @pytest.mark.parametrize('peers', [[], ['--peers']])
 def test_the_launcher_installs_what_the_peers_need(peers, checkout):
   code, printed, (_, install, run) = launch(checkout, *peers, '--minutes=1')
   assert code == 0, printed
   assert install.endswith('.[peers]' if peers else '--editable .')
-  assert run == ' '.join(['launch/accelerator.py', *peers, '--minutes=1'])
+  assert run == ' '.join([f'{checkout}/launch/accelerator.py', *peers, '--minutes=1'])
 
 
 @pytest.mark.parametrize(
