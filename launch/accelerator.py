@@ -6,13 +6,14 @@
 First y and all gradients of each dispatcher on the accelerator against one-hot products on the CPU,
 in float32 at full precision, under a skewed router; a difference, or a NaN, ends it with exit code
 1. Then what the product of the router costs in float32 and in bfloat16, and `moe_jax.benchmark
-dispatch` in bfloat16 on the shapes below, until the time is up; at the end each arm beside what it
-should reach. A benchmark that fails is named and the others go on; then, and where nothing was
-measured, the exit code is 1, too. Ctrl-C and SIGTERM end it with 130 and 143, after what was
-reached so far.
+dispatch` in bfloat16 on the shapes below, until the time is up, with tokamax's `ragged_dot` beside
+ours where it is installed; at the end each of our arms beside what it should reach. A benchmark
+that fails is named and the others go on; then, and where nothing was measured, the exit code is 1,
+too. Ctrl-C and SIGTERM end it with 130 and 143, after what was reached so far.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import pathlib
@@ -161,6 +162,8 @@ def _run_all(
     sys.exit(f'error: --minutes={flags.minutes}: over before the check was')
   if check_.code:
     sys.exit(check_.code)
+  if not importlib.util.find_spec('tokamax'):
+    print('tokamax is not installed, and left out')
   for command in commands(flags.peers, flags.smaller):
     print('python', ' '.join(command), flush=True)
     child = Child(command, end)
@@ -252,7 +255,8 @@ def commands(peers: bool, smaller: int = 1) -> list[list[str]]:
       for dtype in ('float32', 'bfloat16'):
         flags = ['--routers=top_k,loss_free', f'--router_dtype={dtype}']
         result.append(['-m', 'moe_jax.benchmark', 'router', *flags, *shape])
-    flags = ['--routings=uniform', f'--arms={",".join(ARMS)},ragged_dot,copy']
+    others = 'ragged_dot,tokamax,copy' if importlib.util.find_spec('tokamax') else 'ragged_dot,copy'
+    flags = ['--routings=uniform', f'--arms={",".join(ARMS)},{others}']
     more = ['--peers'] if peers else []
     result.append(['-m', 'moe_jax.benchmark', 'dispatch', *flags, *shape, *more])
   return result
@@ -305,7 +309,7 @@ def _flags(words: list[str]) -> argparse.Namespace:
   )
   parser.error = _refuse  # type: ignore[method-assign]
   add = parser.add_argument
-  add('--peers', action='store_true', help="adds transformers' grouped_mm; needs both libraries")
+  add('--peers', action='store_true', help="adds transformers' grouped_mm; needs torch, too")
   add('--minutes', type=float, default=10, help='until it stops; installing is not counted')
   add('--out', help='file that rows are added to as they come, as JSON')
   add('--smaller', type=int, default=1, help='divides tokens, D and F, to try it on a CPU')

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -368,6 +369,29 @@ def test_an_arm_that_memory_is_too_small_for_is_left_out_and_the_others_go_on(mo
   for row in rows:
     assert row['not_measured'] == {'ragged_dot': 'out of memory at E=2'}
     assert 'gather' in row['arms'] and 'ragged_dot' not in row['arms']
+
+
+def test_tokamax_is_an_arm_where_it_is_installed(monkeypatch):
+  called = []
+
+  def ragged_dot(*arguments):
+    called.append(arguments)
+    return jax.lax.ragged_dot(*arguments)
+
+  monkeypatch.setitem(sys.modules, 'tokamax', types.SimpleNamespace(ragged_dot=ragged_dot))
+  options = {'routings': ['uniform'], 'tokens_per_expert': 0, 'rounds': 9, 'seed': 0}
+  shape = SHAPE._replace(num_tokens=8)
+  for row in dispatch.rows(shape, num_experts=[2], arms=['tokamax'], **options):
+    tokamax = row['arms']['tokamax']
+    # It drops nothing, and is held against balanced products.
+    assert tokamax['eta_bmm'] == tokamax['eta_balanced']
+  assert called
+
+
+def test_tokamax_is_refused_where_it_is_not(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'tokamax', None)
+  refused = tiny.command('benchmark', 'dispatch', *SMALL, '--arms=gather,tokamax')
+  refused.assert_error('--arms', 'needs the package')
 
 
 def test_what_takes_no_time_is_not_left_out_as_slow(monkeypatch):

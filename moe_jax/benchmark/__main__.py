@@ -141,7 +141,8 @@ _ARMS = _define(
   'dispatch',
   'arms',
   list(dispatch.ARMS),
-  f'which, beside dense and products; those over {dispatch.SLOWEST:.0f} times dense are left out.',
+  f'which, beside dense and products; those over {dispatch.SLOWEST:.0f} times dense are left out; '
+  f'also {dispatch.TOKAMAX}, if that package is there.',
 )
 _TOKENS_PER_EXPERT = _define(
   flags.DEFINE_integer,
@@ -315,11 +316,14 @@ def _dispatch() -> None:
         raise UserError(f'--{flag.name}', flag.value, f'only read with --routings={routings.TRACE}')
   if _PEERS.value:
     peers.libraries()
+  names_of_arms = _names(_ARMS, (*dispatch.ARMS, dispatch.TOKAMAX))
+  if dispatch.TOKAMAX in names_of_arms:
+    peers.tokamax_ragged_dot()
   rows = dispatch.rows(
     shape,
     num_experts=num_experts,
     routings=names,
-    arms=_names(_ARMS, dispatch.ARMS),
+    arms=names_of_arms,
     tokens_per_expert=tokens_per_expert,
     rounds=_ROUNDS.value,
     seed=_SEED.value,

@@ -46,8 +46,10 @@ from moe_jax.routing.plan import Plan
 
 # copy: the bytes of dispatch and combine without an index, and no products.
 ARMS = (*sorted(dispatch_room.DISPATCHERS, reverse=True), 'ragged_dot', 'copy')
+# Of a library that nothing else here needs; measured where it is named.
+TOKAMAX = 'tokamax'
 # Arms that drop nothing. Their products are those of balanced rows, without a capacity factor.
-DROPLESS = ('dropless', 'ragged_dot')
+DROPLESS = ('dropless', 'ragged_dot', TOKAMAX)
 # An arm that takes so many times as long as the dense layer, and so many seconds, in each of two
 # calls is not measured.
 SLOWEST = 20.0
@@ -97,7 +99,7 @@ def rows(
     shape: of all rows.
     num_experts: values of E.
     routings: of `routings.ROUTINGS`.
-    arms: of `ARMS`.
+    arms: of `ARMS`, or `TOKAMAX`.
     tokens_per_expert: if not 0, tokens are as many as give each expert so many; else
       `shape.num_tokens` for every E.
     rounds: of interleaved calls.
@@ -183,8 +185,9 @@ def layer_of(arm: str, activation: str) -> Callable[[MoeParams, Array, Plan], Ar
   """Returns (weights, tokens [1 S D], plan) -> outputs [1 S D] of an arm."""
   if arm == 'copy':
     return _copy
-  if arm == 'ragged_dot':
-    return lambda params, tokens, plan: _ragged(params, tokens, plan, activation)
+  if arm in ('ragged_dot', TOKAMAX):
+    product = jax.lax.ragged_dot if arm == 'ragged_dot' else peers_lib.tokamax_ragged_dot()
+    return functools.partial(_ragged, activation, product)
   experts = functools.partial(run_experts, activation=activation)
   everywhere = PartitionSpec(BATCH_AXES)
 
@@ -218,18 +221,20 @@ def _copy(params: MoeParams, tokens: Float[Array, '1 S D'], plan: Plan) -> Float
 
 
 def _ragged(
-  params: MoeParams, tokens: Float[Array, '1 S D'], plan: Plan, activation: str
+  activation: str,
+  ragged_dot: Callable[..., Array],
+  params: MoeParams,
+  tokens: Float[Array, '1 S D'],
+  plan: Plan,
 ) -> Float[Array, '1 S D']:
-  """Sorted by expert, `lax.ragged_dot`, and back; drops nothing."""
+  """Sorted by expert, `lax.ragged_dot` or one like it, and back; drops nothing."""
   group_size, selected = plan.expert_index.shape[1:]
   experts = plan.expert_index.ravel()
   order = jnp.argsort(experts, stable=True)
   sizes = jnp.bincount(experts, length=params.w_in.shape[0]).astype(jnp.int32)
   sorted_rows = tokens[0][order // selected]
-  hidden = jax.lax.ragged_dot(sorted_rows, params.w_in.astype(tokens.dtype), sizes)
-  outputs = jax.lax.ragged_dot(
-    activate(hidden, activation), params.w_out.astype(tokens.dtype), sizes
-  )
+  hidden = ragged_dot(sorted_rows, params.w_in.astype(tokens.dtype), sizes)
+  outputs = ragged_dot(activate(hidden, activation), params.w_out.astype(tokens.dtype), sizes)
   back = jnp.zeros_like(outputs).at[order].set(outputs, unique_indices=True)
   return jnp.sum(back.reshape(group_size, selected, -1), axis=1)[None] / selected
 

@@ -63,6 +63,20 @@ def libraries() -> tuple[Any, Any, str]:
   return torch, registry, versions
 
 
+def tokamax_ragged_dot() -> Callable[..., Array]:
+  """Returns tokamax's `ragged_dot`, which has kernels of its own for GPUs and TPUs.
+
+  Raises:
+    UserError: if the package is not installed.
+  """
+  try:
+    return importlib.import_module('tokamax').ragged_dot
+  except ModuleNotFoundError as error:
+    if error.name != 'tokamax':
+      raise
+    raise UserError('--arms', 'tokamax', 'needs the package: pip install tokamax') from error
+
+
 def arms(
   shape: Shape,
   params: MoeParams,
