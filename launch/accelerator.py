@@ -69,7 +69,6 @@ def check() -> float:
   from moe_jax.layers.moe import TokenInfo, moe_layer
   from moe_jax.parallel.mesh import make_mesh
 
-  jax.config.update('jax_default_matmul_precision', 'highest')
   tokens, width, experts = 2048, 256, 16
   shape = Shape(tokens, width, 256, 2, 1.0, 'swiglu', 'float32')
   cpu, device = jax.devices('cpu')[0], jax.devices()[0]
@@ -91,7 +90,7 @@ def check() -> float:
       y = moe_layer(x, info, params, {}, group_keys, mesh, options, True)[0]
       return jnp.sum(jnp.square(y)), y
 
-    with jax.set_mesh(mesh):
+    with jax.default_matmul_precision('highest'), jax.set_mesh(mesh):
       program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
       (_, y), gradients = program(*jax.device_put((params, x), on))
     return [np.asarray(leaf) for leaf in jax.tree.leaves((y, gradients))]
