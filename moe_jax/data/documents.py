@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import unicodedata
 from collections.abc import Iterable
 
 TRAIN, VALID, TEST = 'train', 'valid', 'test'
@@ -26,9 +27,20 @@ class Document:
   name: str
 
 
+def folded(text: str) -> str:
+  """Returns the text without differences of letter case or of Unicode form.
+
+  Compatibility caseless matching (The Unicode Standard, section 3.13, D146), composed: 'Straße' and
+  'STRASSE' are equal, and so are a composed and a decomposed 'é'.
+  """
+  for form in ('NFD', 'NFKD'):
+    text = unicodedata.normalize(form, text).casefold()
+  return unicodedata.normalize('NFKC', text)
+
+
 def content_key(text: str) -> str:
-  """Returns a hash that is equal for texts that differ only in letter case or white space."""
-  return hashlib.sha256(' '.join(text.lower().split()).encode()).hexdigest()
+  """Returns a hash equal for texts that differ only in case, white space or Unicode form."""
+  return hashlib.sha256(' '.join(folded(text).split()).encode()).hexdigest()
 
 
 def documents_fingerprint(documents: Iterable[tuple[str, Document]]) -> str:

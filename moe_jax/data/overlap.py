@@ -60,7 +60,7 @@ def remove_held_out_lines(
 
 
 def _words(text: str) -> list[str]:
-  return _WORD.findall(text.lower())
+  return _WORD.findall(documents_lib.folded(text))
 
 
 def _shingles(words: list[str]) -> UInt64[np.ndarray, 'N']:

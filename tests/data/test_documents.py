@@ -1,5 +1,7 @@
 """Splits by whole documents, and text that stands in two splits."""
 
+import unicodedata
+
 import hypothesis
 from hypothesis import strategies as st
 
@@ -46,6 +48,38 @@ def test_a_huge_work_is_not_held_out_for_a_small_share():
     sizes = [1000 if i == huge else 10 for i in range(10)]
     splits = documents_lib.assign_splits(keys, ['a'] * 10, sizes, 0.05, 0.05)
     assert splits[huge] == 'train'
+
+
+# One folded to two letters, one decomposed, one with a ligature, one both decomposed and folded.
+SAME = (
+  ('Straße', 'STRASSE'),
+  ('caf\u00e9', 'CAFE\u0301'),
+  ('\ufb01n  de\nsi\u00e8cle', 'FIN DE SIE\u0300CLE'),
+  ('\u1fb4', '\u0391\u0301\u0399'),
+)
+
+
+def test_texts_that_differ_in_case_or_unicode_form_are_one_work():
+  for one, other in SAME:
+    assert documents_lib.content_key(one) == documents_lib.content_key(other)
+  assert documents_lib.content_key('resume') != documents_lib.content_key('résumé')
+  # Twelve works, each there twice: 7 stood in two splits while only letters were lowered.
+  works = [text for i in range(12) for text in (f'Große Straße {i}', f'GROSSE STRASSE {i}')]
+  keys = [documents_lib.content_key(text) for text in works]
+  splits = documents_lib.assign_splits(keys, ['a'] * 24, [10] * 24, 0.2, 0.2)
+  assert splits[::2] == splits[1::2]
+  assert set(splits) == {'train', 'valid', 'test'}
+
+
+def test_held_out_lines_are_found_in_another_unicode_form():
+  line = 'Über der stillen Straße geht ein großer Mond und schweigt zu aller Nacht'
+  held_out = documents_lib.Document(line, 'a', 'poem')
+  rest = 'Something else that only the reader of this very book has ever seen before now.\n'
+  book = documents_lib.Document(f'{rest}{line.upper()}\n{rest}', 'a', 'book')
+  decomposed = unicodedata.normalize('NFD', f'{rest}{line}\n{rest}')
+  for document in (book, documents_lib.Document(decomposed, 'a', 'book')):
+    kept, _ = overlap.remove_held_out_lines([('test', held_out), ('train', document)])
+    assert kept[1][1].text == rest + rest
 
 
 def test_one_document_only_trains():
