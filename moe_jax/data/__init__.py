@@ -10,12 +10,14 @@ Knows texts, tokenizers and NumPy arrays; nothing of models, devices or configs.
 from moe_jax.data.baselines import compression_baselines
 from moe_jax.data.dataset import Dataset
 from moe_jax.data.documents import SPLITS, Document
+from moe_jax.data.evaluation import EVALUATION_SPLIT, evaluation_dataset
 from moe_jax.data.iterators import eval_batches, train_iterator
 from moe_jax.data.prepare import open_dataset
 from moe_jax.data.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 from moe_jax.data.windows import Example, PackedWindows
 
 __all__ = [
+  'EVALUATION_SPLIT',
   'SPLITS',
   'BpeTokenizer',
   'ByteTokenizer',
@@ -26,6 +28,7 @@ __all__ = [
   'Tokenizer',
   'compression_baselines',
   'eval_batches',
+  'evaluation_dataset',
   'load_tokenizer',
   'open_dataset',
   'train_iterator',

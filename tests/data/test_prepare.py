@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moe_jax import data, errors
-from moe_jax.data import prepare, token_store
+from moe_jax.data import sources, token_store
 
 from . import conftest
 
@@ -241,4 +241,4 @@ def test_two_processes_prepare_the_same_data_set(corpus, tmp_path):
 
 
 def test_the_tiers_are_what_open_dataset_says():
-  assert set(prepare.TIERS) == {'tier1', 'tier2'}
+  assert set(sources.TIERS) == {'tier1', 'tier2'}

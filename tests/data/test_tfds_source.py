@@ -87,6 +87,17 @@ def test_missing_splits_are_held_out_by_hash(tmp_path):
   assert not texts['train'] & (texts['valid'] | texts['test'])
 
 
+def test_evaluation_takes_every_split_and_needs_no_train(tmp_path):
+  def whole(name):
+    return data.evaluation_dataset(f'tfds:{name}', tokenizer, str(tmp_path))
+
+  tokenizer = data.ByteTokenizer()
+  assert whole('moe_jax_test_no_train').num_documents(data.EVALUATION_SPLIT) == 3
+  every = whole('moe_jax_test_plain')
+  assert every.num_documents(data.EVALUATION_SPLIT) == 19 + 2 + 3
+  assert every.domains == ('moe_jax_test_plain',)
+
+
 @pytest.mark.parametrize(
   ('name', 'message'),
   [
