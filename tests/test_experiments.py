@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.performance import tables
 from moe_jax.data import ByteTokenizer
 from moe_jax.models.build import build_model
 from moe_jax.parallel.mesh import make_mesh
@@ -43,6 +44,14 @@ def test_its_tables_are_those_of_its_results(path, tmp_path):
   assert 'table.md' in kept
   for name in kept:
     assert (tmp_path / 'r' / name).read_text() == (folder / name).read_text(), name
+
+
+def test_the_performance_tables_are_those_of_the_committed_results():
+  readme = (tables.FOLDER / 'README.md').read_text(encoding='utf-8')
+  again = tables.with_tables(readme)
+  assert again == readme, 'run python -m experiments.performance.tables'
+  shown = {name for _, name, _ in tables.SECTIONS}
+  assert shown == {path.stem for path in (tables.FOLDER / 'results').iterdir()}
 
 
 def start_of(overrides):

@@ -1,0 +1,1 @@
+"""Benchmarks that were run, and the tables made of them."""
