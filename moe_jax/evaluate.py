@@ -102,7 +102,7 @@ def main() -> None:
       title = f'assignments that differ with routers in {_COMPARE_DTYPE.value}'
       _print_churn(result, title, 'router/dtype_disagreement')
     if _FIGURE.value:
-      figure = load_figure.draw(workdir, result)
+      figure = load_figure.draw(workdir, result, run.config)
       print(f'expert load over training and by domain: {figure}')
   print(f'all numbers: {path}')
 

@@ -11,25 +11,12 @@ from numpy.typing import ArrayLike
 
 from moe_jax.results.records import FINISHED, STATUSES, Record
 from moe_jax.results.statistics import half_width
+from moe_jax.results.style import COLORS, DASHES
+from moe_jax.results.style import STYLE as STYLE
 from moe_jax.study import Study
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, without the yellow that white
-# paper swallows; then again dashed.
-_COLORS = ('#0072B2', '#E69F00', '#009E73', '#D55E00', '#CC79A7', '#56B4E9', '#000000')
-_DASHES = ('-', '--')
 # More cannot be told apart; further ones get a panel of their own.
 _MOST_IN_PANEL = 12
-STYLE: dict[Any, Any] = {
-  'font.size': 9,
-  'axes.spines.top': False,
-  'axes.spines.right': False,
-  'axes.grid': True,
-  'grid.alpha': 0.3,
-  'legend.frameon': False,
-  'legend.fontsize': 'small',
-  'legend.handlelength': 3,
-  'pdf.fonttype': 42,
-}
 
 Trials = list[Record]
 
@@ -66,7 +53,7 @@ def field_of(record: Record, field: str) -> Any:
 
 def styles() -> Iterator[dict[str, Any]]:
   """Returns colours and dashes of lines, each once."""
-  return ({'color': color, 'ls': dash, 'lw': 1.4} for dash in _DASHES for color in _COLORS)
+  return ({'color': color, 'ls': dash, 'lw': 1.4} for dash in DASHES for color in COLORS)
 
 
 def make_panels(names: list[str]) -> tuple[Figure, list[tuple[Axes, list[str]]]]:
