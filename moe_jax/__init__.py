@@ -1,8 +1,26 @@
-"""Sparse mixture-of-experts language models in JAX."""
+"""Sparse mixture-of-experts language models in JAX.
+
+`moe_jax.load_run(DIR)` opens a trained run. It is loaded when it is asked for: `import moe_jax`
+alone imports no library.
+"""
 
 import sys
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+  from moe_jax.loading import Run, TextOutput, load_run
+
+__all__ = ['Run', 'TextOutput', 'load_run']
 __version__ = '0.1.0'
+
+
+def __getattr__(name: str) -> Any:
+  if name not in __all__:
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  from moe_jax import loading
+
+  return getattr(loading, name)
+
 
 if sys.argv[:1] == ['-m']:
   # A command is about to load its libraries, which takes seconds. Ctrl-C meanwhile has nothing to

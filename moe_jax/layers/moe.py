@@ -36,8 +36,8 @@ class MoeOptions:
   `capacity_factor` None never drops a token. `balance_scopes` is the number of scopes of the
   load-balancing loss in the batch, a divisor of its number of groups, or that of its sequences.
   `choice` holds the numbers of the router; its `capacity` and `training` are filled in here.
-  `returns_choices` also gives back which experts each token asked for. `exchange` is not read in
-  decoding.
+  `returns_choices` also gives back which experts each token asked for, `returns_routing` all that
+  the router said of it. `exchange` is not read in decoding.
   """
 
   router: str
@@ -54,6 +54,7 @@ class MoeOptions:
   router_init_scale: float
   returns_choices: bool = False
   exchange: str = 'padded'
+  returns_routing: bool = False
 
   @property
   def num_experts(self) -> int:
@@ -96,6 +97,23 @@ class MoeParams(NamedTuple):
   w_out: Float[Array, '*L E F D']
 
 
+class TokenRouting(NamedTuple):
+  """The routing of every token; what it says of padding has no meaning.
+
+  Attributes:
+    router_probs: the router's probabilities, as in `routing.Choice`.
+    experts: those that each token asked for, before any drop, in the router's order; -1 for an
+      assignment that asked for none.
+    gates: what multiplies the output of that expert; 0 for none and where the token was dropped.
+    kept: whether the expert had a slot for the token.
+  """
+
+  router_probs: Float[Array, '*shape E']
+  experts: Int[Array, '*shape K']
+  gates: Float[Array, '*shape K']
+  kept: Bool[Array, '*shape K']
+
+
 class LayerOutput(NamedTuple):
   """What a layer gives back.
 
@@ -104,11 +122,13 @@ class LayerOutput(NamedTuple):
     sums: over all tokens of all devices.
     choices: the experts that each token asked for, before any drop; -1 for an assignment that asked
       for none and for padding. None unless `MoeOptions.returns_choices`.
+    routed: None unless `MoeOptions.returns_routing`.
   """
 
   y: Float[Array, 'B T D']
   sums: routing.RouterSums
   choices: Int[Array, 'B T K'] | None
+  routed: TokenRouting | None
 
 
 def moe_layer(
@@ -156,7 +176,7 @@ def moe_layer(
   by_layer = () if layer is None else (None,)
   by_expert = PartitionSpec(*by_layer, (*alone, EXPERT_AXIS))
   of_params: tuple[Any, ...] = (PartitionSpec(), by_expert, by_expert)
-  of_output: tuple[Any, ...] = (by_token, PartitionSpec(), by_token)
+  of_output: tuple[Any, ...] = (by_token, PartitionSpec(), by_token, by_token)
   return jax.shard_map(
     local,
     mesh=mesh,
@@ -272,7 +292,12 @@ def _local_layer(
   choices = None
   if options.returns_choices:
     choices = from_groups(jnp.where(plan.asked, plan.expert_index, -1), options.group_size)
-  return LayerOutput(y, sums, choices)
+  routed = None
+  if options.returns_routing:
+    experts = jnp.where(plan.asked, plan.expert_index, -1)
+    of_group = TokenRouting(choice.router_probs, experts, plan.combine_weights, plan.keep)
+    routed = TokenRouting(*(from_groups(a, options.group_size) for a in of_group))
+  return LayerOutput(y, sums, choices, routed)
 
 
 def _through_slots(

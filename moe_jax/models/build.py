@@ -22,6 +22,7 @@ def build_model(
   mode: str,
   batch_size: int = 1,
   returns_choices: bool = False,
+  returns_routing: bool = False,
 ) -> Decoder:
   """Returns the model of a config; parameters are the same in every mode.
 
@@ -34,6 +35,7 @@ def build_model(
       only the experts that were chosen, and has no gradient.
     batch_size: sequences in a (micro-)batch; `train` derives the balance scopes from it.
     returns_choices: whether a forward pass says which experts each token asked for.
+    returns_routing: whether it says all that the routers said of each token.
 
   Raises:
     UserError: if a model of the config cannot be decoded.
@@ -63,7 +65,9 @@ def build_model(
     tied_embeddings=model.tied_embeddings,
     remat=model.remat,
     compute_dtype=model.compute_dtype,
-    moe=_moe_options(config, mode, batch_size, returns_choices) if moe.num_experts else None,
+    moe=_moe_options(config, mode, batch_size, returns_choices, returns_routing)
+    if moe.num_experts
+    else None,
     every=moe.every if moe.num_experts else 1,
     num_shared_experts=moe.num_shared_experts,
   )
@@ -71,7 +75,11 @@ def build_model(
 
 
 def _moe_options(
-  config: ml_collections.ConfigDict, mode: str, batch_size: int, returns_choices: bool
+  config: ml_collections.ConfigDict,
+  mode: str,
+  batch_size: int,
+  returns_choices: bool,
+  returns_routing: bool,
 ) -> MoeOptions:
   moe = config.moe
   capacity_factor = {
@@ -99,4 +107,5 @@ def _moe_options(
     router_init_scale=moe.router_init_scale,
     returns_choices=returns_choices,
     exchange=moe.exchange,
+    returns_routing=returns_routing,
   )

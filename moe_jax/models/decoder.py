@@ -17,7 +17,7 @@ from moe_jax import routing
 from moe_jax.dispatch import DECODE, EXCHANGED
 from moe_jax.layers.attention import Attention, KeyValueCache, packed_causal_mask
 from moe_jax.layers.basic import Mlp, RMSNorm, logical, matrix_init
-from moe_jax.layers.moe import ROUTER_STATE, Moe, MoeOptions, TokenInfo
+from moe_jax.layers.moe import ROUTER_STATE, Moe, MoeOptions, TokenInfo, TokenRouting
 from moe_jax.parallel.mesh import BATCH_AXES
 
 
@@ -55,6 +55,7 @@ class DecoderOutput(NamedTuple):
     router_sums: each leaf with a leading dimension of MoE layers; None for a dense model.
     choices: as in `LayerOutput`.
     cache: the updated cache, if one came in.
+    routed: as in `LayerOutput`, each leaf with a leading dimension of MoE layers.
   """
 
   hidden: Float[Array, 'B T D']
@@ -62,6 +63,7 @@ class DecoderOutput(NamedTuple):
   router_sums: routing.RouterSums | None
   choices: Int[Array, 'L B T K'] | None
   cache: Any
+  routed: TokenRouting | None = None
 
   @property
   def logits(self) -> Float[Array, 'B T V']:
@@ -104,15 +106,15 @@ class _Block(nn.Module):
     if not self.sparse:
       with jax.named_scope('mlp'):
         y = Mlp(options.mlp_dim, options.activation, name='mlp')(normed)
-      return x + y, (None, None), cache
+      return x + y, (None, None, None), cache
     assert options.moe is not None
     moe = Moe(options.moe, self.mesh, options.vocab_size, name='moe')
-    y, sums, choices = moe(normed, info, deterministic, experts, layer)
+    y, *routed = moe(normed, info, deterministic, experts, layer)
     if options.num_shared_experts:
       shared_dim = options.num_shared_experts * options.moe.mlp_dim
       with jax.named_scope('mlp'):
         y = y + Mlp(shared_dim, options.activation, name='shared')(normed)
-    return x + y, (sums, choices), cache
+    return x + y, tuple(routed), cache
 
 
 class _Unit(nn.Module):
@@ -125,7 +127,7 @@ class _Unit(nn.Module):
   @nn.compact
   def __call__(self, carry, layer, mask, info, experts):
     x, cache = carry
-    routed = (None, None)
+    routed = (None, None, None)
     new_cache = []
     for i in range(self.options.every):
       sparse = self.options.moe is not None and i == self.options.every - 1
@@ -192,7 +194,7 @@ class Decoder(nn.Module):
       length=num_units,
       metadata_params={nn.PARTITION_NAME: 'layers'},
     )
-    (x, cache), (sums, choices) = scanned(options, self.mesh, deterministic, name='layers')(
+    (x, cache), (sums, choices, routed) = scanned(options, self.mesh, deterministic, name='layers')(
       (x, cache),
       jnp.arange(num_units, dtype=jnp.int32),
       mask,
@@ -206,7 +208,7 @@ class Decoder(nn.Module):
       output = self.param(
         'output', logical(matrix_init, 'embed', 'vocab'), (options.embed_dim, options.vocab_size)
       )
-    return DecoderOutput(x, output.astype(dtype), sums, choices, cache)
+    return DecoderOutput(x, output.astype(dtype), sums, choices, cache, routed)
 
   def _experts_of_all_layers(self) -> tuple[Array, Array] | None:
     """Returns the experts' weights as they are stored, where decoding reads few of them.

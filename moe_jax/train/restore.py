@@ -43,7 +43,12 @@ class RestoredRun(NamedTuple):
 
 
 def restore_run(
-  workdir: str, step: int | None = None, mesh: str | None = None, flag: str = '--step'
+  workdir: str,
+  step: int | None = None,
+  mesh: str | None = None,
+  flag: str = '--step',
+  *,
+  mesh_flag: str = '--mesh',
 ) -> RestoredRun:
   """Returns the parameters of a run.
 
@@ -53,6 +58,7 @@ def restore_run(
     mesh: 'data=D,expert=E'; by default the mesh of the run if there are as many devices, else a
       single device, which is said. Results do not depend on it.
     flag: that `step` was given by.
+    mesh_flag: that `mesh` was given by.
 
   Raises:
     UserError: if there is no such run or step, or the mesh does not fit.
@@ -75,7 +81,7 @@ def restore_run(
       f'{workdir}/{TOKENIZER} is not the tokenizer that the model was trained with; the train '
       'command of the run puts it back'
     )
-  device_mesh = _choose_mesh(config, mesh)
+  device_mesh = _choose_mesh(config, mesh, mesh_flag)
   _choose_exchange(config, device_mesh)
   model = build_model(config, device_mesh, facts['vocab_size'], 'eval')
   optimizer = optim.make_optimizer(config.optim, config.train.num_steps)
@@ -110,10 +116,10 @@ def restore_run(
   return RestoredRun(config, facts, step, state.params, state.router_state, device_mesh, tokenizer)
 
 
-def _choose_mesh(config: ml_collections.ConfigDict, mesh: str | None) -> Mesh:
+def _choose_mesh(config: ml_collections.ConfigDict, mesh: str | None, flag: str) -> Mesh:
   wanted = (config.mesh.data, config.mesh.expert)
   if mesh is not None:
-    wanted = _parse_mesh(mesh)
+    wanted = _parse_mesh(mesh, flag)
   elif wanted[0] * wanted[1] > jax.device_count():
     print(
       f'note: {jax.device_count()} device(s) for a mesh of {wanted[0]}x{wanted[1]}; using one, the '
@@ -122,11 +128,11 @@ def _choose_mesh(config: ml_collections.ConfigDict, mesh: str | None) -> Mesh:
     )
     wanted = (1, 1)
   if config.moe.num_experts % wanted[1]:
-    raise UserError('--mesh', mesh, f'expert must divide {config.moe.num_experts} experts')
+    raise UserError(flag, mesh, f'expert must divide {config.moe.num_experts} experts')
   try:
     return make_mesh(*wanted)
   except ValueError as error:
-    raise UserError('--mesh', mesh, str(error)) from error
+    raise UserError(flag, mesh, str(error)) from error
 
 
 def _choose_exchange(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
@@ -140,8 +146,8 @@ def _choose_exchange(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
     config.moe.exchange = 'padded'
 
 
-def _parse_mesh(mesh: str) -> tuple[int, int]:
+def _parse_mesh(mesh: str, flag: str) -> tuple[int, int]:
   parts = dict(part.partition('=')[::2] for part in mesh.split(','))
   if set(parts) != {'data', 'expert'} or not all(n.isdecimal() and int(n) for n in parts.values()):
-    raise UserError('--mesh', mesh, 'must read data=D,expert=E')
+    raise UserError(flag, mesh, 'must read data=D,expert=E')
   return int(parts['data']), int(parts['expert'])
