@@ -1,6 +1,7 @@
 """Bits per byte of a run by domain: python -m moe_jax.evaluate --workdir=runs/quickstart."""
 
 import copy
+import hashlib
 import os
 import pathlib
 from typing import Any
@@ -10,7 +11,13 @@ import tqdm
 from absl import flags
 
 from moe_jax import cli
-from moe_jax.data import SPLITS, Dataset, compression_baselines
+from moe_jax.data import (
+  EVALUATION_SPLIT,
+  SPLITS,
+  Dataset,
+  compression_baselines,
+  evaluation_dataset,
+)
 from moe_jax.errors import UserError
 from moe_jax.models.build import build_model
 from moe_jax.results import load_figure
@@ -22,6 +29,11 @@ from moe_jax.train.restore import RestoredRun, restore_run
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run.')
 _SPLIT = flags.DEFINE_string('split', 'test', 'train, valid or test.')
+_DATA = flags.DEFINE_string(
+  'data',
+  None,
+  'Other text, all of it: tier1, tier2, tfds:NAME or text:PATH (a folder of .txt or .jsonl).',
+)
 _DATA_DIR = flags.DEFINE_string('data_dir', None, "Where the data is kept; the run's by default.")
 _STEP = flags.DEFINE_integer('step', None, 'Checkpoint; the newest by default.')
 _COMPARE = flags.DEFINE_integer(
@@ -38,7 +50,7 @@ _FIGURE = flags.DEFINE_bool('figure', True, 'Also draw expert load into WORKDIR/
 
 
 def main() -> None:
-  """Evaluates, prints the tables and writes WORKDIR/evaluation_SPLIT.json."""
+  """Evaluates, prints the tables and writes WORKDIR/evaluation_SPLIT.json or _DATA.json."""
   workdir = cli.required(_WORKDIR)
   if os.path.isdir(workdir) and not os.access(workdir, os.W_OK):
     raise UserError('--workdir', workdir, 'cannot be written: results are kept there')
@@ -49,19 +61,13 @@ def main() -> None:
     if not os.path.isdir(_DATA_DIR.value):
       raise UserError('--data_dir', _DATA_DIR.value, 'must be a directory that exists')
     run.config.data.data_dir = _DATA_DIR.value
-  dataset = dataset_of(run.config)
-  if dataset.fingerprint != run.facts['data']['fingerprint']:
-    raise UserError(
-      'data.name',
-      run.config.data.name,
-      f'is not the text and tokenizer that {workdir} was trained on',
-    )
+  dataset, split, name = _text(run, workdir)
   length, microbatch = (
     run.config.data.sequence_length,
     evaluate_room.batch_size_of(run.config, run.mesh),
   )
   model = build_model(run.config, run.mesh, run.tokenizer.vocab_size, 'eval')
-  batches = evaluate_room.num_batches(dataset, _SPLIT.value, length, microbatch)
+  batches = evaluate_room.num_batches(dataset, split, length, microbatch)
   earlier = _earlier(workdir, run)
   _check_compared_dtype(run)
   batches *= 1 + (earlier is not None) + (_COMPARE_DTYPE.value is not None)
@@ -73,24 +79,26 @@ def main() -> None:
       run.params,
       run.router_state,
       dataset,
-      split=_SPLIT.value,
+      split=split,
       sequence_length=length,
       batch_size=microbatch,
       on_batch=bar.update,
     )
     if earlier is not None:
-      changed = _churn(run, earlier, run.config, dataset, length, microbatch, bar.update)
+      changed = _churn(run, earlier, run.config, dataset, split, length, microbatch, bar.update)
       _add_churn(result, changed, 'router/churn')
       result['compare_step'] = earlier.step
     if _COMPARE_DTYPE.value is not None:
       config = copy.deepcopy(run.config)
       config.moe.router_dtype = _COMPARE_DTYPE.value
-      changed = _churn(run, run, config, dataset, length, microbatch, bar.update)
+      changed = _churn(run, run, config, dataset, split, length, microbatch, bar.update)
       _add_churn(result, changed, 'router/dtype_disagreement')
       result['compare_router_dtype'] = _COMPARE_DTYPE.value
   result |= {'step': run.step, 'eval_capacity_factor': run.config.moe.eval_capacity_factor}
-  _add_baselines(result, dataset, _SPLIT.value)
-  path = pathlib.Path(workdir) / f'evaluation_{_SPLIT.value}.json'
+  _add_baselines(result, dataset, split)
+  if _DATA.value is not None:
+    result |= {'data': _DATA.value, 'data_fingerprint': dataset.fingerprint, 'split': 'all'}
+  path = pathlib.Path(workdir) / f'evaluation_{name}.json'
   write_json(path, result)
   _print_quality(result)
   if run.config.moe.num_experts:
@@ -102,9 +110,43 @@ def main() -> None:
       title = f'assignments that differ with routers in {_COMPARE_DTYPE.value}'
       _print_churn(result, title, 'router/dtype_disagreement')
     if _FIGURE.value:
-      figure = load_figure.draw(workdir, result, run.config)
+      figure = load_figure.draw(
+        workdir, result, run.config, '' if _DATA.value is None else f'_{name}'
+      )
       print(f'expert load over training and by domain: {figure}')
   print(f'all numbers: {path}')
+
+
+def _text(run: RestoredRun, workdir: str) -> tuple[Dataset, str, str]:
+  """Returns a data set, the split to evaluate on, and what names the result."""
+  source = _DATA.value
+  if source is None:
+    dataset = dataset_of(run.config)
+    if dataset.fingerprint != run.facts['data']['fingerprint']:
+      raise UserError(
+        'data.name',
+        run.config.data.name,
+        f'is not the text and tokenizer that {workdir} was trained on',
+      )
+    return dataset, _SPLIT.value, _SPLIT.value
+  if _SPLIT.present:
+    raise UserError('--split', _SPLIT.value, "can't be given with --data, which is read whole")
+  if source == run.config.data.name:
+    raise UserError('--data', source, 'is what the run was trained on: use --split')
+  if {source, run.config.data.name} == {'tier1', 'tier2'}:
+    print(f'warning: tier2 holds the works of tier1: the run was trained on parts of {source}')
+  dataset = evaluation_dataset(source, run.tokenizer, run.config.data.data_dir)
+  return dataset, EVALUATION_SPLIT, _file_name(source)
+
+
+def _file_name(source: str) -> str:
+  """Returns a name for a source that no split has; different for folders of the same name."""
+  kind, _, place = source.partition(':')
+  if not place:
+    return kind
+  path = os.path.abspath(place) if kind == 'text' else place
+  readable = ''.join(c if c.isalnum() else '-' for c in os.path.basename(path))
+  return f'{kind}_{readable}_{hashlib.sha256(path.encode()).hexdigest()[:8]}'
 
 
 def _earlier(workdir: str, run: RestoredRun) -> RestoredRun | None:
@@ -129,7 +171,9 @@ def _check_compared_dtype(run: RestoredRun) -> None:
     raise UserError('--compare_router_dtype', value, 'is what the run has: must be the other one')
 
 
-def _churn(run, earlier, config, dataset: Dataset, length: int, microbatch: int, on_batch):
+def _churn(
+  run, earlier, config, dataset: Dataset, split: str, length: int, microbatch: int, on_batch
+):
   """Compares a run with an earlier checkpoint, or with itself under another config."""
   mesh, vocab_size = run.mesh, run.tokenizer.vocab_size
   model, before = (
@@ -141,7 +185,7 @@ def _churn(run, earlier, config, dataset: Dataset, length: int, microbatch: int,
     churn.Weights(earlier.params, earlier.router_state),
     churn.Weights(run.params, run.router_state),
     dataset,
-    split=_SPLIT.value,
+    split=split,
     sequence_length=length,
     batch_size=microbatch,
     on_batch=on_batch,
@@ -164,7 +208,8 @@ def _add_baselines(result: dict[str, Any], dataset: Dataset, split: str) -> None
 
 
 def _print_quality(result: dict[str, Any]) -> None:
-  print(f'{result["split"]} split, whole held-out documents, step {result["step"]}; bits per byte:')
+  text = result.get('data') or f'{result["split"]} split, whole held-out documents'
+  print(f'{text}, step {result["step"]}; bits per byte:')
   print(f'{"domain":<14}{"model":>8}{"gzip -9":>9}{"xz -9":>8}{"kB":>8}{"loss":>8}{"drop":>7}')
   rows = [*result['domains'].items(), ('all', result)]
   for domain, summary in rows:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from moe_jax.data import ByteTokenizer, token_store
-from moe_jax.train import loop, manifest
+from moe_jax.train import loop, manifest, opening
 from tests import tiny
 
 # Orbax leaves event loops to the garbage collector when it meets a damaged file.
@@ -456,6 +456,50 @@ def test_evaluate_prints_and_writes_every_domain(run):
   assert again.code == 0, again.err
   other = json.loads((run / 'evaluation_test.json').read_text())
   np.testing.assert_allclose(other['bits_per_byte'], written['bits_per_byte'], rtol=1e-5)
+
+
+def test_evaluate_takes_other_text(run, text, tmp_path):
+  """The documents of the test split in a folder of their own: the same numbers, in another file."""
+  tiny.command('evaluate', f'--workdir={run}', '--nofigure')
+  before = (run / 'evaluation_test.json').read_text()
+  expected = json.loads(before)
+  dataset = opening.dataset_of(tiny.config(text))
+  for domain in dataset.domains:
+    (tmp_path / 'new' / domain).mkdir(parents=True)
+    for number, document in enumerate(dataset.document_text('test', domain)):
+      (tmp_path / 'new' / domain / f'{number}.txt').write_bytes(document)
+  source = f'text:{tmp_path / "new"}'
+  data_dir = f'--data_dir={text["data.data_dir"]}'
+  result = tiny.command('evaluate', f'--workdir={run}', f'--data={source}', data_dir)
+  assert result.code == 0, result.err
+  assert f'{source}, step 3; bits per byte' in result.out
+  assert (run / 'evaluation_test.json').read_text() == before
+  (path,) = run.glob('evaluation_text_new_*.json')
+  written = json.loads(path.read_text())
+  assert (written['data'], written['split']) == (source, 'all')
+  for one, other in [(written, expected)] + [
+    (written['domains'][domain], expected['domains'][domain]) for domain in dataset.domains
+  ]:
+    for name in ('loss', 'bits_per_byte', 'bytes', 'tokens'):
+      np.testing.assert_allclose(one[name], other[name], rtol=1e-6, err_msg=name)
+  figure = path.name.replace('evaluation', 'expert_load').replace('.json', '.png')
+  assert (run / figure).exists()
+
+
+@pytest.mark.parametrize(
+  ('flags', 'words'),
+  [
+    (['--data=text:/nowhere'], ("--data='text:/nowhere'", 'does not exist')),
+    (['--data=tier3'], ("--data='tier3'", 'tier1')),
+    (['--data=tier1', '--split=valid'], ("--split='valid'", '--data')),
+    (None, ('--data=', 'is what the run was trained on: use --split')),
+  ],
+)
+def test_evaluate_refuses_other_text(run, text, flags, words):
+  before = tiny.snapshot(run)
+  flags = flags or [f'--data={text["data.name"]}']
+  tiny.command('evaluate', f'--workdir={run}', *flags).assert_error(*words)
+  assert tiny.snapshot(run) == before
 
 
 def test_generate_continues_each_prompt(run):

@@ -18,9 +18,9 @@ from moe_jax.train.metrics import read_metrics
 
 @matplotlib.rc_context(style.STYLE)
 def draw(
-  workdir: str, evaluation: dict[str, Any], config: ml_collections.ConfigDict
+  workdir: str, evaluation: dict[str, Any], config: ml_collections.ConfigDict, suffix: str = ''
 ) -> pathlib.Path:
-  """Draws WORKDIR/expert_load.png and returns its path.
+  """Draws WORKDIR/expert_load{suffix}.png and returns its path.
 
   One row for each MoE layer. Left: load of each expert at each logged step. Middle: the same for
   each domain of the evaluated split; both in units of 1/E and on one scale. Right: share of
@@ -30,11 +30,12 @@ def draw(
     workdir: of the run.
     evaluation: from `moe_jax.train.evaluate.evaluate`, with the `step` of its checkpoint.
     config: of the run.
+    suffix: of the file name.
 
   Raises:
     UserError: for a run without a logged training step.
   """
-  path = pathlib.Path(workdir) / 'expert_load.png'
+  path = pathlib.Path(workdir) / f'expert_load{suffix}.png'
   figure = _figure(workdir, evaluation, config.moe)
   figure.savefig(path, dpi=120)
   return path
@@ -73,8 +74,9 @@ def _figure(workdir: str, evaluation: dict[str, Any], moe: Any) -> Figure:
     axes.set_xlabel('expert')
     axes.xaxis.get_major_locator().set_params(integer=True)
   panels[0, 0].set_title('over training, by batch')
-  panels[0, 1].set_title(f'{evaluation["split"]} split, by domain')
-  panels[0, 2].set_title(f'{evaluation["split"]} split, all domains')
+  text = evaluation.get('data') or f'{evaluation["split"]} split'
+  panels[0, 1].set_title(wrapped(f'{text}, by domain', 40))
+  panels[0, 2].set_title(wrapped(f'{text}, all domains', 40))
   # Equal to the highest where the quantile of the scale is the largest load.
   exceeded = max(float(loads.max()) for loads in relative) > norm.vmax  # type: ignore[operator]
   bar_layout = {'location': 'bottom', 'aspect': 60, 'shrink': 0.7, 'pad': 0.02}
