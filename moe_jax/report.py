@@ -15,7 +15,7 @@ from moe_jax.results.records import DIVERGED, FINISHED, Record, read_records, wr
 from moe_jax.results.statistics import Interval
 from moe_jax.results.summary import ArmSummary, Summary, summarize
 from moe_jax.study import Study
-from moe_jax.sweep.collect import id_today, known_records, records_of
+from moe_jax.sweep.collect import as_asked, id_today, known_records, records_of
 from moe_jax.sweep.trials import load_study, trials_of
 
 _STUDY = flags.DEFINE_string('study', None, 'File that defines get_study().')
@@ -94,7 +94,7 @@ def _of_this_study(study: Study, records: list[Record], path: str) -> list[Recor
         f'arm {record.arm!r}, seed {record.seed} was trained with another config than the '
         'study has now',
       )
-  return records
+  return [as_asked(study, record) for record in records]
 
 
 def write_report(

@@ -45,8 +45,12 @@ class Record:
     parameters: `total` and `active`.
     flops_per_token: of training, forward and backward.
     tokens: trained on.
+    label: short name of the arm for tables and figures; '' in results of earlier versions.
     metrics: finite numbers by name: 'EVALUATION/METRIC', as 'dropless/bits_per_byte'; lists over
-      MoE layers for router metrics.
+      MoE layers for router metrics. The deciding metric of the study stands there under its own
+      path, and metrics of the study file as 'user/NAME'.
+    metric_errors: {name: why a finished trial has no such metric}.
+    metric_sources: {'user/NAME': SHA-256 of the source of the function that gave it}.
     domains: {evaluation: {domain: {metric: number or list}}}.
     curve: [step, loss] of training, thinned.
     load: [step, [[share of each expert] of each MoE layer]], thinned.
@@ -71,7 +75,10 @@ class Record:
   parameters: dict[str, int] = dataclasses.field(default_factory=dict)
   flops_per_token: int = 0
   tokens: int = 0
+  label: str = ''
   metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
+  metric_errors: dict[str, str] = dataclasses.field(default_factory=dict)
+  metric_sources: dict[str, str] = dataclasses.field(default_factory=dict)
   domains: dict[str, Any] = dataclasses.field(default_factory=dict)
   curve: list = dataclasses.field(default_factory=list)
   load: list = dataclasses.field(default_factory=list)

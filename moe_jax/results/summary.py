@@ -203,7 +203,9 @@ def _summarize_arm(study: Study, arm: Point, records: Sequence[Record]) -> ArmSu
     else:
       reason = record.reason
       if record.status == FINISHED:
-        reason = f'has no {study.metric.name}' if value is None else f'{study.metric.name}={value}'
+        name = study.metric.name
+        reason = f'has no {name}' if value is None else f'{name}={value}'
+        reason = record.metric_errors.get(name, reason)
       absent.append(Absent(record.seed, record.status, reason, record.step, record.num_steps))
   if not arm.dropped:
     known = {record.seed for record in records}
@@ -232,12 +234,16 @@ def _summarize_arm(study: Study, arm: Point, records: Sequence[Record]) -> ArmSu
 def _metrics(finished: Sequence[Record]) -> dict[str, Interval]:
   values: dict[str, list[float]] = {}
   for record in finished:
+    # The deciding metric may be the mean of a list that is there, too: counted once.
+    numbers: dict[str, float] = {}
     for name, value in record.metrics.items():
       if _is_number(value):
-        values.setdefault(name, []).append(float(value))
+        numbers[name] = float(value)
       elif isinstance(value, list) and value and all(_is_number(layer) for layer in value):
-        values.setdefault(f'{name}/mean', []).append(float(np.mean(value)))
-        values.setdefault(f'{name}/max', []).append(float(np.max(value)))
+        numbers[f'{name}/mean'] = float(np.mean(value))
+        numbers[f'{name}/max'] = float(np.max(value))
+    for name, number in numbers.items():
+      values.setdefault(name, []).append(number)
   return {name: mean_interval(values[name]) for name in sorted(values)}
 
 

@@ -12,8 +12,8 @@ from moe_jax import config as config_lib
 from moe_jax.errors import DamagedError, UserError
 from moe_jax.results import records
 from moe_jax.results.records import Record
-from moe_jax.study import Study
-from moe_jax.sweep import outcome
+from moe_jax.study import Study, labels_of
+from moe_jax.sweep import metric_paths, outcome, user_metrics
 from moe_jax.sweep.trials import Trial, trial_id, trials_of
 from moe_jax.train import manifest
 from moe_jax.train.metrics import read_metrics
@@ -38,14 +38,52 @@ def records_of(
     command: that runs the sweep; a trial's own adds its id.
     known: from `known_records`; stands in for trials that the directory has no end of.
   """
-  known = known or {}
-  found = (_record(trial, workdir, command) for trial in trials_of(study))
+  known = {id_: as_asked(study, record) for id_, record in (known or {}).items()}
+  labels = labels_of(study)
+  found = (
+    dataclasses.replace(_record(study, trial, workdir, command), label=labels[trial.arm])
+    for trial in trials_of(study)
+  )
   return [
     known.get(record.trial, record)
     if record.status in (records.MISSING, records.UNFINISHED, records.FAILED)
     else record
     for record in found
   ]
+
+
+def as_asked(study: Study, record: Record) -> Record:
+  """Returns a record of a results.jsonl with the label and the deciding number that the study asks.
+
+  Raises:
+    UserError: if it holds values of a metric of the study file whose function is another one now.
+  """
+  record = dataclasses.replace(record, label=labels_of(study).get(record.arm, record.label))
+  if record.status != records.FINISHED:
+    return record
+  user_metrics.check_sources(study, record)
+  evaluations: dict[str, Any] = {
+    name: {'domains': domains} for name, domains in record.domains.items()
+  }
+  for name, value in record.metrics.items():
+    evaluation, _, metric = name.partition('/')
+    evaluations.setdefault(evaluation, {})[metric] = value
+  absent = {
+    name: 'is not in --results, and only a --workdir can give it'
+    for name in user_metrics.sources_of(study)
+    if name not in record.metrics
+  }
+  return dataclasses.replace(
+    record,
+    metrics=record.metrics | _deciding(study, evaluations),
+    metric_errors=absent | record.metric_errors,
+  )
+
+
+def _deciding(study: Study, evaluations: dict[str, Any]) -> dict[str, float]:
+  """Returns the deciding number by its path, if the evaluations have it."""
+  number = metric_paths.number_at(evaluations, study.metric.name)
+  return {} if number is None else {study.metric.name: number}
 
 
 def known_records(trials: list[Trial], path: str | os.PathLike) -> dict[str, Record]:
@@ -80,7 +118,7 @@ def id_today(record: Record, path: str | os.PathLike) -> str:
   return trial_id(config)
 
 
-def _record(trial: Trial, workdir: str | os.PathLike, command: str) -> Record:
+def _record(study: Study, trial: Trial, workdir: str | os.PathLike, command: str) -> Record:
   known: dict[str, Any] = {
     'trial': trial.id,
     'arm': trial.arm,
@@ -117,8 +155,17 @@ def _record(trial: Trial, workdir: str | os.PathLike, command: str) -> Record:
         raise DamagedError(f'{folder / name} is not what was written')
     splits = {result['split'] for result in ended['evaluations'].values()}
     known['data'] |= {'split': ', '.join(sorted(splits))}
+    evaluations = ended['evaluations']
+    results = _results(evaluations)
+    own, errors = user_metrics.values_of(study, trial.finished(workdir, evaluations))
+    results['metrics'] |= own | _deciding(study, evaluations)
     return Record(
-      status=records.FINISHED, **known, **_results(ended['evaluations']), **_history(folder)
+      status=records.FINISHED,
+      **known,
+      **results,
+      metric_errors=errors,
+      metric_sources=user_metrics.sources_of(study),
+      **_history(folder),
     )
   except (DamagedError, UserError) as error:
     again = f'to run it again, remove {folder} and {outcome.path_of(workdir, trial.id)}'

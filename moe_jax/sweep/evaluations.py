@@ -29,8 +29,25 @@ EVALUATIONS: dict[str, Callable[[ml_collections.ConfigDict], None]] = {
 }
 
 
-# Of an evaluation, what is one number and can decide a study.
-METRICS = ('bits_per_byte', 'loss', 'router/drop_share')
+# Names in an evaluation, of a whole split as of each domain: numbers, and lists over MoE layers.
+# `tests/sweep/test_sweep.py` holds them against an evaluation.
+METRICS = ('bits_per_byte', 'loss', 'tokens', 'bytes', 'router/drop_share')
+LAYER_METRICS = (
+  'router/drop_share_per_layer',
+  'router/token_drop_share',
+  'router/max_violation',
+  'router/load_cv',
+  'router/rank_imbalance',
+  'router/padding_waste',
+  'router/largest_logsumexp',
+  'router/load_entropy',
+  'router/dead_experts',
+  'router/entropy',
+  'router/top_prob',
+)
+# Of a whole split alone.
+POOLED_METRICS: tuple[str, ...] = ()
+POOLED_LAYER_METRICS: tuple[str, ...] = ()
 
 
 def config_for(config: ml_collections.ConfigDict, evaluation: str) -> ml_collections.ConfigDict:

@@ -21,7 +21,7 @@ from moe_jax.models.build import build_model
 from moe_jax.models.decoder import Decoder
 from moe_jax.results.records import DIVERGED, FAILED, FINISHED
 from moe_jax.study import Study
-from moe_jax.sweep import outcome
+from moe_jax.sweep import outcome, user_metrics
 from moe_jax.sweep.evaluations import config_for
 from moe_jax.sweep.trials import Trial, training_flops
 from moe_jax.train import evaluate, manifest, packed
@@ -219,7 +219,7 @@ def _run_one(
 ) -> str:
   """Trains and evaluates a trial, writes its outcome and returns its status."""
   name = f'{trial.id} {trial.arm}, seed {trial.seed}'
-  facts = {'study': study.name, 'arm': trial.arm, 'seed': trial.seed}
+  facts: dict[str, Any] = {'study': study.name, 'arm': trial.arm, 'seed': trial.seed}
   note = _logger(trial, workdir)
   progress.begin(trial)
   try:
@@ -243,6 +243,11 @@ def _run_one(
   outcome.write(workdir, trial.id, facts | {'status': status, 'reason': reason})
   progress.end(trial)
   say(f'{status}: {name}{": " + reason if reason else ""}')
+  if status == FINISHED:
+    # The trial stays finished: the functions are called again for every report.
+    _, errors = user_metrics.values_of(study, trial.finished(workdir, facts['evaluations']))
+    for text in errors.values():
+      say(f'warning: {name}: {text}')
   return status
 
 

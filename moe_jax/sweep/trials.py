@@ -1,6 +1,6 @@
 """The trials of a study: every arm with every seed, each a config, an id and a directory."""
 
-import copy
+import difflib
 import hashlib
 import importlib.util
 import json
@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import ml_collections
 
 from moe_jax import config as config_lib
-from moe_jax.data import SPLITS, ByteTokenizer
+from moe_jax.data import ByteTokenizer
 from moe_jax.errors import UserError
-from moe_jax.study import MAY_DIFFER, TOLERANCE, Comparison, Metric, Point, Study
-from moe_jax.sweep.evaluations import EVALUATIONS, METRICS
+from moe_jax.study import TOLERANCE, FinishedTrial, Point, Study
+from moe_jax.sweep.checks import check_study, same_model, unfrozen
+from moe_jax.sweep.metric_paths import check_layers
 from moe_jax.train import accounting
 from moe_jax.train.manifest import FREE_FIELDS
 
@@ -42,6 +43,11 @@ class Trial(NamedTuple):
     """Returns the directory of its run."""
     return pathlib.Path(workdir) / 'trials' / self.id
 
+  def finished(self, workdir: str | os.PathLike, evaluations: dict[str, Any]) -> FinishedTrial:
+    """Returns the trial as the functions of `Study.metrics` are given it."""
+    folder = self.folder(workdir)
+    return FinishedTrial(self.arm, self.seed, self.config.to_dict(), evaluations, folder)
+
 
 def load_study(path: str) -> Study:
   """Returns the study of a file.
@@ -53,7 +59,8 @@ def load_study(path: str) -> Study:
     why = 'is no file' if os.path.exists(path) else 'does not exist'
     raise UserError('--study', path, why)
   spec = importlib.util.spec_from_file_location('moe_jax_study', path)
-  assert spec is not None and spec.loader is not None
+  if spec is None or spec.loader is None:
+    raise UserError('--study', path, 'must be a Python file, as experiments/NAME/study.py')
   module = importlib.util.module_from_spec(spec)
   sys.modules['moe_jax_study'] = module
   try:
@@ -70,86 +77,11 @@ def load_study(path: str) -> Study:
   return study
 
 
-def check_study(study: Study) -> None:
-  """Checks what a study says of itself, its configs apart.
-
-  Raises:
-    UserError: names the first field that is wrong.
-  """
-  _check_types(study)
-  names = [arm.name for arm in study.arms]
-  run = {arm.name for arm in study.arms if not arm.dropped}
-  if not run:
-    raise UserError('study.arms', names, 'none is left to run')
-  for name in names:
-    if not name or names.count(name) > 1:
-      raise UserError('study.arms', name, 'names must be unique and not empty')
-  if not study.seeds or len(set(study.seeds)) != len(study.seeds):
-    raise UserError('study.seeds', study.seeds, 'must be different numbers, at least one')
-  _check_evaluations(study)
-  for what in study.may_differ:
-    if what not in MAY_DIFFER:
-      raise UserError('study.may_differ', what, f'must be of {", ".join(MAY_DIFFER)}')
-  if study.baseline and study.baseline not in run:
-    raise UserError('study.baseline', study.baseline, 'is no arm that is run')
-  for comparison in study.comparisons:
-    for name in comparison:
-      if name not in run:
-        raise UserError('study.comparisons', name, 'is no arm that is run')
-    if comparison.arm == comparison.baseline:
-      raise UserError('study.comparisons', comparison.arm, 'is compared with itself')
-    if study.comparisons.count(comparison) > 1:
-      # It would count twice in the correction for the number of comparisons.
-      raise UserError('study.comparisons', tuple(comparison), 'stands there twice')
-
-
-def _check_types(study: Study) -> None:
-  """Checks what Python does not: the types of the fields, and names that are taken for others."""
-  many = {
-    'arms': Point,
-    'seeds': int,
-    'comparisons': Comparison,
-    'evaluations': str,
-    'may_differ': str,
-  }
-  for field, kind in many.items():
-    value = getattr(study, field)
-    if not isinstance(value, tuple | list) or not all(type(one) is kind for one in value):
-      raise UserError(f'study.{field}', value, f'must be a tuple of {kind.__name__}')
-  for field, kind in {'metric': Metric, 'base': ml_collections.ConfigDict}.items():
-    if not isinstance(getattr(study, field), kind):
-      raise UserError(f'study.{field}', getattr(study, field), f'must be a {kind.__name__}')
-  if (
-    not isinstance(study.name, str) or not study.name or study.name != os.path.basename(study.name)
-  ):
-    raise UserError('study.name', study.name, 'must be the name of a folder')
-  for field in ('x', 'lines'):
-    room, _, name = (value := getattr(study, field)).partition('.')
-    if value and name not in config_lib.SCHEMA.get(room, {}):
-      raise UserError(f'study.{field}', value, 'is no field of a config')
-
-
-def _check_evaluations(study: Study) -> None:
-  for evaluation in study.evaluations:
-    if evaluation not in EVALUATIONS:
-      raise UserError('study.evaluations', evaluation, f'must be of {", ".join(EVALUATIONS)}')
-  if study.split not in SPLITS:
-    raise UserError('study.split', study.split, f'must be one of {", ".join(SPLITS)}')
-  evaluation, _, name = study.metric.name.partition('/')
-  if evaluation not in study.evaluations or name not in METRICS:
-    raise UserError(
-      'study.metric',
-      study.metric.name,
-      f'must be EVALUATION/METRIC with an evaluation of the study ({", ".join(study.evaluations)}) '
-      f'and one of {", ".join(METRICS)}',
-    )
-
-
 def _check_comparable(study: Study, trials: list[Trial]) -> None:
-  """Checks before anything is trained what `results.summary` will check of the results."""
+  """Checks before anything is trained what `results.comparable` will check of the results."""
   fields = {
     'horizon': ('train.num_steps', 'data.batch_size', 'data.sequence_length'),
-    'data': ('data.name',),
+    'data': ('data.name', 'data.valid_fraction', 'data.test_fraction'),
     'tokenizer': ('data.tokenizer', 'data.vocab_size'),
   }
   for excuse, of_excuse in fields.items():
@@ -189,7 +121,7 @@ def trials_of(study: Study, free: Mapping[str, Any] | None = None) -> list[Trial
   """Returns all trials, seeds running fastest; every config is validated.
 
   Args:
-    study: see `check_study`.
+    study: see `checks.check_study`.
     free: values of `FREE_FIELDS` for this machine, as the mesh.
 
   Raises:
@@ -197,18 +129,23 @@ def trials_of(study: Study, free: Mapping[str, Any] | None = None) -> list[Trial
   """
   check_study(study)
   trials: list[Trial] = []
-  arms_by_id: dict[str, str] = {}
+  arms_by_model: dict[str, Trial] = {}
   for arm in study.arms:
     if arm.dropped:
       continue
     for seed in study.seeds:
       config = _config(study, arm, seed, free or {})
       trial = Trial(trial_id(config), arm.name, seed, arm.changes, config)
-      if trial.id in arms_by_id:
-        other = arms_by_id[trial.id]
-        raise UserError('study.arms', arm.name, f'is the same config as arm {other!r}')
-      arms_by_id[trial.id] = arm.name
+      model = json.dumps(same_model(config, FREE_FIELDS), sort_keys=True)
+      if model in arms_by_model:
+        other = arms_by_model[model]
+        same = 'config' if other.id == trial.id else 'model: nothing reads what differs'
+        raise UserError('study.arms', arm.name, f'is the same as arm {other.arm!r}, one {same}')
+      arms_by_model[model] = trial
       trials.append(trial)
+    moe = config.moe
+    moe_layers = config.model.num_layers // moe.every if moe.num_experts else 0
+    check_layers(study.metric.name, arm.name, moe_layers)
   _check_comparable(study, trials)
   return trials
 
@@ -227,18 +164,21 @@ def trial_id(config: ml_collections.ConfigDict) -> str:
 def _config(
   study: Study, arm: Point, seed: int, free: Mapping[str, Any]
 ) -> ml_collections.ConfigDict:
-  config = copy.deepcopy(study.base)
+  config = unfrozen(study.base)
   for field, value in {**arm.changes, **free, 'train.seed': seed}.items():
     room, _, name = field.partition('.')
     known = config_lib.SCHEMA.get(room, {})
     if name not in known:
-      raise UserError(field, value, f'of arm {arm.name!r}: unknown field')
-    # An int serves as a float, and as nothing else.
-    if isinstance(known[name].default, float) and type(value) is int:
-      value = float(value)
+      fields = [f'{section}.{one}' for section, of in config_lib.SCHEMA.items() for one in of]
+      nearest = difflib.get_close_matches(field, fields, 3)
+      hint = f'; did you mean {" or ".join(nearest)}?' if nearest else ''
+      raise UserError(field, value, f'of arm {arm.name!r}: unknown field{hint}')
     try:
+      # An int serves as a float, and as nothing else.
+      if isinstance(known[name].default, float) and type(value) is int:
+        value = float(value)
       config[room][name] = value
-    except TypeError as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
       kind = type(known[name].default).__name__
       raise UserError(field, value, f'of arm {arm.name!r}: must be of type {kind}') from error
   try:

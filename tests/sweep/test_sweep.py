@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from moe_jax.errors import DamagedError, UserError
-from moe_jax.results.records import write_records
+from moe_jax.results import summary
+from moe_jax.results.records import read_records, write_records
 from moe_jax.study import Comparison, Metric, Study, chain, point, product
-from moe_jax.sweep import collect, outcome, runner, trials
+from moe_jax.sweep import collect, evaluations, outcome, runner, trials
 from moe_jax.train import loop
 from moe_jax.train.metrics import read_metrics
 from tests import tiny
@@ -70,7 +71,7 @@ def test_an_id_is_the_config_but_for_what_changes_no_result(text):
     ({'arms': point('a', {'moe.num_expert': 4})}, ('moe.num_expert=4', "arm 'a'")),
     ({'arms': point('a', {'moe.num_experts': 'four'})}, ("moe.num_experts='four'", 'int')),
     ({'arms': point('a', {'moe.num_selected_experts': 9})}, ("study.arms='a'", 'experts=9')),
-    ({'arms': point('a', {}) + point('b', {'moe.num_experts': 8})}, ("'b'", "as arm 'a'")),
+    ({'arms': point('a', {}) + point('b', {'moe.num_experts': 8})}, ("'b'", "arm 'a', one config")),
     ({'arms': point('a', {}) + point('a', {'moe.every': 2})}, ("study.arms='a'", 'unique')),
     ({'arms': ()}, ('study.arms', 'none is left')),
     ({'seeds': (1, 1)}, ('study.seeds=(1, 1)',)),
@@ -188,6 +189,75 @@ def test_a_trial_is_what_training_and_evaluation_alone_give(swept, tmp_path):
   assert record.metrics['capacity/router/drop_share'] > 0
   assert list(record.domains['dropless']) == ['prose', 'verse']
   assert record.parameters['active'] < record.parameters['total']
+
+
+def test_names_known_in_advance_are_those_of_an_evaluation(swept):
+  study, workdir, *_ = swept
+  trial = trials.trials_of(study)[0]
+  evaluation = outcome.read(workdir, trial.id)['evaluations']['dropless']
+  others = {'split', 'domains', 'router/load', 'router/load_kept'}
+  own = {*evaluations.POOLED_METRICS, *evaluations.POOLED_LAYER_METRICS}
+  known = {*evaluations.METRICS, *evaluations.LAYER_METRICS}
+  assert evaluation.keys() - others == known | own
+  for of_domain in evaluation['domains'].values():
+    assert of_domain.keys() - others == known
+  lists = (*evaluations.LAYER_METRICS, *evaluations.POOLED_LAYER_METRICS)
+  assert all(len(evaluation[name]) == 2 for name in lists)
+
+
+def load_of_first_layer(trial):
+  return sum(trial.evaluations['dropless']['router/load'][0]) + trial.seed
+
+
+def too_short(trial):
+  return trial.evaluations['dropless']['router/load'][99]
+
+
+def test_any_number_may_decide_and_functions_of_the_study_file(swept, tmp_path):
+  study, workdir, *_ = swept
+  study = dataclasses.replace(
+    study,
+    arms=study.arms[:2],
+    metric=Metric('dropless/router/max_violation/mean', 'MaxVio'),
+    metrics={'sum': load_of_first_layer, 'short': too_short},
+  )
+  found = collect.records_of(study, workdir)
+  for record in found:
+    violation = record.metrics['dropless/router/max_violation']
+    assert record.metrics[study.metric.name] == pytest.approx(sum(violation) / 2)
+    # Shares add up to 1.
+    assert record.metrics['user/sum'] == pytest.approx(1 + record.seed)
+    assert 'user/short' not in record.metrics
+    error = record.metric_errors['user/short']
+    assert 'too_short, test_sweep.py:' in error and 'IndexError' in error
+  whole = summary.summarize(study, found)
+  assert len(whole.arms[0].values) == 2 and not whole.arms[0].absent
+  # The list that the deciding number is of gives it no second time.
+  assert whole.arms[0].metrics[study.metric.name].num == 2
+  # The one that has no value says why.
+  short = dataclasses.replace(study, metric=Metric('user/short', 'none'))
+  absent = summary.summarize(short, collect.records_of(short, workdir)).arms[0].absent
+  assert [a.seed for a in absent] == [0, 1] and 'IndexError' in absent[0].reason
+  # Another number can be decided by later, also of what was kept in results.jsonl.
+  write_records(tmp_path / 'results.jsonl', found)
+  kept = read_records(tmp_path / 'results.jsonl')
+  verse = dataclasses.replace(study, metric=Metric('dropless/domains/verse/loss', 'nats'))
+  again = [collect.as_asked(verse, record) for record in kept]
+  direct = collect.records_of(verse, workdir)
+  assert [r.metrics[verse.metric.name] for r in again] == [
+    r.metrics[verse.metric.name] for r in direct
+  ]
+  # A function that was changed does not mix with values of the earlier one.
+  changed = dataclasses.replace(study, metrics={'sum': lambda trial: 3.0})
+  assert {r.metrics['user/sum'] for r in collect.records_of(changed, workdir)} == {3.0}
+  with pytest.raises(UserError, match="study.metrics='sum': --results holds values of another"):
+    collect.as_asked(changed, kept[0])
+
+
+def test_labels_stand_in_records(swept):
+  study, workdir, *_ = swept
+  labels = [record.label for record in collect.records_of(study, workdir)]
+  assert labels == ['LBL=0', 'LBL=0', 'LBL=0.01', 'LBL=0.01', *['absent'] * 2, *['wild'] * 2]
 
 
 def test_done_trials_are_left_alone_and_failed_ones_tried_again(swept):

@@ -1,0 +1,242 @@
+"""Checks of a study before anything is trained: the type of every field, then what they say."""
+
+import copy
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import ml_collections
+import numpy as np
+
+from moe_jax import config as config_lib
+from moe_jax import routing
+from moe_jax.data import SPLITS
+from moe_jax.errors import UserError
+from moe_jax.schema import SCHEMA
+from moe_jax.study import MAY_DIFFER, Comparison, Metric, Point, Study, labels_of
+from moe_jax.sweep import metric_paths, user_metrics
+from moe_jax.sweep.evaluations import EVALUATIONS
+
+
+class _Type(NamedTuple):
+  """The values a field may have, and how an error says so."""
+
+  holds: Callable[[Any], bool]
+  allowed: str
+
+
+def _tuple_of(kind: type) -> _Type:
+  return _Type(
+    lambda value: isinstance(value, tuple | list) and all(type(one) is kind for one in value),
+    f'must be a tuple of {kind.__name__}',
+  )
+
+
+def _is_text_keyed(value: Any) -> bool:
+  return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+
+
+_TEXT = _Type(lambda value: isinstance(value, str), 'must be text')
+_BOOL = _Type(lambda value: isinstance(value, bool), 'must be True or False')
+_FIELD = _Type(
+  lambda value: isinstance(value, str) and (not value or _is_field(value)),
+  "is no field of a config; must be as 'moe.num_experts', or ''",
+)
+
+# Every field of what a study file makes.
+TYPES: dict[type, dict[str, _Type]] = {
+  Study: {
+    'name': _Type(lambda value: _is_folder_name(value), 'must be the name of a folder'),
+    'question': _TEXT,
+    'base': _Type(
+      lambda value: isinstance(value, ml_collections.ConfigDict), 'must be a ConfigDict'
+    ),
+    'arms': _tuple_of(Point),
+    'seeds': _tuple_of(int),
+    'metric': _Type(lambda value: isinstance(value, Metric), 'must be a Metric'),
+    'baseline': _TEXT,
+    'comparisons': _tuple_of(Comparison),
+    'evaluations': _tuple_of(str),
+    'split': _Type(
+      lambda value: isinstance(value, str) and value in SPLITS,
+      f'must be one of {", ".join(SPLITS)}',
+    ),
+    'may_differ': _tuple_of(str),
+    'x': _FIELD,
+    'lines': _FIELD,
+    'scaling': _BOOL,
+    'metrics': _Type(
+      lambda value: _is_text_keyed(value) and all(map(callable, value.values())),
+      'must be {name: function of a finished trial}',
+    ),
+  },
+  Point: {
+    'name': _Type(
+      lambda value: isinstance(value, str) and bool(value), 'must be text that is not empty'
+    ),
+    'changes': _Type(_is_text_keyed, 'must be {field of the config: value}'),
+    'dropped': _TEXT,
+    'label': _TEXT,
+  },
+  Comparison: {'arm': _TEXT, 'baseline': _TEXT},
+  Metric: {'name': _TEXT, 'unit': _TEXT, 'lower_is_better': _BOOL},
+}
+
+
+def _is_folder_name(value: Any) -> bool:
+  return (
+    isinstance(value, str)
+    and value == os.path.basename(value)
+    and value not in ('', '.', '..')
+    and value.isprintable()
+    and len(value.encode()) <= 200
+  )
+
+
+def _is_field(name: str) -> bool:
+  section, _, field = name.partition('.')
+  return field in SCHEMA.get(section, {})
+
+
+def check_study(study: Study) -> None:
+  """Checks what a study says of itself, its configs apart.
+
+  Raises:
+    UserError: names the first field that is wrong.
+  """
+  check_types('study', study)
+  _check_base(study.base)
+  _check_arms(study)
+  if not study.seeds or len(set(study.seeds)) != len(study.seeds):
+    raise UserError('study.seeds', study.seeds, 'must be different numbers, at least one')
+  for evaluation in study.evaluations:
+    if evaluation not in EVALUATIONS:
+      raise UserError('study.evaluations', evaluation, f'must be of {", ".join(EVALUATIONS)}')
+  if not study.evaluations or len(set(study.evaluations)) != len(study.evaluations):
+    raise UserError('study.evaluations', study.evaluations, 'must be different, at least one')
+  for name in study.metrics:
+    if not name.replace('_', 'a').isalnum():
+      raise UserError('study.metrics', name, 'a name must be of letters, digits and _')
+  user_metrics.sources_of(study)
+  metric_paths.check_name(study.metric.name, tuple(study.evaluations), study.metrics)
+  for name in study.may_differ:
+    if name not in MAY_DIFFER:
+      raise UserError('study.may_differ', name, f'must be of {", ".join(MAY_DIFFER)}')
+  _check_comparisons(study)
+
+
+def check_types(name: str, value: Any) -> None:
+  """Checks every field of a study, and of what it holds, which Python lets through.
+
+  Raises:
+    UserError: as 'study.arms[0].changes=[1]: must be ...'.
+  """
+  for field, kind in TYPES[type(value)].items():
+    found = getattr(value, field)
+    if not kind.holds(found):
+      raise UserError(f'{name}.{field}', found, kind.allowed)
+    if type(found) in TYPES:
+      check_types(f'{name}.{field}', found)
+    elif isinstance(found, tuple | list):
+      for index, one in enumerate(found):
+        if type(one) in TYPES:
+          check_types(f'{name}.{field}[{index}]', one)
+
+
+def _check_base(base: ml_collections.ConfigDict) -> None:
+  """Checks that every field is there; values are checked with the arms' changes."""
+  for section in base:
+    if section not in SCHEMA:
+      raise UserError(
+        'study.base', section, f'is no section of a config; these are {", ".join(SCHEMA)}'
+      )
+  for section, fields in SCHEMA.items():
+    if not isinstance(base.get(section), ml_collections.ConfigDict):
+      raise UserError(
+        'study.base', f'...{section}', 'is missing; begin with moe_jax.config.get_config()'
+      )
+    for name in [*fields, *base[section]]:
+      if name not in base[section] or name not in fields:
+        why = 'is missing' if name in fields else 'is no field of a config'
+        raise UserError('study.base', f'{section}.{name}', why)
+
+
+def _check_arms(study: Study) -> None:
+  names = [arm.name for arm in study.arms]
+  if all(arm.dropped for arm in study.arms):
+    raise UserError('study.arms', names, 'none is left to run')
+  labels = [arm.label for arm in study.arms if arm.label]
+  for what, values in (
+    ('names', names),
+    ('labels', labels),
+    ('labels', list(labels_of(study).values())),
+  ):
+    for value in values:
+      if values.count(value) > 1:
+        raise UserError('study.arms', value, f'{what} must be unique')
+  for arm in study.arms:
+    if 'train.seed' in arm.changes:
+      raise UserError(
+        'train.seed',
+        arm.changes['train.seed'],
+        f'of arm {arm.name!r}: seeds are those of study.seeds, the same for every arm',
+      )
+
+
+def _check_comparisons(study: Study) -> None:
+  run = {arm.name for arm in study.arms if not arm.dropped}
+  if study.baseline and study.baseline not in run:
+    raise UserError('study.baseline', study.baseline, 'is no arm that is run')
+  seen: set[frozenset[str]] = set()
+  for comparison in study.comparisons:
+    for name in comparison:
+      if name not in run:
+        raise UserError('study.comparisons', name, 'is no arm that is run')
+    if comparison.arm == comparison.baseline:
+      raise UserError('study.comparisons', comparison.arm, 'is compared with itself')
+    if frozenset(comparison) in seen:
+      # It would count twice in the correction for the number of comparisons.
+      raise UserError(
+        'study.comparisons', tuple(comparison), 'stands there twice, in whichever direction'
+      )
+    seen.add(frozenset(comparison))
+
+
+def unfrozen(base: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """Returns a copy that may be changed, whatever the base was."""
+  return ml_collections.ConfigDict(copy.deepcopy(base.to_dict()))
+
+
+def same_model(config: ml_collections.ConfigDict, free: Sequence[str]) -> dict[str, Any]:
+  """Returns the fields that decide a trained model: two arms with equal ones are one model.
+
+  Numbers are what float32 holds, in which the step takes them. Fields that nothing reads (of
+  experts in a dense model, and those that the router has no use for) are at their defaults.
+
+  Args:
+    config: validated.
+    free: fields that change no result.
+  """
+  with np.errstate(over='ignore', under='ignore'):
+    fields = {
+      f'{section}.{name}': float(np.float32(value)) if isinstance(value, float) else value
+      for section, values in config.to_dict().items()
+      for name, value in values.items()
+      if f'{section}.{name}' not in free
+    }
+  unread = _unread(config.moe)
+  return {name: value for name, value in fields.items() if name not in unread}
+
+
+def _unread(moe: ml_collections.ConfigDict) -> set[str]:
+  """Returns fields of experts that nothing reads in a trial of a study."""
+  if not moe.num_experts:
+    return {f'moe.{name}' for name in SCHEMA['moe']}
+  router = routing.ROUTERS[moe.router]
+  options = {field.name for field in dataclasses.fields(routing.RouterOptions)}
+  # Every evaluation of a study sets `eval_capacity_factor`.
+  unread = {'eval_capacity_factor'} | options - {*routing.COMMON_FIELDS, *router.reads}
+  if not config_lib.limits_slots(moe):
+    unread |= {'capacity_factor', 'priority'}
+  return {f'moe.{name}' for name in unread}

@@ -1,0 +1,209 @@
+"""Malformed studies: each is one line that names the field and its value."""
+
+import dataclasses
+import math
+
+import ml_collections
+import pytest
+
+from moe_jax.errors import UserError
+from moe_jax.study import Comparison, Metric, Point, Study, chain, point, product
+from moe_jax.sweep import checks, trials
+from tests import tiny
+
+LIGHT, NONE = 'load_balancing_weight=0.01', 'load_balancing_weight=0'
+
+
+def make_study(**changes):
+  arms = product({'moe.load_balancing_weight': (0, 0.01)})
+  study = Study('test', 'does it?', tiny.config(), arms, (0, 1))
+  for name, value in changes.items():
+    # Outside of tests nothing checks the annotations.
+    object.__setattr__(study, name, value)
+  return study
+
+
+def refused(**changes):
+  with pytest.raises(UserError) as caught:
+    trials.trials_of(make_study(**changes))
+  text = str(caught.value)
+  assert '\n' not in text
+  return text
+
+
+WRONG = (None, 3, 0.5, True, 'text', b'bytes', (), [1], {}, {'a': 1}, (None,), len, math)
+# What of these a field takes.
+RIGHT: dict[tuple[type, str], tuple] = {
+  (Study, 'name'): ('text',),
+  (Study, 'question'): ('text',),
+  (Study, 'seeds'): ([1],),
+  (Study, 'comparisons'): ((),),
+  (Study, 'may_differ'): ((),),
+  (Study, 'scaling'): (True,),
+  (Study, 'metrics'): ({},),
+  (Point, 'name'): ('text',),
+  (Point, 'changes'): ({},),
+  (Point, 'dropped'): ('text',),
+  (Point, 'label'): ('text',),
+  (Metric, 'unit'): ('text',),
+  (Metric, 'lower_is_better'): (True,),
+}
+
+
+def test_every_field_of_a_study_has_its_type():
+  for kind, fields in checks.TYPES.items():
+    names = (
+      [field.name for field in dataclasses.fields(kind)] if kind is Study else list(kind._fields)
+    )
+    assert list(fields) == names, kind
+
+
+@pytest.mark.parametrize('field', checks.TYPES[Study])
+def test_a_field_of_the_study_of_a_wrong_type(field):
+  trials.trials_of(make_study())
+  for value in WRONG:
+    if value in RIGHT.get((Study, field), ()):
+      trials.trials_of(make_study(**{field: value}))
+    else:
+      assert refused(**{field: value}).startswith(f'study.{field}'), value
+
+
+@pytest.mark.parametrize(
+  ('kind', 'field'),
+  [(kind, field) for kind in (Point, Comparison, Metric) for field in checks.TYPES[kind]],
+)
+def test_a_field_of_an_arm_a_comparison_or_the_metric_of_a_wrong_type(kind, field):
+  for value in WRONG:
+    good = {
+      Point: Point('wide', {'moe.capacity_factor': 3.0}),
+      Comparison: Comparison(NONE, LIGHT),
+      Metric: Metric(),
+    }[kind]
+    bad = good._replace(**{field: value})
+    changes = {
+      Point: {'arms': (*product({'moe.load_balancing_weight': (0, 0.01)}), bad)},
+      Comparison: {'comparisons': (bad,)},
+      Metric: {'metric': bad},
+    }[kind]
+    if value in RIGHT.get((kind, field), ()):
+      # An arm without changes is the base, and here that is one of the others.
+      checks.check_study(make_study(**changes))
+    else:
+      where = {Point: 'study.arms', Comparison: 'study.comparisons', Metric: 'study.metric'}[kind]
+      text = refused(**changes)
+      assert text.startswith(where) or (value == {'a': 1} and text.startswith('a=1: of arm')), value
+
+
+def test_an_arm_that_changes_a_field_to_a_wrong_type():
+  for value in WRONG:
+    text = refused(arms=point('a', {'moe.num_experts': value}) + point('b', {}))
+    assert 'moe.num_experts=' in text or value == 3, value
+  # Too large for a float, though not for an int.
+  assert 'float' in refused(arms=point('a', {'optim.learning_rate': 10**400}))
+  text = refused(arms=point('a', {'moe.num_expert': 4}))
+  assert 'did you mean moe.num_experts' in text
+
+
+def frozen(config):
+  return ml_collections.FrozenConfigDict(config)
+
+
+def test_a_base_that_is_no_config():
+  assert refused(base=ml_collections.ConfigDict()).startswith("study.base='...model'")
+  good = tiny.config().to_dict()
+  for words, changes in (
+    ("study.base='...model'", {'model': 3}),
+    ("study.base='moe.num_exprets': is no field", {'moe': {**good['moe'], 'num_exprets': 3}}),
+    ("study.base='moe.num_experts': is missing", {'moe': {'mlp_dim': 3}}),
+    ("study.base='new'", {'new': {}}),
+    (
+      "moe.num_experts='four': must be of type int",
+      {'moe': {**good['moe'], 'num_experts': 'four'}},
+    ),
+  ):
+    assert words in refused(base=ml_collections.ConfigDict({**good, **changes})), words
+  ids = [trial.id for trial in trials.trials_of(make_study())]
+  assert [t.id for t in trials.trials_of(make_study(base=frozen(tiny.config())))] == ids
+
+
+@pytest.mark.parametrize('name', ['..', '.', 'a/b', 'a\nb', 'a\0', '\udc80', 'x' * 300])
+def test_a_name_that_is_no_folder(name):
+  assert refused(name=name).startswith('study.name=')
+
+
+def test_seeds_are_those_of_the_study():
+  text = refused(arms=point('a', {'train.seed': 7}) + point('b', {'moe.capacity_factor': 3.0}))
+  assert text.startswith('train.seed=7') and 'study.seeds' in text
+
+
+@pytest.mark.parametrize('field', ['data.valid_fraction', 'data.test_fraction'])
+def test_other_splits_are_other_data(field):
+  arms = point('a', {}) + point('b', {field: 0.3})
+  text = refused(arms=arms)
+  assert text.startswith(f'{field}=') and "'data' to its may_differ" in text
+  assert len(trials.trials_of(make_study(arms=arms, may_differ=('data',)))) == 4
+
+
+def test_a_comparison_counts_once_in_whichever_direction():
+  text = refused(comparisons=(Comparison(NONE, LIGHT), Comparison(LIGHT, NONE)))
+  assert 'stands there twice' in text
+
+
+@pytest.mark.parametrize(
+  ('common', 'changes'),
+  [
+    # Nothing of experts is read by a dense model.
+    ({'moe.num_experts': 0}, {'moe.mlp_dim': 48}),
+    # float32 holds the same number.
+    ({}, {'optim.learning_rate': 0.1000000001}),
+    ({'moe.dispatch': 'dropless'}, {'moe.capacity_factor': 3.0}),
+    ({'moe.dispatch': 'dropless'}, {'moe.priority': 'choice'}),
+    # Every evaluation sets it.
+    ({}, {'moe.eval_capacity_factor': 3.0}),
+    # What the router does whether one says so or not.
+    ({'moe.router': 'sinkhorn'}, {'moe.score': 'sigmoid'}),
+    ({}, {'train.log_every': 7}),
+  ],
+)
+def test_two_arms_that_are_one_model(common, changes):
+  arms = point('one', common) + point('other', {**common, **changes})
+  assert refused(arms=arms).startswith("study.arms='other': is the same as arm 'one'")
+  # The same change does matter where something reads it.
+  if 'moe.capacity_factor' in changes:
+    assert len(trials.trials_of(make_study(arms=point('one', {}) + point('other', changes)))) == 4
+
+
+def test_labels_are_unique():
+  text = refused(arms=product({'moe.load_balancing_weight': (0, 0.01)}, labels=('a', 'a')))
+  assert text == "study.arms='a': labels must be unique"
+  assert 'unique' in refused(arms=point('a', {}) + point('b', {'moe.capacity_factor': 3.0}, 'a'))
+
+
+@pytest.mark.parametrize('more', [{'evaluations': ()}, {'evaluations': ('dropless', 'dropless')}])
+def test_evaluations_are_different_and_at_least_one(more):
+  assert refused(**more).startswith('study.evaluations=')
+
+
+def mean_load(trial):
+  return trial.evaluations['dropless']['loss']
+
+
+def test_own_metrics_are_functions_in_python():
+  study = make_study(metrics={'load': mean_load}, metric=Metric('user/load', 'nats'))
+  assert len(trials.trials_of(study)) == 4
+  assert refused(metrics={'a/b': mean_load}).startswith("study.metrics='a/b'")
+  assert "'load': must be a function written in Python" in refused(metrics={'load': abs})
+  assert 'user/load' in refused(metrics={'load': mean_load}, metric=Metric('user/loda'))
+
+
+def test_a_study_file_that_is_no_python(tmp_path):
+  path = tmp_path / 'study.txt'
+  path.write_text('get_study = None')
+  with pytest.raises(UserError, match='must be a Python file'):
+    trials.load_study(str(path))
+
+
+def test_all_arms_may_be_points_and_grids():
+  study = make_study(arms=chain(point('dense', {'moe.num_experts': 0}), make_study().arms))
+  # The dense arm has another number of FLOPs.
+  assert "'compute' to its may_differ" in refused(arms=study.arms)
