@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import socket
 from collections.abc import Iterator
 
 import jax
@@ -11,6 +12,14 @@ from jax.experimental import multihost_utils
 from moe_jax.errors import UserError
 
 _VARIABLES = ('MOE_JAX_COORDINATOR', 'MOE_JAX_NUM_PROCESSES', 'MOE_JAX_PROCESS_ID')
+# What `srun` sets and JAX needs; `sbatch` and `salloc` alone set but some of them.
+_SLURM = (
+  'SLURM_JOB_ID',
+  'SLURM_STEP_NODELIST',
+  'SLURM_NTASKS',
+  'SLURM_PROCID',
+  'SLURM_LOCALID',
+)
 
 
 def join_processes() -> None:
@@ -21,7 +30,8 @@ def join_processes() -> None:
   Open MPI, TPU pods, GKE).
 
   Raises:
-    UserError: if only some of the variables are set, or one is not a number in range.
+    UserError: if only some of the variables are set, one is not a number in range, the coordinator
+      is no address, or `auto` finds no cluster.
   """
   coordinator = os.environ.get(_VARIABLES[0])
   if coordinator is None:
@@ -30,12 +40,54 @@ def join_processes() -> None:
         raise UserError(_VARIABLES[0], None, f'must be set, as {name} is')
     return
   if coordinator == 'auto':
-    jax.distributed.initialize()
+    _join_by_environment()
     return
+  _check_address(coordinator)
   count, index = (_number(name) for name in _VARIABLES[1:])
-  if not 0 <= index < count:
+  if not count:
+    raise UserError(_VARIABLES[1], count, 'must be at least 1')
+  if index >= count:
     raise UserError(_VARIABLES[2], index, f'must be in 0..{count - 1}')
-  jax.distributed.initialize(coordinator, count, index)
+  try:
+    jax.distributed.initialize(coordinator, count, index)
+  except RuntimeError as error:
+    raise UserError(_VARIABLES[0], coordinator, f'cannot be used: {error}') from error
+
+
+def _join_by_environment() -> None:
+  """Joins by what the scheduler set, as JAX reads it.
+
+  Raises:
+    UserError: if there is no scheduler's environment, or it is not whole.
+  """
+  try:
+    jax.distributed.initialize()
+  # A scheduler that JAX doesn't find, or whose variables it can't read.
+  except (ValueError, TypeError, LookupError, RuntimeError) as error:
+    missing = [name for name in _SLURM if not os.environ.get(name)]
+    if not missing:
+      for name in _SLURM[2:]:
+        _number(name)
+    reason = f'found no cluster to join ({error})'
+    if missing and len(missing) < len(_SLURM):
+      reason = f'Slurm did not set {", ".join(missing)}: start each process by srun'
+    raise UserError(
+      _VARIABLES[0],
+      'auto',
+      f'{reason}; or set host:port, {_VARIABLES[1]} and {_VARIABLES[2]}; or unset it for a run of '
+      'one process',
+    ) from error
+
+
+def _check_address(coordinator: str) -> None:
+  """Raises UserError unless the text is host:port of a host that is known here."""
+  host, _, port = coordinator.rpartition(':')
+  if not host or not _is_number(port) or not 0 < int(port) < 2**16:
+    raise UserError(_VARIABLES[0], coordinator, 'must be host:port or auto; port in 1..65535')
+  try:
+    socket.getaddrinfo(host.strip('[]'), int(port))
+  except (OSError, UnicodeError) as error:
+    raise UserError(_VARIABLES[0], coordinator, f'no such host: {error}') from error
 
 
 @contextlib.contextmanager
@@ -61,8 +113,13 @@ def all_or_none() -> Iterator[None]:
     raise UserError('process', int(failed[0]), 'could not start; its own error line says why')
 
 
+def _is_number(text: str) -> bool:
+  # Not isdigit or isdecimal alone: they take digits of any script, superscripts included.
+  return text.isascii() and text.isdecimal()
+
+
 def _number(name: str) -> int:
   value = os.environ.get(name)
-  if value is None or not value.isdigit():
+  if value is None or not _is_number(value) or len(value) > 9:
     raise UserError(name, value, 'must be a number; it places this process in the run')
   return int(value)
