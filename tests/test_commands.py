@@ -283,7 +283,7 @@ def test_a_tokenizer_of_another_size_is_refused(run, tmp_path, verb):
   assert tiny.snapshot(workdir) == before
 
 
-@pytest.mark.parametrize('content', ['{"config": ', '{}', '[]', None])
+@pytest.mark.parametrize('content', ['{"config": ', '[]', '"config": []', None])
 def test_a_damaged_manifest_is_exit_code_3_until_training_rebuilds_it(path, run, tmp_path, content):
   workdir = tmp_path / 'copy'
   shutil.copytree(run, workdir)
@@ -291,6 +291,8 @@ def test_a_damaged_manifest_is_exit_code_3_until_training_rebuilds_it(path, run,
   if content is None:
     del facts['vocab_size']
     content = json.dumps(facts)
+  elif content == '"config": []':
+    content = json.dumps(facts | {'config': []})
   (workdir / 'manifest.json').write_text(content)
   before = tiny.snapshot(workdir)
   for verb, more in (('evaluate', []), ('generate', ['--prompt=x'])):

@@ -180,8 +180,7 @@ def _how_far(facts: dict[str, Any] | None) -> str:
 
 
 def _of_manifest(trial: Trial, facts: dict[str, Any]) -> dict[str, Any]:
-  config = config_lib.get_config()
-  config.update(facts['config'])
+  config = manifest.config_of(facts)
   if trial_id(config) != trial.id:
     raise DamagedError(f'the manifest of trial {trial.id} is that of another config')
   data = config.data

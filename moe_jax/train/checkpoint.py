@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from moe_jax.errors import DamagedError, UserError, refusal_in
@@ -127,6 +128,10 @@ class Checkpoints:
     state = TrainState(*restored['state'])
     if digest(state) != restored['digest']:
       raise DamagedError('its arrays are not those that were saved')
+    # Of a pack, one for each member.
+    own = np.unique(np.asarray(state.step)).tolist()
+    if own != [step]:
+      raise DamagedError(f'its arrays are those of step {", ".join(map(str, own))}')
     return state, restored['data']
 
   def restore_step(self, step: int, abstract: TrainState) -> TrainState:
@@ -183,7 +188,7 @@ def saved_config(workdir: str) -> tuple[int, dict[str, Any]] | None:
   for step in sorted((int(p.name) for p in folder.iterdir() if p.name.isdecimal()), reverse=True):
     try:
       config = json.loads((folder / str(step) / 'config' / 'metadata').read_text(encoding='utf-8'))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
       continue
     if isinstance(config, dict) and all(isinstance(fields, dict) for fields in config.values()):
       return step, config

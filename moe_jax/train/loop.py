@@ -22,7 +22,7 @@ from moe_jax.models.build import build_model
 from moe_jax.models.decoder import Decoder
 from moe_jax.parallel.distributed import all_or_none
 from moe_jax.routing import ROUTERS
-from moe_jax.train import evaluate, manifest, metrics, opening
+from moe_jax.train import evaluate, manifest, metrics, metrics_file, opening
 from moe_jax.train.checkpoint import Checkpoints
 from moe_jax.train.knobs import knob_fields, knobs_of
 from moe_jax.train.profile import FLAG as TRACE_FLAG
@@ -157,6 +157,8 @@ def train(
           if profile is not None:
             raise UserError(TRACE_FLAG, profile, f'{workdir} is finished: no step is left to trace')
           say(f'{workdir}: finished at step {old["step"]}')
+          if first:
+            _warn_of_lost_lines(workdir, old, old['step'], say)
           return Outcome(old['step'], True, None)
       return _train(run, old)
   except OSError as error:
@@ -181,6 +183,22 @@ def _is_intact(run: _Run) -> bool:
   return restored is not None and restored[0] == run.config.train.num_steps
 
 
+def _warn_of_lost_lines(
+  workdir: str, old: dict[str, Any], step: int, say: Callable[[str], None]
+) -> None:
+  """Says which lines of metrics.jsonl up to a step are damaged or gone."""
+  path = pathlib.Path(workdir) / metrics_file.FILE
+  found = metrics_file.read_file(path)
+  finished = old['status'] == 'finished'
+  if finished and found.damaged:
+    say(f'warning: {path}: {metrics_file.damage(found)}')
+  lost = metrics_file.missing_lines(found.records, manifest.paces(old), step, finished=finished)
+  if lost:
+    names = metrics_file.shortened([f'{split} {number}' for split, number in lost])
+    state = 'is gone: it held' if not path.exists() else 'lacks'
+    say(f'warning: {path} {state} the lines of {names}; they are not written again')
+
+
 def _train(run: _Run, old: dict[str, Any] | None) -> Outcome:
   config, first = run.config, jax.process_index() == 0
   facts = first_manifest(config, run.mesh, run.dataset)
@@ -191,8 +209,10 @@ def _train(run: _Run, old: dict[str, Any] | None) -> Outcome:
     optimizer = optim.make_optimizer(config.optim, config.train.num_steps)
     checkpoints = Checkpoints(run.workdir, config.train.keep_checkpoints)
     state, step, position = _start(run, optimizer, checkpoints)
-    facts['step'] = step
+    facts |= {'step': step, 'logging': manifest.paces_from(old, config, step)}
     if first:
+      if old and step:
+        _warn_of_lost_lines(run.workdir, old, step, run.say)
       opening.keep_tokenizer(run.workdir, run.dataset.tokenizer)
       if old and old['status'] == manifest.DAMAGED and manifest.exists(run.workdir):
         run.say(f'damaged manifest moved to {manifest.set_aside(run.workdir)}')
@@ -209,7 +229,9 @@ def _train(run: _Run, old: dict[str, Any] | None) -> Outcome:
     train_step = step_of(program_of(config), run.mesh, run.dataset.tokenizer.vocab_size)
     compiled_before = train_step._cache_size()
     again = _evaluates_at(config, step)
-    writer = metrics.MetricsWriter(run.workdir, step, enabled=first, drop_last_valid=again)
+    writer = metrics.MetricsWriter(
+      run.workdir, step, enabled=first, drop_last_valid=again, say=run.say
+    )
     with contextlib.closing(checkpoints), contextlib.closing(writer):
       try:
         outcome = _steps(run, train_step, state, batches, checkpoints, writer, step)

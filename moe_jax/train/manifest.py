@@ -9,7 +9,7 @@ import pathlib
 import platform
 import subprocess
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from moe_jax import config as config_lib
 from moe_jax.errors import DamagedError, UserError
-from moe_jax.train import accounting
+from moe_jax.train import accounting, manifest_kinds
 
 MANIFEST = 'manifest.json'
 # The status that stands for a manifest that could not be read.
@@ -34,8 +34,21 @@ FREE_FIELDS = (
   'train.eval_every',
   'train.eval_batches',
 )
-_NEEDED = ('config', 'status', 'step', 'vocab_size', 'data', 'mesh', 'devices')
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'tensorflow-datasets')
+
+
+class Pace(NamedTuple):
+  """How often a run logs from some step on; one that goes on may change it.
+
+  Attributes:
+    from_step: the last step before.
+    log_every: steps between two lines of training.
+    eval_every: steps between two evaluations; 0 for none.
+  """
+
+  from_step: int
+  log_every: int
+  eval_every: int
 
 
 def new_manifest(
@@ -124,6 +137,24 @@ def _git_state() -> tuple[str | None, bool | None]:
   return git('rev-parse', 'HEAD'), None if status is None else bool(status)
 
 
+def paces(manifest: dict[str, Any]) -> list[Pace]:
+  """Returns how often a run logged, in the order of its steps; [] where its manifest can't tell."""
+  if 'logging' in manifest:
+    return [Pace(*numbers) for numbers in manifest['logging']]
+  if manifest['status'] == DAMAGED or manifest.get('resumed_from'):
+    return []
+  train = manifest['config']['train']
+  return [Pace(0, train['log_every'], train['eval_every'])]
+
+
+def paces_from(
+  old: dict[str, Any] | None, config: ml_collections.ConfigDict, step: int
+) -> list[Pace]:
+  """Returns `paces` of a run that goes on from a step; `old` is None if it begins."""
+  before = [pace for pace in paces(old) if pace.from_step < step] if old else []
+  return [*before, Pace(step, config.train.log_every, config.train.eval_every)]
+
+
 def exists(workdir: str | os.PathLike) -> bool:
   """Whether a directory holds a run; False also for a path that can't be looked at."""
   try:
@@ -142,16 +173,16 @@ def read(workdir: str | os.PathLike) -> dict[str, Any]:
   path = pathlib.Path(workdir) / MANIFEST
   try:
     manifest = json.loads(path.read_text(encoding='utf-8'))
-    missing = [name for name in _NEEDED if name not in manifest]
-    if missing or 'fingerprint' not in manifest['data']:
-      raise KeyError(f'it lacks {(missing or ["data.fingerprint"])[0]}')
+    problem = manifest_kinds.problem_of(manifest)
   except (FileNotFoundError, NotADirectoryError) as error:
     raise UserError('workdir', str(workdir), 'holds no run: no manifest.json there') from error
-  except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-    reason = error.args[0] if isinstance(error, KeyError) else error
+  # Not UTF-8, not JSON, more digits than Python reads; brackets nested without end.
+  except (ValueError, RecursionError) as error:
+    problem = str(error)
+  if problem:
     raise DamagedError(
-      f"{path} is damaged: {reason}; the run's train command rebuilds it from a checkpoint"
-    ) from error
+      f"{path} is damaged: {problem}; the run's train command rebuilds it from a checkpoint"
+    )
   return manifest
 
 
@@ -186,13 +217,20 @@ def config_of(manifest: dict[str, Any]) -> ml_collections.ConfigDict:
 
   Raises:
     UserError: if this version does not know one of its fields.
+    DamagedError: if a field is of another type.
   """
   config = config_lib.get_config()
   for room, fields in manifest['config'].items():
     for name, value in fields.items():
       if room not in config or name not in config[room]:
         raise UserError(f'{room}.{name}', value, 'of the run in workdir is unknown to this version')
-      config[room][name] = value
+      try:
+        config[room][name] = value
+      except TypeError as error:
+        raise DamagedError(
+          f'{MANIFEST} is damaged: {room}.{name}={value!r} is not of type '
+          f'{type(config[room][name]).__name__}'
+        ) from error
   return config
 
 

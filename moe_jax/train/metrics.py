@@ -2,15 +2,17 @@
 
 import json
 import math
-import os
 import pathlib
-import shutil
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from moe_jax import routing
+from moe_jax.train.metrics_file import FILE, is_number, keep_until, print_line
+from moe_jax.train.metrics_file import read_metrics as read_metrics
 from moe_jax.train.step import StepMetrics
 
 
@@ -111,34 +113,57 @@ class MetricsWriter:
   """Appends records to metrics.jsonl, one line each, and scalars to TensorBoard files.
 
   Only the first process writes. A line is written whole and flushed, so a killed run leaves at most
-  one cut line, which the next start removes along with lines past the step it resumes from.
+  one cut line, which the next start removes along with lines past the step it resumes from. A file
+  of which anything else would be lost is kept under another name.
   """
 
   def __init__(
-    self, workdir: str, resume_step: int, enabled: bool = True, drop_last_valid: bool = False
+    self,
+    workdir: str,
+    resume_step: int,
+    enabled: bool = True,
+    drop_last_valid: bool = False,
+    say: Callable[[str], None] = print_line,
   ):
+    """Opens both files.
+
+    Args:
+      workdir: of the run.
+      resume_step: the last step of which lines stay.
+      enabled: whether this process writes.
+      drop_last_valid: whether the evaluation at that step is done again, too.
+      say: takes a line for each loss of lines.
+    """
     self._enabled = enabled
     if not enabled:
       return
     # Imported here: TensorBoard's protobufs cost half a second that no other command needs.
     import tensorboardX
 
-    path = pathlib.Path(workdir) / 'metrics.jsonl'
-    _keep_until(path, resume_step, drop_last_valid)
+    path = pathlib.Path(workdir) / FILE
+    keep_until(path, resume_step, drop_last_valid, say)
     self._file = open(path, 'a', encoding='utf-8')  # noqa: SIM115
+    # By time in seconds alone, the file of a quick restart would take the place of the last one.
     self._events = tensorboardX.SummaryWriter(
-      str(pathlib.Path(workdir) / 'tensorboard'), purge_step=resume_step + 1
+      str(pathlib.Path(workdir) / 'tensorboard'),
+      purge_step=resume_step + 1,
+      filename_suffix=f'.{time.time_ns()}',
     )
 
   def write(self, step: int, split: str, record: dict[str, Any]) -> None:
-    """Writes one record; lists go to metrics.jsonl alone."""
+    """Writes one record; what `scalars_of` finds in it goes to TensorBoard, too."""
     if not self._enabled:
       return
+    from tensorboardX.proto.summary_pb2 import Summary
+
     self._file.write(json.dumps({'step': step, 'split': split} | record) + '\n')
     self._file.flush()
-    for name, value in record.items():
-      if isinstance(value, int | float):
-        self._events.add_scalar(f'{split}/{name}', value, step)
+    # One event for all: an event each would cost more than a small step.
+    values = [
+      Summary.Value(tag=f'{split}/{name}', simple_value=value)
+      for name, value in scalars_of(record).items()
+    ]
+    self._events.file_writer.add_summary(Summary(value=values), step)
 
   def close(self) -> None:
     """Closes both files."""
@@ -147,37 +172,26 @@ class MetricsWriter:
       self._events.close()
 
 
-def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-  """Returns the good lines of a metrics.jsonl: none of a missing file, no cut or damaged one."""
-  records: list[dict[str, Any]] = []
-  if not pathlib.Path(path).exists():
-    return records
-  for line in pathlib.Path(path).read_text(encoding='utf-8').split('\n'):
-    try:
-      record = json.loads(line)
-    except json.JSONDecodeError:
-      continue
-    if isinstance(record, dict) and 'step' in record and 'split' in record:
-      records.append(record)
-  return records
+def scalars_of(record: dict[str, Any]) -> dict[str, float]:
+  """Returns the numbers of a record that TensorBoard draws, by name.
 
-
-def _keep_until(path: pathlib.Path, step: int, drop_last_valid: bool) -> None:
-  """Drops lines of what will be done again, so that nothing stands in the file twice."""
-  if not path.exists():
-    return
-
-  def again(record: dict[str, Any]) -> bool:
-    repeated = drop_last_valid and record['split'] == 'valid' and record['step'] == step
-    return repeated or record['step'] > step
-
-  whole = read_metrics(path)
-  lines = path.read_text(encoding='utf-8').splitlines()
-  # A kill cuts the last line at most; anything else is damage, and the file is kept as it was.
-  if len(whole) < len(lines) - 1:
-    shutil.copyfile(path, path.with_suffix('.damaged'))
-    print(f'warning: {path} has damaged lines; a copy stays in {path.stem}.damaged', flush=True)
-  kept = [record for record in whole if not again(record)]
-  replacement = path.with_suffix('.tmp')
-  replacement.write_text(''.join(json.dumps(r) + '\n' for r in kept), encoding='utf-8')
-  os.replace(replacement, path)
+  A number keeps its name. A list of numbers is one over MoE layers: `NAME/layer_0` and so on. Of a
+  dictionary of records (by domain) only the numbers: `domains/DOMAIN/NAME`. Tables (the load of
+  each expert) and text stand in metrics.jsonl alone.
+  """
+  found: dict[str, float] = {}
+  for name, value in record.items():
+    if is_number(value):
+      found[name] = float(value)
+    elif isinstance(value, list) and all(map(is_number, value)):
+      found |= {f'{name}/layer_{layer}': float(x) for layer, x in enumerate(value)}
+    elif isinstance(value, dict):
+      inner = ((f'{name}/{key}', within) for key, within in value.items())
+      found |= {
+        f'{prefix}/{key}': float(x)
+        for prefix, within in inner
+        if isinstance(within, dict)
+        for key, x in within.items()
+        if is_number(x)
+      }
+  return found

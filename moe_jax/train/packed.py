@@ -126,7 +126,11 @@ class _Pack:
     self._state, self._step = self._start()
     self._facts = [
       loop.first_manifest(member.config, mesh, dataset)
-      | {'step': self._step, 'packed_with': len(members) - 1}
+      | {
+        'step': self._step,
+        'packed_with': len(members) - 1,
+        'logging': [manifest.Pace(0, config.train.log_every, 0)],
+      }
       for member in members
     ]
 
@@ -164,7 +168,7 @@ class _Pack:
         opening.keep_tokenizer(member.workdir, self._dataset.tokenizer)
         facts['pack'] = len(self._members)
         manifest.write(member.workdir, facts)
-        writer = metrics.MetricsWriter(member.workdir, self._step)
+        writer = metrics.MetricsWriter(member.workdir, self._step, say=listener.say)
         writers.append(stack.enter_context(contextlib.closing(writer)))
       signals = stack.enter_context(Signals())
       pending = None

@@ -297,6 +297,88 @@ def test_the_wait_for_data_counts_only_while_the_devices_are_idle(monkeypatch):
     np.testing.assert_array_equal(batch['inputs'], rows['inputs'])
 
 
+def damage_line(path, number):
+  """Spoils a line of a file, as `sed -i 'Ns/{/[/'` does."""
+  lines = path.read_bytes().split(b'\n')
+  lines[number - 1] = lines[number - 1].replace(b'{', b'[', 1)
+  path.write_bytes(b'\n'.join(lines))
+
+
+def test_damaged_and_cut_lines_are_said_and_kept_when_a_run_goes_on(whole, copy, capsys):
+  config, undisturbed = whole
+  shutil.rmtree(copy / 'checkpoints' / '6')
+  path = copy / 'metrics.jsonl'
+  damage_line(path, 2)
+  with open(path, 'ab') as file:
+    file.write(b'{"step": 9, "split": "tr\303')
+  spoiled = path.read_bytes()
+  assert loop.train(config, str(copy)).finished
+  out = capsys.readouterr().out
+  assert f'warning: {path}: line 2 is damaged and left out; the old file is' in out
+  assert f'note: {path}: line 9, the last one, was cut off' in out
+  assert f'warning: {path} lacks the lines of train 2; they are not written again' in out
+  assert (copy / 'damaged_metrics.jsonl').read_bytes() == spoiled
+  assert metrics_of(copy) == [r for r in metrics_of(undisturbed) if r['step'] != 2]
+  # Each later call says what is lost for good, once.
+  before = tiny.snapshot(copy)
+  assert loop.train(config, str(copy)).finished
+  assert capsys.readouterr().out.count('lacks the lines of train 2;') == 1
+  assert tiny.snapshot(copy) == before
+
+
+def test_a_finished_run_says_which_of_its_metrics_are_gone(whole, copy, capsys):
+  config, _ = whole
+  manifest.write(copy, {**manifest.read(copy), 'status': 'finished'})
+  path = copy / 'metrics.jsonl'
+  lines = path.read_bytes().splitlines(keepends=True)
+  assert len(lines) == 8
+  lost = f'warning: {path} lacks the lines of'
+  for content, words in (
+    (b''.join(lines[:4]), f'{lost} train 4, train 5, train 6 and 1 more;'),
+    (b''.join(lines[4:]), f'{lost} train 1, train 2, train 3 and 1 more;'),
+    (b'', f'{lost} train 1, train 2, train 3 and 5 more;'),
+    (None, f'warning: {path} is gone: it held the lines of train 1, train 2, train 3 and 5 more;'),
+    (b''.join(lines), None),
+  ):
+    path.unlink(missing_ok=True)
+    if content is not None:
+      path.write_bytes(content)
+    before = tiny.snapshot(copy)
+    assert loop.train(config, str(copy)) == (6, True, None)
+    out = capsys.readouterr().out
+    assert 'finished at step 6' in out
+    assert (words in out) if words else ('warning' not in out)
+    assert tiny.snapshot(copy) == before
+  damage_line(path, 3)
+  loop.train(config, str(copy))
+  assert f'warning: {path}: line 3 is damaged' in capsys.readouterr().out
+
+
+def test_a_run_whose_checkpoints_are_gone_says_so_and_keeps_its_lines(whole, copy, capsys):
+  config, undisturbed = whole
+  shutil.rmtree(copy / 'checkpoints')
+  manifest.write(copy, {**manifest.read(copy), 'status': 'interrupted'})
+  old = (copy / 'metrics.jsonl').read_bytes()
+  assert loop.train(config, str(copy)).finished
+  out = capsys.readouterr().out
+  assert 'warning: starting at step 0, for want of a checkpoint' in out
+  assert 'earlier_metrics.jsonl' in out
+  assert (copy / 'earlier_metrics.jsonl').read_bytes() == old
+  assert_same_run(copy, undisturbed, config)
+
+
+def test_a_checkpoint_under_the_number_of_another_step_is_damaged(whole, copy, capsys):
+  config, undisturbed = whole
+  shutil.rmtree(copy / 'checkpoints' / '6')
+  shutil.copytree(copy / 'checkpoints' / '3', copy / 'checkpoints' / '5')
+  assert state_of(copy, config)[0] == 3
+  assert loop.train(config, str(copy)).finished
+  out = capsys.readouterr().out
+  assert f'damaged checkpoint moved to {copy / "damaged_checkpoint_5"}' in out
+  assert 'resuming at step 3' in out
+  assert_same_run(copy, undisturbed, config)
+
+
 def test_only_the_newest_checkpoints_stay(text, tmp_path):
   overrides = {'train.checkpoint_every': 1, 'train.keep_checkpoints': 3}
   loop.train(tiny.config({**text, **overrides}), str(tmp_path / 'run'))
