@@ -47,7 +47,7 @@ def written_out(model, params, tokens, segment_ids, positions):
       continue
     info = TokenInfo(segment_ids > 0, tokens, positions)
     moe = Moe(options.moe, model.mesh, options.vocab_size)
-    y, sums, _ = run(moe, 'moe', normed, info, True)
+    y, sums, *_ = run(moe, 'moe', normed, info, True)
     all_sums.append(sums)
     if options.num_shared_experts:
       shared = Mlp(options.num_shared_experts * options.moe.mlp_dim, options.activation)
