@@ -15,7 +15,7 @@ from moe_jax.data import ByteTokenizer
 from moe_jax.errors import UserError
 from moe_jax.models.build import build_model
 from moe_jax.models.decoder import forward
-from moe_jax.models.generate import encode_prompt, generate, sample_token
+from moe_jax.models.generate import encode_prompt, generate, keep, sample_token
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.train.state import init_params, params_shardings
 from tests import tiny
@@ -140,8 +140,10 @@ def _expected(logits, temperature=1.0, top_k=0, top_p=1.0):
   kept = order[: top_k or None]
   weights = np.exp(scaled[kept] - scaled.max())
   weights /= weights.sum()
-  before = np.cumsum(weights) - weights
-  kept, weights = kept[before < top_p], weights[before < top_p]
+  # The fewest: ends with the first of which the sum, without the rounding of float32, is enough.
+  reached = np.cumsum(weights) > top_p - 1e-6 if top_p < 1 else np.zeros(len(kept), bool)
+  end = int(np.argmax(reached)) + 1 if reached.any() else len(kept)
+  kept, weights = kept[:end], weights[:end]
   probs[kept] = weights / weights.sum()
   return probs
 
@@ -172,6 +174,38 @@ def test_ties_with_the_last_that_is_kept_stay():
   frequencies = _frequencies([1.0, 1.0, 1.0, 0.0], top_k=2)
   assert frequencies[3] == 0
   np.testing.assert_allclose(frequencies[:3], 1 / 3, atol=0.04)
+
+
+@pytest.mark.parametrize(
+  ('probs', 'top_p', 'kept'),
+  [
+    ([0.25] * 4, 0.25, [0]),
+    ([0.25] * 4, 0.5, [0, 1]),
+    ([0.25] * 4, 0.51, [0, 1, 2]),
+    ([0.4, 0.2, 0.2, 0.2], 0.6, [0, 1]),
+    ([0.2, 0.2, 0.4, 0.2], 0.6, [0, 2]),
+    ([0.2, 0.2, 0.4, 0.2], 0.4, [2]),
+    ([0.1, 0.2, 0.3, 0.4], 0.7, [2, 3]),
+    ([0.1, 0.2, 0.3, 0.4], 0.71, [1, 2, 3]),
+  ],
+)
+def test_top_p_keeps_the_fewest_by_hand(probs, top_p, kept):
+  """Of four equal ones the first, the second where one is not enough, and so on."""
+  frequencies = _frequencies(np.log(probs), top_p=top_p)
+  assert np.flatnonzero(frequencies).tolist() == kept
+  expected = np.where(np.isin(np.arange(4), kept), probs, 0)
+  np.testing.assert_allclose(frequencies, expected / expected.sum(), atol=0.04)
+  np.testing.assert_allclose(_expected(np.log(probs), top_p=top_p) > 0, frequencies > 0)
+
+
+def test_top_p_of_one_keeps_all():
+  """Also those whose probability is less than the rounding of a sum, or than float32 has."""
+  logits = jnp.linspace(0, -200, 258)
+  assert jax.nn.softmax(logits)[-1] == 0
+  for top_p, kept in ((1.0, 258), (0.999, 9)):  # 1 - e^(-9 x 200 / 257) = 0.99909
+    made = jax.jit(keep)(logits, jnp.int32(0), jnp.float32(top_p))
+    assert np.isfinite(made).sum() == kept
+    np.testing.assert_array_equal(made[:kept], logits[:kept])
 
 
 def test_encode_prompt():

@@ -16,6 +16,9 @@ from moe_jax.errors import UserError
 from moe_jax.models.decoder import Decoder, forward, init_cache, logits
 from moe_jax.parallel.mesh import batch_sharding, replicated
 
+# Of sums of probabilities in float32.
+_ROUNDING = 1e-6
+
 
 class Sampling(NamedTuple):
   """How tokens are drawn: see `sample_token`; `eos_id` ends a row."""
@@ -72,29 +75,42 @@ def sample_token(
   top_k: Int[Array, ''],
   top_p: Float[Array, ''],
 ) -> Int[Array, '']:
-  """Draws one token.
+  """Draws one token: of those that `keep` leaves, by their logits divided by the temperature.
 
   Args:
     logits: of the next token.
     key: of this row and position.
     temperature: divides the logits; 0 takes the largest.
+    top_k: see `keep`.
+    top_p: see `keep`.
+  """
+  kept = keep(logits / jnp.where(temperature > 0, temperature, 1.0), top_k, top_p)
+  drawn = jax.random.categorical(key, kept)
+  return jnp.where(temperature > 0, drawn, jnp.argmax(logits)).astype(jnp.int32)
+
+
+def keep(
+  logits: Float[Array, 'V'], top_k: Int[Array, ''], top_p: Float[Array, '']
+) -> Float[Array, 'V']:
+  """Returns the logits, -inf for the tokens that are not drawn from.
+
+  Args:
+    logits: divided by the temperature.
     top_k: keeps this many largest logits; 0 keeps all. Ties with the k-th are kept.
-    top_p: keeps the fewest most probable tokens whose probability reaches this; 1 keeps all.
+    top_p: keeps the fewest most probable tokens whose probability reaches this, to 1e-6; of equally
+      probable ones those of lower id. 1 keeps all.
 
   Source: Fan et al. 2018, arXiv:1805.04833 (top-k); Holtzman et al. 2020, arXiv:1904.09751 (top-p).
   """
   vocab_size = logits.shape[0]
-  scaled = logits / jnp.where(temperature > 0, temperature, 1.0)
-  ordered = jnp.sort(scaled)[::-1]
+  order = jnp.argsort(logits, stable=True, descending=True)
+  ordered = logits[order]
   kth = ordered[jnp.clip(jnp.where(top_k > 0, top_k, vocab_size), 1, vocab_size) - 1]
   ordered = jnp.where(ordered >= kth, ordered, -jnp.inf)
-  probs = jax.nn.softmax(ordered)
   # A token stays if the more probable ones before it have not reached top_p: the first always does.
-  before = jnp.cumsum(probs) - probs
-  last = jnp.min(jnp.where((before < top_p) & (probs > 0), ordered, jnp.inf))
-  kept = jnp.where(scaled >= last, scaled, -jnp.inf)
-  drawn = jax.random.categorical(key, kept)
-  return jnp.where(temperature > 0, drawn, jnp.argmax(logits)).astype(jnp.int32)
+  reached = jnp.cumsum(jax.nn.softmax(ordered))[:-1]
+  stays = jnp.concatenate([jnp.ones(1, bool), (reached < top_p - _ROUNDING) | (top_p >= 1)])
+  return jnp.full_like(logits, -jnp.inf).at[order].set(jnp.where(stays, ordered, -jnp.inf))
 
 
 def generate(
