@@ -1,10 +1,21 @@
-"""Learning-rate schedules and the Optax chain of a run."""
+"""Learning-rate schedules and the Optax chain of a run.
+
+Layers, experts, and the gate and value of a gated unit are stacked in one array of parameters. No
+statistic of an optimizer spans such a stack (`moe_jax.stacks`): each matrix and each vector is
+updated as if it were alone, so that a sweep over experts or layers never changes the optimizer.
+Clipping is by the global norm, over all parameters by its definition.
+"""
+
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import optax
 import optax.contrib
+from jaxtyping import Array, Int
 
+from moe_jax import stacks
 from moe_jax.errors import UserError
 
 
@@ -46,14 +57,19 @@ def make_optimizer(
   schedule = make_schedule(optim, num_steps)
   if optim.name == 'adamw':
     rule = optax.adamw(
-      schedule, optim.b1, optim.b2, optim.epsilon, weight_decay=optim.weight_decay, mask=is_matrix
+      schedule,
+      optim.b1,
+      optim.b2,
+      optim.epsilon,
+      weight_decay=optim.weight_decay,
+      mask=stacks.is_matrix,
     )
   elif optim.name == 'adafactor':
     # In parts: optax.adafactor would apply its weight decay without the learning rate.
     rule = optax.chain(
-      optax.scale_by_factored_rms(),
-      optax.clip_by_block_rms(1.0),
-      optax.add_decayed_weights(optim.weight_decay, mask=is_matrix),
+      _scale_by_factored_rms(),
+      _clip_by_block_rms(1.0),
+      optax.add_decayed_weights(optim.weight_decay, mask=stacks.is_matrix),
       optax.scale_by_learning_rate(schedule),
     )
   elif optim.name == 'muon':
@@ -78,7 +94,7 @@ def make_optimizer(
     )
   elif optim.name == 'sgd':
     rule = optax.chain(
-      optax.add_decayed_weights(optim.weight_decay, mask=is_matrix),
+      optax.add_decayed_weights(optim.weight_decay, mask=stacks.is_matrix),
       optax.sgd(schedule, momentum=optim.momentum or None),
     )
   else:
@@ -97,13 +113,6 @@ def _scale_by_learning_rate(default: float) -> optax.GradientTransformationExtra
   return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def is_matrix(params):
-  """True for the weights of products inside blocks; False for norms, embedding and output."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, p: p.ndim >= 3 and path[0].key == 'layers', params
-  )
-
-
 def _muon_labels(params):
   """Muon takes the matrices but a router's, whose E columns are directions to tell apart."""
 
@@ -113,15 +122,25 @@ def _muon_labels(params):
     of_router = 'moe' in names and names[-1] not in ('w_in', 'w_out')
     return 'muon' if matrix and not of_router else 'adamw'
 
-  return jax.tree_util.tree_map_with_path(label, is_matrix(params))
+  return jax.tree_util.tree_map_with_path(label, stacks.is_matrix(params))
+
+
+class Orthogonalized(NamedTuple):
+  """Says in a checkpoint by which rule it was made: one of an earlier rule lacks this number.
+
+  Attributes:
+    gates_apart: 1.
+  """
+
+  gates_apart: Int[Array, '']
 
 
 def _orthogonalize() -> optax.GradientTransformation:
-  """Replaces each matrix (the last two dimensions) by its nearest semi-orthogonal one.
+  """Replaces each matrix by its nearest semi-orthogonal one; gate and value are two matrices.
 
   Optax's Newton-Schulz iteration, mapped over layers and experts. `optax.contrib.muon` as a whole
-  would reshape them into one dimension, and a reshape of a sharded dimension makes every device
-  gather and work on the experts of all others: 6 times slower on 8 simulated devices.
+  would reshape them into one dimension, see `stacks.for_each`: 6 times slower on 8 simulated
+  devices.
 
   Source: Jordan 2024, "Muon"; scaled to the size of an AdamW update as in Liu et al. 2025,
   arXiv:2502.16982, eq. 4.
@@ -136,10 +155,53 @@ def _orthogonalize() -> optax.GradientTransformation:
     y, _ = newton_schulz.update({'x': x}, newton_schulz.init({'x': x}))
     return 0.2 * max(x.shape) ** 0.5 * y['x']
 
-  def stacked(x):
-    function = matrix
-    for _ in range(x.ndim - 2):
-      function = jax.vmap(function)
-    return function(x)
+  def init(params):
+    del params
+    return Orthogonalized(jnp.ones((), jnp.int32))
 
-  return optax.stateless(lambda updates, params: jax.tree.map(stacked, updates))
+  def update(updates, state, params=None):
+    del params
+    return stacks.for_each(matrix, updates), state
+
+  return optax.GradientTransformation(init, update)
+
+
+def _clip_by_block_rms(threshold: float) -> optax.GradientTransformation:
+  """Clips each matrix and each vector by its root mean square, never a stack of them by its own."""
+  rule = optax.clip_by_block_rms(threshold)
+  return optax.stateless(
+    lambda updates, params: stacks.for_each(
+      lambda x: rule.update(x, optax.EmptyState())[0], updates
+    )
+  )
+
+
+def _scale_by_factored_rms() -> optax.GradientTransformation:
+  """Optax's factored second moments of each matrix alone.
+
+  On a whole stack Optax would factor its two largest dimensions, experts among them. `v_row` and
+  `v_col` of a stack have the dimensions of the stack in front; where a matrix is too small to be
+  factored, `v` has the shape of the parameter, and so its place on the mesh.
+
+  Source: Shazeer and Stern 2018, arXiv:1804.04235.
+  """
+  rule = optax.scale_by_factored_rms()
+
+  def init(params):
+    v_row, v_col, v = (
+      stacks.for_each(lambda x, field=field: getattr(rule.init(x), field), params)
+      for field in ('v_row', 'v_col', 'v')
+    )
+    return optax.FactoredState(jnp.zeros((), jnp.int32), v_row, v_col, v)
+
+  def update(updates, state, params):
+    def one(grad, v_row, v_col, v, param):
+      update, new = rule.update(grad, optax.FactoredState(state.count, v_row, v_col, v), param)
+      return update, new.v_row, new.v_col, new.v
+
+    updates, v_row, v_col, v = stacks.for_each(
+      one, updates, state.v_row, state.v_col, state.v, params, num_results=4
+    )
+    return updates, optax.FactoredState(optax.safe_increment(state.count), v_row, v_col, v)
+
+  return optax.GradientTransformation(init, update)

@@ -20,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from moe_jax.errors import DamagedError, UserError, refusal_in
+from moe_jax.train import layout
 from moe_jax.train.state import TrainState
 
 FOLDER = 'checkpoints'
@@ -92,17 +93,30 @@ class Checkpoints:
         f'a checkpoint could not be written ({refusal.strerror}); earlier ones are kept',
       ) from error
 
-  def restore(self, abstract: TrainState) -> tuple[int, TrainState, dict[str, Any]] | None:
+  def restore(
+    self, abstract: TrainState, any_optimizer: bool = False
+  ) -> tuple[int, TrainState, dict[str, Any]] | None:
     """Returns (step, state, data position) of the newest good checkpoint; None if there is none.
 
     Args:
       abstract: shapes, dtypes and shardings; the mesh may differ from the one that saved.
+      any_optimizer: whether the optimizer's arrays may be those of an earlier version, with which
+        nothing can be trained.
 
     Raises:
       DamagedError: if there are checkpoints and none is good.
+      UserError: if the optimizer's arrays are those of an earlier version.
     """
     reasons = []
     for step in self.steps():
+      if not any_optimizer and self._as_saved(step, abstract) is not None:
+        raise UserError(
+          'workdir',
+          str(self._folder.parent),
+          f'checkpoint {step} is of an earlier rule of its optimizer (optim.name), which did not '
+          'update each matrix alone; it can be evaluated and sampled, not trained on: use another '
+          '--workdir',
+        )
       try:
         state, position = self._restore(step, abstract)
       # Orbax raises what it likes for files that are missing, cut or changed, Exception included.
@@ -115,8 +129,18 @@ class Checkpoints:
       raise DamagedError(f'no good checkpoint in {self._folder}: {"; ".join(reasons)}')
     return None
 
+  def _as_saved(self, step: int, abstract: TrainState) -> TrainState | None:
+    """Returns the state with another version's optimizer, if the checkpoint holds one."""
+    assert self._manager is not None
+    try:
+      saved = layout.shapes_of(self._manager.item_metadata(step)['state'])
+      return layout.as_saved(abstract, saved) if saved else None
+    except Exception:  # Restoring it will say what is wrong, see there.
+      return None
+
   def _restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
     assert self._manager is not None
+    abstract = self._as_saved(step, abstract) or abstract
     restored = self._manager.restore(
       step,
       args=ocp.args.Composite(

@@ -179,7 +179,7 @@ def _is_intact(run: _Run) -> bool:
           'again, use another --workdir'
         )
         return True
-      restored = checkpoints.restore(abstract_state(run.model, optimizer))
+      restored = checkpoints.restore(abstract_state(run.model, optimizer), any_optimizer=True)
   return restored is not None and restored[0] == run.config.train.num_steps
 
 

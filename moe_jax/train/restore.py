@@ -101,7 +101,7 @@ def restore_run(
       )
     abstract = abstract_state(model, optimizer)
     if step is None:
-      restored = checkpoints.restore(abstract)
+      restored = checkpoints.restore(abstract, any_optimizer=True)
       if restored is None:
         raise DamagedError(f'no checkpoint in {workdir}')
       step, state, _ = restored

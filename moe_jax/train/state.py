@@ -1,6 +1,7 @@
 """The state of training, and where each of its arrays lies on the mesh."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -67,8 +68,8 @@ def params_shardings(model: Decoder) -> Any:
 def state_shardings(model: Decoder, optimizer: optax.GradientTransformation) -> Any:
   """Returns a sharding for each array of the state.
 
-  Optimizer statistics of a parameter's shape lie where the parameter lies; smaller ones
-  (Adafactor's factors, counters) are copied to every device.
+  Optimizer statistics lie where their parameter lies, Adafactor's factors by the dimensions that
+  they share with it: those of layers and experts. Counters are copied to every device.
   """
   mesh = model.mesh
   everywhere = NamedSharding(mesh, PartitionSpec())
@@ -79,7 +80,12 @@ def state_shardings(model: Decoder, optimizer: optax.GradientTransformation) -> 
   def of_statistic(statistic, param, sharding):
     if isinstance(statistic, optax.MaskedNode):
       return statistic
-    return sharding if statistic.shape == param.shape else everywhere
+    if statistic.shape == param.shape:
+      return sharding
+    # The dimensions in front that both have; where none is split, this is `everywhere`.
+    pairs = zip(statistic.shape[:-1], param.shape[:-2], strict=False)
+    shared = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    return NamedSharding(mesh, PartitionSpec(*sharding.spec[:shared]))
 
   of_opt_state = optax.tree_utils.tree_map_params(
     optimizer,

@@ -1,0 +1,103 @@
+"""Which matrices and vectors an array of parameters is a stack of, and functions of each of them.
+
+`layers` stacks the parameters of all layers in a first dimension, a MoE layer those of all experts
+in a second, and `w_in` of a gated unit holds the columns of gate and value side by side.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Stack(NamedTuple):
+  """How an array of parameters is made up.
+
+  Attributes:
+    rank: dimensions of each matrix or vector, the last ones of the array.
+    halves: 2 where the last dimension holds the columns of gate and value, else 1.
+  """
+
+  rank: int
+  halves: int
+
+
+def is_matrix(params: Any) -> Any:
+  """True for the weights of products inside blocks; False for norms, embedding and output."""
+  return jax.tree_util.tree_map_with_path(_is_matrix, params)
+
+
+def _is_matrix(path, p) -> bool:
+  return path[0].key == 'layers' and p.ndim >= 3 and path[-1].key != 'scale'
+
+
+def stacks_of(params: Any) -> Any:
+  """Returns a `Stack` for each array of a tree of parameters, or of what has their shapes."""
+
+  def one(path, p):
+    if path[0].key != 'layers':
+      return Stack(p.ndim, 1)
+    if not _is_matrix(path, p):
+      return Stack(min(p.ndim - 1, 1), 1)
+    return Stack(2, _halves(path, p))
+
+  def _halves(path, p) -> int:
+    neighbours = params
+    for part in path[:-1]:
+      neighbours = neighbours[part.key]
+    if path[-1].key != 'w_in' or 'w_out' not in neighbours:
+      return 1
+    return p.shape[-1] // neighbours['w_out'].shape[-2]
+
+  return jax.tree_util.tree_map_with_path(one, params)
+
+
+def for_each(function: Callable, params: Any, *others: Any, num_results: int = 1) -> Any:
+  """Maps a function over every matrix and every vector of the parameters.
+
+  Never by a reshape of the stack into one dimension: where it is split over devices, each would
+  then gather and work on the experts of all others.
+
+  Args:
+    function: of one matrix or vector, and of what belongs to it in the other trees. An array that
+      it returns in the shape of the matrix is put back into that of the parameter.
+    params: parameters, or what has their shapes.
+    *others: trees of the same structure, of arrays that have the shape of the parameter or come
+      from an earlier call.
+    num_results: how many arrays the function returns, as a tuple if more than one.
+
+  Returns:
+    A tree for each result.
+  """
+
+  def one(p, stack, *of_others):
+    arrays = [jnp.asarray(x) for x in (p, *of_others)]
+    arrays = [_split(x, stack) if x.shape == p.shape else x for x in arrays]
+    mapped = function
+    for _ in range(arrays[0].ndim - stack.rank):
+      mapped = jax.vmap(mapped)
+    results = mapped(*arrays)
+    shape = arrays[0].shape
+    return jax.tree.map(lambda x: _join(x, stack) if x.shape == shape else x, results)
+
+  results = jax.tree.map(one, params, stacks_of(params), *others)
+  if num_results == 1:
+    return results
+  outer, inner = jax.tree.structure(params), jax.tree.structure((0,) * num_results)
+  return jax.tree.transpose(outer, inner, results)
+
+
+def _split(x: jax.Array, stack: Stack) -> jax.Array:
+  """Turns [... D 2F] into [... 2 D F]."""
+  if stack.halves == 1:
+    return x
+  return jnp.moveaxis(x.reshape(*x.shape[:-1], stack.halves, -1), -2, -3)
+
+
+def _join(x: jax.Array, stack: Stack) -> jax.Array:
+  """The inverse of `_split`."""
+  if stack.halves == 1:
+    return x
+  x = jnp.moveaxis(x, -3, -2)
+  return x.reshape(*x.shape[:-2], -1)
