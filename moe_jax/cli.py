@@ -5,15 +5,18 @@ and 143 interrupted by SIGINT and SIGTERM, with the state saved; 1 a defect of o
 """
 
 import gc
+import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+import textwrap
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NoReturn
 
 import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from moe_jax import arguments
 from moe_jax import config as config_lib
 from moe_jax.errors import (
   DAMAGED_EXIT_CODE,
@@ -23,39 +26,89 @@ from moe_jax.errors import (
   is_refusal,
 )
 
-# absl's flags of help.
-_HELP = ('help', 'helpfull', 'helpshort', 'helpxml', '?')
+_WRAPPER = textwrap.TextWrapper(
+  100, initial_indent=' ' * 6, subsequent_indent=' ' * 6, break_on_hyphens=False
+)
+# The words of this command, as ml_collections wants them; it reads them when --config is parsed.
+_WORDS: list[str] = []
+
+# Flags defined by functions of this module belong to the command that calls them.
+flags.disclaim_key_flags()
 
 
-def run(main: Callable[[], int | None]) -> None:
-  """Parses the flags, runs `main` and leaves with the exit code that its end asks for."""
-  # ml_collections reads sys.argv, and there wants the file before the overrides of its fields.
-  is_file = [word.startswith(('--config=', '-config=')) for word in sys.argv]
-  files = [word for word, yes in zip(sys.argv, is_file, strict=True) if yes]
-  others = [word for word, yes in zip(sys.argv, is_file, strict=True) if not yes]
-  sys.argv = [others[0], *files, *others[1:]]
+def run(
+  main: Callable[[], int | None], text: str = '', names: Collection[str] | None = None
+) -> None:
+  """Parses the flags, runs `main` and leaves with the exit code that its end asks for.
+
+  A module that is run defines its flags and imports nothing slow, `main` imports the rest: so help
+  and errors in flags come at once.
+
+  Args:
+    main: the command.
+    text: that --help begins with; the docstring of the module of `main` by default.
+    names: of the flags that --help lists; all of the module by default.
+  """
+  if asks_for_help(sys.argv):
+    print_help(_help(text or main.__globals__['__doc__'] or '', names))
   try:
     app.run(lambda argv: _guard(main), flags_parser=_parse)
   except _UsageError as error:
     fail(str(error))
   except SystemExit as end:
-    # absl ends a call for help with 1, which here says that something is broken.
-    asked = end.code == 1 and asks_for_help(sys.argv)
-    raise SystemExit(0 if asked else end.code) from None
+    # absl ends a call for its long help with 1, which here says that something is broken.
+    long_help = any(word.lstrip('-') in arguments.LONG_HELP for word in sys.argv)
+    raise SystemExit(0 if end.code == 1 and long_help else end.code) from None
 
 
 def asks_for_help(words: Sequence[str]) -> bool:
   """Whether one of the arguments is a flag of help."""
-  return any(word.startswith('-') and word.lstrip('-') in _HELP for word in words)
+  return any(word.startswith('-') and word.lstrip('-') in arguments.HELP for word in words)
+
+
+def _help(text: str, names: Collection[str] | None) -> str:
+  """Returns what a command says of itself and of its flags."""
+  own = {flag.name: flag for flag in flags.FLAGS.get_flags_for_module(sys.argv[0])}
+  shown = [flag for name, flag in own.items() if names is None or name in names]
+  return '\n'.join([text.strip(), '', 'Flags:', *map(_help_of_flag, shown)])
+
+
+def _help_of_flag(flag: flags.Flag) -> str:
+  usage = f'--[no]{flag.name}' if flag.boolean else f'--{flag.name}={_placeholder(flag)}'
+  text = ' '.join((flag.help or '').split())
+  if isinstance(flag.parser, flags.EnumParser):
+    text = text.partition('>: ')[2]  # absl puts the choices first.
+  if flag.name != arguments.CONFIG and flag.default not in (None, []):
+    default = (flag.default_as_str or '').strip("'")
+    text += f' Default: {default}.'
+  return '\n'.join([f'  {usage}', *_WRAPPER.wrap(text[:1].upper() + text[1:])])
+
+
+def _placeholder(flag: flags.Flag) -> str:
+  if flag.name == arguments.CONFIG:
+    return 'FILE[:ARGUMENT]'
+  if isinstance(flag.parser, flags.EnumParser):
+    return '|'.join(flag.parser.enum_values)
+  if isinstance(flag.parser, arguments.PathParser):
+    return 'PATH'
+  if isinstance(flag.parser, flags.ListParser):
+    return 'A,B,...'
+  kinds = {flags.IntegerParser: 'INTEGER', flags.FloatParser: 'NUMBER'}
+  return next((word for kind, word in kinds.items() if isinstance(flag.parser, kind)), 'TEXT')
 
 
 def print_help(text: str) -> NoReturn:
   """Prints what a command says of itself, and leaves."""
+  show(text)
+  sys.exit(0)
+
+
+def show(text: str) -> None:
+  """Prints a text; leaves if its reader has gone."""
   try:
     print(text, flush=True)
   except BrokenPipeError:
     end_of_reading()
-  sys.exit(0)
 
 
 def end_of_reading() -> NoReturn:
@@ -70,48 +123,25 @@ class _UsageError(Exception):
 
 def _parse(argv: Sequence[str]) -> list[str]:
   try:
-    rest = flags.FLAGS(list(argv))
+    _WORDS[:] = arguments.checked(argv[1:], {name: flags.FLAGS[name] for name in flags.FLAGS})
+    return flags.FLAGS([argv[0], *_WORDS])
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, ImportError) as error:
-    raise _UsageError(_describe(error, argv)) from error
+    raise _UsageError(_describe(error)) from error
   except BrokenPipeError:
     end_of_reading()
   except OSError as error:
-    path = next((w.partition('=')[2] for w in argv if w.lstrip('-').startswith('config=')), '')
-    if not os.path.exists(path.partition(':')[0]):
-      raise _UsageError(f'--config={path!r}: does not exist') from error
     raise _UsageError(f'--config: cannot be read: {error}') from error
   except SyntaxError as error:
     raise _UsageError(f'--config: {error.filename}:{error.lineno}: {error.msg}') from error
-  if len(rest) > 1:
-    raise _UsageError(f'argument={rest[1]!r}: not understood; flags are --name=value')
-  return rest
 
 
-def _describe(error: Exception, argv: Sequence[str]) -> str:
-  """Finds the override a parsing error is about, as ml_collections does not always name it."""
-  if isinstance(error, UserError) and 'Traceback' not in str(error):
-    return str(error)
-  text = ' '.join(str(error).split())
-  overrides = [word for word in argv if word.startswith(('--config.', '-config.'))]
-  for override in overrides:
-    name, _, value = override.lstrip('-').removeprefix('config.').partition('=')
-    room, _, field = name.partition('.')
-    known = config_lib.SCHEMA.get(room, {})
-    if known and not field:
-      return f'{name}={value!r}: a section; set one of its fields, {", ".join(known)}'
-    if field not in known:
-      allowed = ', '.join(known) if known else ', '.join(config_lib.SCHEMA)
-      return f'{name}={value!r}: unknown field; must be one of {allowed}'
-    # A command without a config says `Unknown command line flag 'config.NAME'`.
-    if f'config.{name}' in text and not text.startswith('Unknown'):
-      kind = type(known[field].default).__name__
-      return f'{name}={value!r}: must be of type {kind}; {known[field].allowed}'
-  if 'Traceback' in text:
-    # ml_collections puts what the config file raised, traceback and all, into its message.
-    flag = next((word for word in argv if word.lstrip('-').startswith('config=')), '--config')
-    last = str(error).strip().splitlines()[-1].strip()
-    return f'{flag}: {last.removeprefix("moe_jax.errors.UserError: ")}'
-  return text
+def _describe(error: Exception) -> str:
+  """Returns one line; ml_collections puts what a config file raised, traceback and all, into it."""
+  if 'Traceback' not in str(error):
+    return ' '.join(str(error).split())
+  flag = next((word for word in _WORDS if word.startswith('--config=')), '--config')
+  last = str(error).strip().splitlines()[-1].strip()
+  return f'{flag}: {last.removeprefix("moe_jax.errors.UserError: ")}'
 
 
 def _guard(main: Callable[[], int | None]) -> int | None:
@@ -162,17 +192,18 @@ def fail(message: str, code: int = USER_ERROR_EXIT_CODE) -> NoReturn:
 def define_config_flag() -> Callable[[], ml_collections.ConfigDict]:
   """Defines --config and returns a function that gives the validated config."""
   holder = config_flags.DEFINE_config_file(
-    'config', None, 'configs/NAME.py[:argument]; --config.a.b=value overrides a field.'
+    'config',
+    None,
+    'A file of configs/, and its argument if it takes one; --config.SECTION.FIELD=VALUE overrides '
+    'a field (python -m moe_jax.config lists them all).',
+    sys_argv=_WORDS,
   )
 
   def config() -> ml_collections.ConfigDict:
     if holder.value is None:
       raise UserError('--config', None, 'must be given, for example configs/quickstart.py')
     if not isinstance(holder.value, ml_collections.ConfigDict):
-      # ml_collections puts off the error of a file that is not there until the config is used.
       path = config_flags.get_config_filename(flags.FLAGS['config'])
-      if not os.path.exists(path):
-        raise UserError('--config', path, 'does not exist')
       raise UserError('--config', path, 'must be a file whose get_config() returns a ConfigDict')
     config_lib.validate(holder.value)
     return holder.value
@@ -180,7 +211,22 @@ def define_config_flag() -> Callable[[], ml_collections.ConfigDict]:
   return config
 
 
-def required(flag: flags.FlagHolder) -> str:
+def define_path(name: str, text: str) -> flags.FlagHolder:
+  """Defines a flag that is a path, None by default; `~` is the home folder."""
+  return flags.DEFINE(arguments.PathParser(), name, None, text)
+
+
+def define_json_flag() -> flags.FlagHolder:
+  """Defines --json, for what a command otherwise prints as text."""
+  return flags.DEFINE_bool('json', False, 'Print one JSON document, and nothing else.')
+
+
+def print_json(value: Any) -> None:
+  """Prints a value as one JSON document."""
+  show(json.dumps(value, indent=2))
+
+
+def required(flag: flags.FlagHolder | flags.Flag) -> str:
   """Returns the value of a flag that must be given."""
   if not flag.value:
     raise UserError(f'--{flag.name}', flag.value, 'must be given')

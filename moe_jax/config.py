@@ -3,17 +3,25 @@
 `get_config()` gives a ConfigDict with the defaults, a file in `configs/` changes some of them, and
 `validate(config)` names the field, its value and what is allowed. `python -m moe_jax.config` prints
 every field; `moe_jax.schema` defines them.
+
+Examples:
+  python -m moe_jax.config
+  python -m moe_jax.config --json
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import ml_collections
 
-from moe_jax import routing
-from moe_jax.errors import UserError
-from moe_jax.routing.plan import CAUSAL_PRIORITIES
-from moe_jax.schema import SCHEMA, Field
+from moe_jax.errors import UserError, did_you_mean
+from moe_jax.schema import SCHEMA, check_field
+
+# The room of routing imports JAX, which takes seconds: only where a whole config is looked at, so
+# that fields alone are listed and checked at once.
+if TYPE_CHECKING:
+  import moe_jax.routing
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -35,31 +43,25 @@ def validate(config: ml_collections.ConfigDict) -> None:
   """
   for room in config:
     if room not in SCHEMA:
-      raise UserError(f'config.{room}', '...', f'unknown; must be one of {", ".join(SCHEMA)}')
+      raise UserError(f'config.{room}', '...', f'unknown{_instead(room, SCHEMA)}')
     for name in config[room]:
       if name not in SCHEMA[room]:
         raise UserError(
-          f'{room}.{name}', config[room][name], f'unknown; must be one of {", ".join(SCHEMA[room])}'
+          f'{room}.{name}', config[room][name], f'unknown{_instead(name, SCHEMA[room])}'
         )
   for room, fields in SCHEMA.items():
     for name, field in fields.items():
       if room not in config or name not in config[room]:
         raise UserError(f'{room}.{name}', None, f'missing; {field.allowed}')
-      _check_field(f'{room}.{name}', config[room][name], field)
+      check_field(f'{room}.{name}', config[room][name], field)
   _check_model(config)
   if config.moe.num_experts:
     _check_moe(config)
   _check_batch(config)
 
 
-def _check_field(name: str, value: Any, field: Field) -> None:
-  kind = type(field.default)
-  # bool is an int in Python, and an int serves as a float; nothing else crosses types.
-  right_type = type(value) is kind or (kind is float and type(value) is int)
-  if not right_type:
-    raise UserError(name, value, f'must be of type {kind.__name__}; {field.allowed}')
-  if not field.check(value):
-    raise UserError(name, value, field.allowed)
+def _instead(name: str, known: Iterable[str]) -> str:
+  return did_you_mean(name, known) or f'; must be one of {", ".join(known)}'
 
 
 def _check_model(config: ml_collections.ConfigDict) -> None:
@@ -85,6 +87,8 @@ def _check_model(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_moe(config: ml_collections.ConfigDict) -> None:
+  from moe_jax import routing
+
   moe, mesh = config.moe, config.mesh
   if moe.num_selected_experts > moe.num_experts:
     raise UserError(
@@ -97,7 +101,7 @@ def _check_moe(config: ml_collections.ConfigDict) -> None:
   if wrong:
     field, allowed = wrong
     raise UserError(f'moe.{field}', moe[field], f'{allowed} (moe.router={moe.router})')
-  _check_unread(config, router)
+  _check_unread(config)
   if moe.router_loss_weight and router.loss is None:
     raise UserError(
       'moe.router_loss_weight', moe.router_loss_weight, f'must be 0: {moe.router} has no own loss'
@@ -114,8 +118,11 @@ def _check_moe(config: ml_collections.ConfigDict) -> None:
     raise UserError('mesh.expert', mesh.expert, f'must divide {moe.num_experts} experts')
 
 
-def _check_unread(config: ml_collections.ConfigDict, router: routing.Router) -> None:
+def _check_unread(config: ml_collections.ConfigDict) -> None:
   """Rejects a choice that the router never reads: two configs would name one and the same model."""
+  from moe_jax import routing
+
+  router = routing.ROUTERS[config.moe.router]
   for option in dataclasses.fields(routing.RouterOptions):
     name = option.name
     if name in routing.COMMON_FIELDS or name in router.reads:
@@ -189,8 +196,10 @@ def balance_scopes(config: ml_collections.ConfigDict, microbatch: int) -> int:
   return 1
 
 
-def router_options(config: ml_collections.ConfigDict) -> routing.RouterOptions:
+def router_options(config: ml_collections.ConfigDict) -> 'moe_jax.routing.RouterOptions':
   """Returns the numbers of the router as in training; the layer fills in the capacity."""
+  from moe_jax import routing
+
   names = [field.name for field in dataclasses.fields(routing.RouterOptions)]
   return routing.RouterOptions(**{name: config.moe[name] for name in names if name in config.moe})
 
@@ -200,11 +209,15 @@ def limits_slots(moe: ml_collections.ConfigDict) -> bool:
 
   A router that fills slots needs their number even so, and loses none of what it chooses.
   """
+  from moe_jax import routing
+
   return moe.dispatch != 'dropless' or routing.ROUTERS[moe.router].fills_slots
 
 
 def training_capacity(config: ml_collections.ConfigDict) -> int:
   """Returns the slots of an expert in a routing group: its S tokens where none can be dropped."""
+  from moe_jax import routing
+
   moe = config.moe
   tokens = config.data.sequence_length * moe.group_size
   if not limits_slots(moe) or routing.ROUTERS[moe.router].keeps_all:
@@ -219,6 +232,9 @@ def why_not_causal(config: ml_collections.ConfigDict) -> str | None:
   """Returns the field by which a token's result can depend on later tokens, None if none does."""
   if not config.moe.num_experts:
     return None
+  from moe_jax import routing
+  from moe_jax.routing.plan import CAUSAL_PRIORITIES
+
   if not routing.ROUTERS[config.moe.router].causal:
     return f'moe.router={config.moe.router}'
   if config.moe.priority not in CAUSAL_PRIORITIES and limits_slots(config.moe):
@@ -231,12 +247,29 @@ def is_causal(config: ml_collections.ConfigDict) -> bool:
   return why_not_causal(config) is None
 
 
-def main() -> None:
-  """Prints every field with its default, meaning and bounds."""
-  for room, fields in SCHEMA.items():
-    for name, field in fields.items():
-      print(f'{room}.{name} = {field.default!r}\n    {field.meaning}\n    {field.allowed}')
+def fields() -> dict[str, dict[str, Any]]:
+  """Returns {field: {default, meaning, allowed}} of every field."""
+  return {
+    f'{room}.{name}': {
+      'default': field.default,
+      'meaning': field.meaning,
+      'allowed': field.allowed,
+    }
+    for room, section in SCHEMA.items()
+    for name, field in section.items()
+  }
+
+
+def as_text() -> str:
+  """Returns every field with its default, meaning and bounds."""
+  return '\n'.join(
+    f'{name} = {field["default"]!r}\n    {field["meaning"]}\n    {field["allowed"]}'
+    for name, field in fields().items()
+  )
 
 
 if __name__ == '__main__':
-  main()
+  from moe_jax import cli
+
+  _JSON = cli.define_json_flag()
+  cli.run(lambda: cli.print_json(fields()) if _JSON.value else cli.show(as_text()))

@@ -3,9 +3,11 @@
 Everything else that is raised is a defect of this package: exit code 1 and a traceback.
 """
 
+import difflib
 import errno
 import os
 import re
+from collections.abc import Iterable
 from typing import Any
 
 USER_ERROR_EXIT_CODE = 2
@@ -73,6 +75,12 @@ class UserError(ValueError):
     # ml_collections makes a new error from the text of one that a config file raised.
     text = f'{field}={value!r}: {allowed}' if allowed else field
     super().__init__(text.replace('\n', ' ') if allowed else text)
+
+
+def did_you_mean(word: str, known: Iterable[str], prefix: str = '') -> str:
+  """Returns '; did you mean X?' with the known names that resemble a word, '' if none does."""
+  near = difflib.get_close_matches(word, list(known), n=2, cutoff=0.7)
+  return f'; did you mean {" or ".join(prefix + name for name in near)}?' if near else ''
 
 
 class DamagedError(RuntimeError):

@@ -1,4 +1,10 @@
-"""Continues prompts: python -m moe_jax.generate --workdir=runs/quickstart --prompt=TEXT."""
+"""Continues prompts with a trained model: python -m moe_jax.generate --workdir=DIR --prompt=TEXT.
+
+Examples:
+  python -m moe_jax.generate --workdir=runs/quickstart --prompt='HAMLET. '
+  python -m moe_jax.generate --workdir=runs/quickstart --prompt=One --prompt=Two --temperature=0
+  python -m moe_jax.generate --workdir=runs/quickstart --prompt=One --num_tokens=20 --json
+"""
 
 import math
 
@@ -6,11 +12,8 @@ from absl import flags
 
 from moe_jax import cli
 from moe_jax.errors import UserError
-from moe_jax.models.build import build_model
-from moe_jax.models.generate import encode_prompt, generate
-from moe_jax.train.restore import restore_run
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run.')
+_WORKDIR = cli.define_path('workdir', 'Directory of the run.')
 _PROMPT = flags.DEFINE_multi_string('prompt', None, 'Text to continue; may be given several times.')
 _NUM_TOKENS = flags.DEFINE_integer('num_tokens', 200, 'New tokens for each prompt, at most.')
 _TEMPERATURE = flags.DEFINE_float('temperature', 0.8, '0 always takes the most probable token.')
@@ -19,6 +22,7 @@ _TOP_P = flags.DEFINE_float('top_p', 1.0, 'Sample among tokens that reach this p
 _SEED = flags.DEFINE_integer('seed', 0, 'Of what is drawn.')
 _STEP = flags.DEFINE_integer('step', None, 'Checkpoint; the newest by default.')
 _MESH = flags.DEFINE_string('mesh', None, "data=D,expert=E; the run's own by default.")
+_JSON = cli.define_json_flag()
 
 
 def _check_flags() -> None:
@@ -44,6 +48,10 @@ def main() -> None:
   if not _PROMPT.value:
     raise UserError('--prompt', _PROMPT.value, 'must be given')
   _check_flags()
+  from moe_jax.models.build import build_model
+  from moe_jax.models.generate import encode_prompt, generate
+  from moe_jax.train.restore import restore_run
+
   run = restore_run(workdir, _STEP.value, _MESH.value)
   model = build_model(run.config, run.mesh, run.tokenizer.vocab_size, 'decode')
   prompts = [encode_prompt(text, run.tokenizer, run.tokenizer.vocab_size) for text in _PROMPT.value]
@@ -59,9 +67,21 @@ def main() -> None:
     top_p=_TOP_P.value,
     seed=_SEED.value,
   )
-  for prompt, tokens in zip(_PROMPT.value, continuations, strict=True):
+  texts = [run.tokenizer.decode(tokens) for tokens in continuations]
+  if _JSON.value:
+    cli.print_json(
+      {
+        'step': run.step,
+        'samples': [
+          {'prompt': prompt, 'continuation': text, 'num_tokens': len(tokens)}
+          for prompt, text, tokens in zip(_PROMPT.value, texts, continuations, strict=True)
+        ],
+      }
+    )
+    return
+  for prompt, text in zip(_PROMPT.value, texts, strict=True):
     print(f'--- {prompt!r}')
-    print(prompt + run.tokenizer.decode(tokens))
+    print(prompt + text)
 
 
 if __name__ == '__main__':

@@ -1,19 +1,22 @@
-"""The registry of routers: python -m moe_jax.routers [--json]."""
+"""Lists the routers, by what they do and where they come from: python -m moe_jax.routers.
 
-import json
+Examples:
+  python -m moe_jax.routers
+  python -m moe_jax.routers --json
+"""
+
 from typing import Any
 
-from absl import flags
+from moe_jax import cli
 
-from moe_jax import cli, routing
-from moe_jax.routing import RouterOptions
-
-_JSON = flags.DEFINE_bool('json', False, 'Print one JSON object per router.')
+_JSON = cli.define_json_flag()
 
 
 def rows() -> list[dict[str, Any]]:
   """Returns what the registry says of each router, by name."""
-  options = RouterOptions(num_experts=4, num_selected_experts=2)
+  from moe_jax import routing
+
+  options = routing.RouterOptions(num_experts=4, num_selected_experts=2)
   return [
     {
       'name': router.name,
@@ -49,16 +52,15 @@ def markdown() -> str:
       row['cost'],
     ]
     lines.append(f'| {" | ".join(cells)} |')
-  return '\n'.join(lines) + '\n'
+  return '\n'.join(lines)
 
 
 def main() -> None:
-  """Prints the table, or one JSON object per line."""
+  """Prints the table, or a list with an object for each router."""
   if _JSON.value:
-    for row in rows():
-      print(json.dumps(row))
+    cli.print_json(rows())
   else:
-    print(markdown(), end='')
+    cli.show(markdown())
 
 
 if __name__ == '__main__':

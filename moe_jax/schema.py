@@ -1,27 +1,62 @@
 """The schema of an experiment: every field with its default, its meaning and what it allows.
 
 Every choice that implementations make silently is a field here. `moe_jax.config` makes configs of
-it and checks them.
+it and checks them. Without JAX, so that a command can say what is wrong with its flags at once: a
+test holds the choices equal to those of the rooms that implement them.
 """
 
 import math
+import pathlib
+import pkgutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from moe_jax import dispatch, routing
+from moe_jax.errors import UserError, did_you_mean
 
 
 class Field(NamedTuple):
-  """One field: its default (whose type is the field's type), meaning, and what is allowed."""
+  """One field: its default (whose type is the field's type), meaning, and what is allowed.
+
+  `choices` are the values of a field of names, else ().
+  """
 
   default: Any
   meaning: str
   allowed: str
   check: Callable[[Any], bool]
+  choices: tuple[str, ...] = ()
+
+
+def check_field(name: str, value: Any, field: Field) -> None:
+  """Checks one value alone.
+
+  Args:
+    name: 'section.field', for the message.
+    value: of that field.
+    field: of the schema.
+
+  Raises:
+    UserError: if it is of the wrong type or out of bounds.
+  """
+  kind = type(field.default)
+  # bool is an int in Python, and an int serves as a float; nothing else crosses types.
+  right_type = type(value) is kind or (kind is float and type(value) is int)
+  if not right_type:
+    raise UserError(name, value, f'must be of type {kind.__name__}; {field.allowed}')
+  if not field.check(value):
+    near = did_you_mean(value, field.choices) if field.choices else ''
+    raise UserError(name, value, f'{field.allowed}{near}')
+
+
+def router_names() -> tuple[str, ...]:
+  """Returns the names of all routers: those of the files in `routing/routers`."""
+  folder = pathlib.Path(__file__).parent / 'routing' / 'routers'
+  return tuple(sorted(module.name for module in pkgutil.iter_modules([str(folder)])))
 
 
 def _one_of(default: str, choices: tuple[str, ...], meaning: str) -> Field:
-  return Field(default, meaning, f'must be one of {", ".join(choices)}', lambda v: v in choices)
+  allowed = f'must be one of {", ".join(choices)}'
+  return Field(default, meaning, allowed, lambda v: v in choices, choices)
 
 
 def _at_least(default: int, low: int, meaning: str, high: int = 2**31 - 1) -> Field:
@@ -50,6 +85,9 @@ def _any(default: Any, meaning: str) -> Field:
   kind = {bool: 'true or false', str: 'text'}[type(default)]
   return Field(default, meaning, f'must be {kind}', lambda v: True)
 
+
+# On a command line `~` is the home folder; elsewhere it would name a folder called `~`.
+_NO_HOME = '; a path that starts with ~ only on the command line'
 
 SCHEMA: dict[str, dict[str, Field]] = {
   'model': {
@@ -81,22 +119,22 @@ SCHEMA: dict[str, dict[str, Field]] = {
     'every': _at_least(1, 1, 'A MoE layer in every n-th block; divides model.num_layers.'),
     'router': _one_of(
       'top_k',
-      tuple(routing.ROUTERS),
+      router_names(),
       'Way of choosing; python -m moe_jax.routers says what each is.',
     ),
     'score': _one_of(
       'softmax',
-      routing.SCORES,
+      ('softmax', 'sigmoid', 'sqrt_softplus'),
       'What gates are read from: top_k, loss_free, group_limited, quantile, null_experts.',
     ),
     'softmax_order': _one_of(
       'before',
-      routing.SOFTMAX_ORDERS,
+      ('before', 'after'),
       'Gates from the softmax over all experts (before selection) or over the K selected (after).',
     ),
     'renormalize': _one_of(
       'before_drop',
-      routing.RENORMALIZATIONS,
+      ('none', 'before_drop', 'after_drop'),
       'Divide the gates of a token by their sum: never, over the K selected, over those that kept '
       'it. With K = 1 only none, or the gate is always 1 and the router learns nothing.',
     ),
@@ -174,7 +212,7 @@ SCHEMA: dict[str, dict[str, Field]] = {
     'eval_capacity_factor': _positive(2.0, 'The same in evaluation. Decoding never drops.'),
     'priority': _one_of(
       'token',
-      routing.PRIORITIES,
+      ('token', 'choice', 'priority', 'random'),
       'Who gets a slot: position order; all first choices first; largest router probability; '
       'random. Only token is causal.',
     ),
@@ -191,7 +229,7 @@ SCHEMA: dict[str, dict[str, Field]] = {
     'load_balancing_weight': _non_negative(0.01, 'Of the load-balancing loss.'),
     'balance_normalization': _one_of(
       'one',
-      routing.NORMALIZATIONS,
+      ('one', 'k', 'gshard'),
       'Value of that loss at perfect balance: 1, K, or 1 / E^2 (gshard). Codebases differ.',
     ),
     'device_balance_weight': _non_negative(0.0, 'Of the same loss between parts of the experts.'),
@@ -212,13 +250,13 @@ SCHEMA: dict[str, dict[str, Field]] = {
     ),
     'dispatch': _one_of(
       'gather',
-      dispatch.DISPATCHERS,
+      ('gather', 'dropless', 'einsum'),
       'How tokens move to slots; dropless drops none, so the capacity factors do not apply; einsum '
       'is the slow oracle.',
     ),
     'exchange': _one_of(
       'padded',
-      dispatch.EXCHANGES,
+      ('padded', 'ragged'),
       'What crosses the expert axis: every slot (padded), or those that hold a token (ragged; on '
       'GPUs and TPUs alone). Changes no result.',
     ),
@@ -231,9 +269,17 @@ SCHEMA: dict[str, dict[str, Field]] = {
     ),
   },
   'data': {
-    'name': _any('tier1', 'tier1, tier2, tfds:NAME, or text:PATH (a folder of .txt or .jsonl).'),
+    'name': Field(
+      'tier1',
+      'tier1, tier2, tfds:NAME, or text:PATH (a folder of .txt or .jsonl).',
+      f'must be text{_NO_HOME}',
+      lambda v: not v.startswith('text:~'),
+    ),
     'data_dir': Field(
-      'runs/data', 'Where prepared data sets are kept.', 'must be a path', lambda v: bool(v)
+      'runs/data',
+      'Where prepared data sets are kept.',
+      f'must be a path{_NO_HOME}',
+      lambda v: bool(v) and not v.startswith('~'),
     ),
     'tokenizer': _one_of('bytes', ('bytes', 'bpe'), 'Bytes, or byte-level BPE trained on train.'),
     'vocab_size': _at_least(0, 0, 'Of the BPE, at least 512; 0 for bytes.'),

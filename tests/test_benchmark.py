@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moe_jax import cli
-from moe_jax.benchmark import decode, dispatch, peers, routings, text, timing
+from moe_jax.benchmark import decode, dispatch, names, peers, routings, text, timing
 from moe_jax.benchmark.arms import Shape, expert_weights
 from tests import tiny
 
@@ -38,7 +38,7 @@ SHAPE = Shape(12, 8, 4, 2, 6.0, 'swiglu', 'float32')
 SMALL = ('--num_tokens=64', '--embed_dim=8', '--mlp_dim=4', '--num_experts=4', '--json')
 
 
-@pytest.mark.parametrize('name', routings.DRAWN)
+@pytest.mark.parametrize('name', names.DRAWN)
 def test_routings_name_different_experts(name):
   chosen = routings.choose(name, SHAPE._replace(num_tokens=6000), 6, seed=0)
   assert all(len(set(row)) == 2 for row in chosen.tolist())

@@ -1,6 +1,7 @@
 """Every field has bounds, and every wrong value is an error that names the field and the value."""
 
 import importlib
+import json
 import math
 import pathlib
 
@@ -67,11 +68,13 @@ def test_every_field_says_what_it_means_and_allows(room, name):
   assert field.check(field.default)
 
 
-def test_the_schema_is_printed(capsys):
-  schema.main()
-  out = capsys.readouterr().out
+def test_the_schema_is_printed():
+  text = tiny.command('config').out
+  found = json.loads(tiny.command('config', '--json').out)
+  assert set(found) == {f'{room}.{name}' for room, name in FIELDS}
   for room, name in FIELDS:
-    assert f'{room}.{name} = ' in out
+    assert f'{room}.{name} = ' in text
+    assert found[f'{room}.{name}']['default'] == schema.SCHEMA[room][name].default
 
 
 def _error(overrides):
@@ -122,6 +125,18 @@ def test_other_words_are_errors(room, name, value):
   error = _error({f'{room}.{name}': value})
   assert (error.field, error.value) == (f'{room}.{name}', value)
   assert '\n' not in str(error)
+
+
+def test_a_name_that_is_nearly_right_is_named():
+  assert str(_error({'moe.router': 'topk'})).endswith('; did you mean top_k?')
+  assert str(_error({'optim.name': 'adam'})).endswith('; did you mean adamw?')
+
+
+@pytest.mark.parametrize('field', ['data.data_dir', 'data.name'])
+def test_a_home_folder_in_a_config_is_refused(field):
+  """Nobody expands it there: it would name a folder called `~`."""
+  value = {'data.data_dir': '~/data', 'data.name': 'text:~/books'}[field]
+  assert _error({field: value}).value == value
 
 
 @pytest.mark.parametrize(
@@ -233,7 +248,11 @@ def test_edges_are_allowed(overrides):
 def test_unknown_and_missing_fields_are_errors():
   values = schema.get_config().to_dict()
   values['moe']['num_expert'] = 4
-  with pytest.raises(UserError, match=r'moe\.num_expert=4: unknown; must be one of num_experts'):
+  with pytest.raises(UserError, match=r'moe\.num_expert=4: unknown; did you mean num_experts'):
+    schema.validate(ml_collections.ConfigDict(values))
+  values = schema.get_config().to_dict()
+  values['moe']['frobnicate'] = 4
+  with pytest.raises(UserError, match=r'moe\.frobnicate=4: unknown; must be one of num_experts'):
     schema.validate(ml_collections.ConfigDict(values))
   values = schema.get_config().to_dict()
   values['trian'] = {}
@@ -257,6 +276,7 @@ def test_choices_are_those_of_the_rooms_that_implement_them():
   assert set(_allowed('data', 'tokenizer')) == set(tokenizer_lib.KINDS)
   assert {data.ByteTokenizer.name, data.BpeTokenizer.name} == set(tokenizer_lib.KINDS)
   assert set(_allowed('moe', 'priority')) == set(routing.PRIORITIES)
+  assert set(_allowed('moe', 'balance_normalization')) == set(routing.NORMALIZATIONS)
 
 
 @pytest.mark.parametrize(('name', 'make'), [('name', 'optimizer'), ('schedule', 'schedule')])

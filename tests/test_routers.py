@@ -36,7 +36,7 @@ def preset(name, base=''):
 def test_the_command_prints_every_router():
   result = tiny.command('routers', '--json')
   assert result.code == 0, result.err
-  rows = [json.loads(line) for line in result.out.splitlines()]
+  rows = json.loads(result.out)
   assert {row['name'] for row in rows} == set(routing.ROUTERS)
   for row in rows:
     router = routing.ROUTERS[row['name']]

@@ -27,6 +27,7 @@ from moe_jax.benchmark.arms import (
   timed,
   with_tokens_per_expert,
 )
+from moe_jax.benchmark.names import TOKAMAX
 from moe_jax.benchmark.routings import Trace, choose
 from moe_jax.benchmark.timing import (
   Compiled,
@@ -44,10 +45,6 @@ from moe_jax.layers.moe import MoeParams
 from moe_jax.parallel.mesh import BATCH_AXES, EXPERT_AXIS, make_mesh
 from moe_jax.routing.plan import Plan
 
-# copy: the bytes of dispatch and combine without an index, and no products.
-ARMS = (*sorted(dispatch_room.DISPATCHERS, reverse=True), 'ragged_dot', 'copy')
-# Of a library that nothing else here needs; measured where it is named.
-TOKAMAX = 'tokamax'
 # Arms that drop nothing. Their products are those of balanced rows, without a capacity factor.
 DROPLESS = ('dropless', 'ragged_dot', TOKAMAX)
 # An arm that takes so many times as long as the dense layer, and so many seconds, in each of two
@@ -98,8 +95,8 @@ def rows(
   Args:
     shape: of all rows.
     num_experts: values of E.
-    routings: of `routings.ROUTINGS`.
-    arms: of `ARMS`, or `TOKAMAX`.
+    routings: of `names.ROUTINGS`.
+    arms: of `names.ARMS`, or `TOKAMAX`.
     tokens_per_expert: if not 0, tokens are as many as give each expert so many; else
       `shape.num_tokens` for every E.
     rounds: of interleaved calls.

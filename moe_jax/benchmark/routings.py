@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from moe_jax.benchmark.arms import Shape
+from moe_jax.benchmark.names import TRACE
 from moe_jax.data import train_iterator
 from moe_jax.errors import UserError
 from moe_jax.models.build import build_model
@@ -16,11 +17,6 @@ from moe_jax.train.evaluate import batch_size_of
 from moe_jax.train.opening import dataset_of
 from moe_jax.train.restore import RestoredRun, restore_run
 from moe_jax.train.step import put_batch
-
-TRACE = 'trace'
-# Those that are drawn, and the one that needs a run.
-DRAWN = ('round_robin', 'uniform', 'zipf_0.5', 'zipf_1')
-ROUTINGS = (*DRAWN, TRACE)
 
 
 class Trace(NamedTuple):

@@ -1,21 +1,26 @@
-"""Trains a config: python -m moe_jax.train --config=configs/quickstart.py --workdir=DIR."""
+"""Trains a config, or goes on training it: python -m moe_jax.train --config=FILE --workdir=DIR.
 
-from absl import flags
+Examples:
+  python -m moe_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
+  python -m moe_jax.train --config=configs/debug.py --workdir=runs/mine --config.train.num_steps=100
+  python -m moe_jax.train --config=configs/presets/switch.py:quickstart --workdir=runs/switch
+"""
 
 from moe_jax import cli
-from moe_jax.parallel.distributed import join_processes
-from moe_jax.train.loop import train
 
 _CONFIG = cli.define_config_flag()
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run is kept; new, or the same run.')
-_PROFILE = flags.DEFINE_string(
-  'profile', None, 'Directory for a trace of a few steps and a table of their time by part.'
+_WORKDIR = cli.define_path('workdir', 'Where the run is kept; new, or the same run.')
+_PROFILE = cli.define_path(
+  'profile', 'Directory for a trace of a few steps and a table of their time by part.'
 )
 
 
 def main() -> int:
   """Trains, or goes on training; 128 + signal if interrupted."""
-  config, workdir = _CONFIG(), cli.required(_WORKDIR)
+  workdir, config = cli.required(_WORKDIR), _CONFIG()
+  from moe_jax.parallel.distributed import join_processes
+  from moe_jax.train.loop import train
+
   join_processes()
   outcome = train(config, workdir, profile=_PROFILE.value)
   return 0 if outcome.finished else 128 + (outcome.interrupted_by or 0)

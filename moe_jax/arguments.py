@@ -1,0 +1,221 @@
+"""The words of a command line: checked, and completed, before anything slow is imported.
+
+absl reads flags one by one, and the file of --config among them, which needs seconds of imports.
+Everything that can be wrong with the words alone is said here first: unknown flags and fields,
+values of the wrong type or out of bounds, flags given twice.
+"""
+
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from absl import flags
+
+from moe_jax.errors import UserError, did_you_mean
+from moe_jax.schema import SCHEMA, check_field
+
+CONFIG = 'config'
+HELP = ('help', 'helpshort', 'h', '?')
+# absl's own, for the flags of its libraries, too.
+LONG_HELP = ('helpfull', 'helpxml')
+# absl's words for true and false.
+_PARSERS: dict[type, flags.ArgumentParser] = {
+  bool: flags.BooleanParser(),
+  int: flags.IntegerParser(),
+  float: flags.FloatParser(),
+  str: flags.ArgumentParser(),
+}
+
+
+class _Word(NamedTuple):
+  """A flag as it was given; `value` is None where it has none."""
+
+  name: str
+  value: str | None
+
+  def __str__(self):
+    return f'--{self.name}' if self.value is None else f'--{self.name}={self.value}'
+
+
+class PathParser(flags.ArgumentParser):
+  """Parses a path: the shell leaves the `~` of --flag=~/folder to the command."""
+
+  syntactic_help = 'a path'
+
+  def parse(self, argument: str) -> str:
+    """Returns the path with the home folder in place of a leading `~`."""
+    return expand_home(argument)
+
+
+def expand_home(path: str) -> str:
+  """Returns a path, or `text:PATH`, with the home folder in place of a leading `~`.
+
+  Raises:
+    ValueError: if it names a user that does not exist.
+  """
+  kind, colon, rest = path.partition(':')
+  if colon and kind == 'text':
+    return f'text:{expand_home(rest)}'
+  expanded = os.path.expanduser(path)
+  if path.startswith('~') and expanded == path:
+    raise ValueError('no such home folder')
+  return expanded
+
+
+def checked(words: Sequence[str], defined: Mapping[str, flags.Flag]) -> list[str]:
+  """Returns the words of a command as --name=value, the config file before its overrides.
+
+  Args:
+    words: without the name of the command.
+    defined: the flags that absl knows, by name.
+
+  Raises:
+    UserError: names the first word that is wrong.
+  """
+  config, overrides, others = [], [], []
+  seen: dict[str, str | None] = {}
+  for word in _split(_with_flag_files(words), defined):
+    if word.name == CONFIG and CONFIG in defined:
+      word = _Word(CONFIG, _checked_file(word.value))
+      config.append(word)
+    elif word.name.startswith(f'{CONFIG}.'):
+      if CONFIG not in defined:
+        raise UserError(f'--{word.name}', word.value, 'unknown flag: this command has no --config')
+      word = _checked_override(word)
+      overrides.append(word)
+    else:
+      _check_flag(word, defined)
+      others.append(word)
+    repeats = word.name in defined and isinstance(defined[word.name], flags.MultiFlag)
+    if word.name in seen and not repeats:
+      name = word.name.removeprefix(f'{CONFIG}.')
+      name = name if name != word.name else f'--{name}'
+      raise UserError(name, word.value, f'given twice, first as {seen[word.name]!r}; give it once')
+    seen[word.name] = word.value
+  if overrides and not config:
+    raise UserError('--config', None, f'must be given, for {overrides[0]} overrides a field of it')
+  return [str(word) for word in (*config, *overrides, *others)]
+
+
+def _with_flag_files(words: Sequence[str]) -> list[str]:
+  """Returns the words with those of --flagfile in its place."""
+  try:
+    return flags.FLAGS.read_flags_from_files(list(words), force_gnu=True)
+  except (flags.Error, OSError, UnicodeDecodeError) as error:
+    text = ' '.join(str(error).removeprefix('ERROR:: ').split())
+    raise UserError(f'--flagfile: {text}') from error
+
+
+def _split(words: Sequence[str], defined: Mapping[str, flags.Flag]) -> Iterator[_Word]:
+  """Yields each flag with its value, which may be the next word; booleans say true or false."""
+  rest = iter(words)
+  for word in rest:
+    if not word.startswith('-') or not word.strip('-'):
+      raise UserError('argument', word, 'not understood; flags are --name=value')
+    name, equals, value = word.removeprefix('-').removeprefix('-').partition('=')
+    if equals:
+      yield _Word(name, value)
+    elif name.startswith('no') and _is_boolean(name[2:], defined):
+      yield _Word(name[2:], 'false')
+    elif _is_boolean(name, defined):
+      yield _Word(name, 'true')
+    elif name in defined or name.startswith(f'{CONFIG}.') or name == CONFIG:
+      yield _Word(name, next(rest, None))
+    else:
+      yield _Word(name, None)
+
+
+def _is_boolean(name: str, defined: Mapping[str, flags.Flag]) -> bool:
+  if name.startswith(f'{CONFIG}.'):
+    section, _, field = name.removeprefix(f'{CONFIG}.').partition('.')
+    known = SCHEMA.get(section, {})
+    return field in known and isinstance(known[field].default, bool)
+  return name in (*HELP, *LONG_HELP) or (name in defined and bool(defined[name].boolean))
+
+
+def _check_flag(word: _Word, defined: Mapping[str, flags.Flag]) -> None:
+  name, value = word
+  if name in (*HELP, *LONG_HELP):
+    return
+  if name not in defined:
+    near = did_you_mean(name, [*defined, *HELP[:1]], '--')
+    why = f'unknown flag{near or "; --help lists the flags"}'
+    raise UserError(f'--{name}: {why}') if value is None else UserError(f'--{name}', value, why)
+  if value is None:
+    raise UserError(f'--{name}', None, 'must have a value: --name=value')
+  parser = defined[name].parser
+  try:
+    parser.parse(value)
+  except (ValueError, TypeError) as error:
+    choices = getattr(parser, 'enum_values', None)
+    if choices:
+      allowed = f'must be one of {", ".join(choices)}{did_you_mean(value, choices)}'
+    elif isinstance(parser, flags.BooleanParser):
+      allowed = 'must be true or false'
+    elif parser.syntactic_help and not isinstance(parser, PathParser):
+      allowed = f'must be {parser.syntactic_help}'
+    else:
+      allowed = str(error)
+    raise UserError(f'--{name}', value, allowed) from error
+
+
+def _checked_file(value: str | None) -> str:
+  """Returns the value of --config with its home folder; the file must be there."""
+  if not value:
+    raise UserError('--config', value, 'must be given, for example configs/quickstart.py')
+  try:
+    value = expand_home(value)
+  except ValueError as error:
+    raise UserError('--config', value, str(error)) from error
+  path = pathlib.Path(value.partition(':')[0])
+  if not path.exists():
+    names = [str(path.with_name(p.name)) for p in path.parent.glob('*.py') if p.name[0] != '_']
+    near = did_you_mean(str(path), [name for name in names if path.name])
+    raise UserError('--config', str(path), f'does not exist{near}')
+  if path.is_dir():
+    raise UserError('--config', str(path), 'must be a file, not a folder')
+  return value
+
+
+def _checked_override(word: _Word) -> _Word:
+  """Returns an override of a field of the config; the field must exist and its value fit."""
+  name = word.name.removeprefix(f'{CONFIG}.')
+  section, _, field = name.partition('.')
+  known = SCHEMA.get(section, {})
+  if known and not field:
+    raise UserError(name, word.value, f'a section; set one of its fields, {", ".join(known)}')
+  if field not in known:
+    raise UserError(name, word.value, f'unknown field{_near_fields(name)}')
+  if word.value is None:
+    raise UserError(name, None, f'must have a value; {known[field].allowed}')
+  value: Any = word.value
+  kind = type(known[field].default)
+  try:
+    if name in ('data.data_dir', 'data.name'):
+      value = expand_home(value)
+    value = _PARSERS[kind].parse(value)
+  except (ValueError, TypeError) as error:
+    if kind is str:
+      raise UserError(name, value, str(error)) from error
+    raise UserError(
+      name, value, f'must be of type {kind.__name__}; {known[field].allowed}'
+    ) from error
+  check_field(name, value, known[field])
+  return _Word(word.name, value if kind is str else word.value)
+
+
+def _near_fields(name: str) -> str:
+  """Returns the fields that resemble an unknown one; all of its section where none does."""
+  section, _, field = name.partition('.')
+  everywhere = [f'{s}.{f}' for s, fields in SCHEMA.items() for f in fields]
+  if not field:
+    # Only the field was given: the same name in whatever section.
+    same = [full for full in everywhere if full.partition('.')[2] == section]
+    near = f'; did you mean {" or ".join(same)}?' if same else did_you_mean(section, SCHEMA)
+  elif section in SCHEMA:
+    own = [full for full in everywhere if full.startswith(f'{section}.')]
+    near = did_you_mean(name, own) or did_you_mean(name, everywhere)
+  else:
+    near = did_you_mean(name, everywhere)
+  return near or f'; must be one of {", ".join(SCHEMA.get(section, SCHEMA))}'
