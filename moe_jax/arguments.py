@@ -81,7 +81,7 @@ def checked(words: Sequence[str], defined: Mapping[str, flags.Flag]) -> list[str
       config.append(word)
     elif word.name.startswith(f'{CONFIG}.'):
       if CONFIG not in defined:
-        raise UserError(f'--{word.name}', word.value, 'unknown flag: this command has no --config')
+        raise UserError(f'--{word.name}', word.value, 'this command has no --config')
       word = _checked_override(word)
       overrides.append(word)
     else:
@@ -209,13 +209,12 @@ def _near_fields(name: str) -> str:
   """Returns the fields that resemble an unknown one; all of its section where none does."""
   section, _, field = name.partition('.')
   everywhere = [f'{s}.{f}' for s, fields in SCHEMA.items() for f in fields]
-  if not field:
-    # Only the field was given: the same name in whatever section.
-    same = [full for full in everywhere if full.partition('.')[2] == section]
-    near = f'; did you mean {" or ".join(same)}?' if same else did_you_mean(section, SCHEMA)
-  elif section in SCHEMA:
+  same = [full for full in everywhere if full.partition('.')[2] == (field or section)]
+  if same:
+    near = f'; did you mean {" or ".join(same)}?'
+  elif not field:
+    near = did_you_mean(section, [*SCHEMA, *(full.partition('.')[2] for full in everywhere)])
+  else:
     own = [full for full in everywhere if full.startswith(f'{section}.')]
     near = did_you_mean(name, own) or did_you_mean(name, everywhere)
-  else:
-    near = did_you_mean(name, everywhere)
   return near or f'; must be one of {", ".join(SCHEMA.get(section, SCHEMA))}'

@@ -1,8 +1,7 @@
-"""Experiments as configs: defaults, checks, and what follows from several fields.
+"""Fields of an experiment, with defaults and checks: python -m moe_jax.config.
 
 `get_config()` gives a ConfigDict with the defaults, a file in `configs/` changes some of them, and
-`validate(config)` names the field, its value and what is allowed. `python -m moe_jax.config` prints
-every field; `moe_jax.schema` defines them.
+`validate(config)` names the field, its value and what is allowed. `moe_jax.schema` defines them.
 
 Examples:
   python -m moe_jax.config

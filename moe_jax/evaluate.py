@@ -1,4 +1,4 @@
-"""Bits per byte of a run by domain, on held-out text: python -m moe_jax.evaluate --workdir=DIR.
+"""Evaluates a run on held-out text, by domain: python -m moe_jax.evaluate --workdir=DIR.
 
 Examples:
   python -m moe_jax.evaluate --workdir=runs/quickstart
