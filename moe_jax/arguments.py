@@ -42,10 +42,17 @@ class PathParser(flags.ArgumentParser):
   """Parses a path: the shell leaves the `~` of --flag=~/folder to the command."""
 
   syntactic_help = 'a path'
+  placeholder = 'PATH'
 
   def parse(self, argument: str) -> str:
     """Returns the path with the home folder in place of a leading `~`."""
     return expand_home(argument)
+
+
+class SourceParser(PathParser):
+  """Parses a source of text, as `data.name`; that of text:PATH is a path."""
+
+  placeholder = 'SOURCE'
 
 
 def expand_home(path: str) -> str:

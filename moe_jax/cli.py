@@ -90,7 +90,7 @@ def _placeholder(flag: flags.Flag) -> str:
   if isinstance(flag.parser, flags.EnumParser):
     return '|'.join(flag.parser.enum_values)
   if isinstance(flag.parser, arguments.PathParser):
-    return 'PATH'
+    return flag.parser.placeholder
   if isinstance(flag.parser, flags.ListParser):
     return 'A,B,...'
   kinds = {flags.IntegerParser: 'INTEGER', flags.FloatParser: 'NUMBER'}
@@ -214,6 +214,11 @@ def define_config_flag() -> Callable[[], ml_collections.ConfigDict]:
 def define_path(name: str, text: str) -> flags.FlagHolder:
   """Defines a flag that is a path, None by default; `~` is the home folder."""
   return flags.DEFINE(arguments.PathParser(), name, None, text)
+
+
+def define_source(name: str, text: str) -> flags.FlagHolder:
+  """Defines a flag that is a source of text, as `data.name`, None by default."""
+  return flags.DEFINE(arguments.SourceParser(), name, None, text)
 
 
 def define_json_flag() -> flags.FlagHolder:

@@ -21,9 +21,8 @@ _WORKDIR = cli.define_path('workdir', 'Directory of the run.')
 _SPLIT = flags.DEFINE_enum(
   'split', None, ['train', 'valid', 'test'], "Of the run's data; test by default."
 )
-_DATA = flags.DEFINE_string(
+_DATA = cli.define_source(
   'data',
-  None,
   'Other text, all of it: tier1, tier2, tfds:NAME or text:PATH (a folder of .txt or .jsonl).',
 )
 _DATA_DIR = cli.define_path('data_dir', "Where the data is kept; the run's by default.")
