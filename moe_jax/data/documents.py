@@ -38,6 +38,15 @@ def folded(text: str) -> str:
   return unicodedata.normalize('NFKC', text)
 
 
+def is_text(string: str) -> bool:
+  """Tells a string that can be written as UTF-8 from one that holds half a surrogate pair."""
+  try:
+    string.encode()
+  except UnicodeEncodeError:
+    return False
+  return True
+
+
 def content_key(text: str) -> str:
   """Returns a hash equal for texts that differ only in case, white space or Unicode form."""
   return hashlib.sha256(' '.join(folded(text).split()).encode()).hexdigest()

@@ -39,7 +39,7 @@ def evaluation_dataset(
       can't be written to; names the field.
     errors.DamagedError: if the prepared data is damaged and can't be made again.
   """
-  data_dir = os.path.abspath(os.path.expanduser(data_dir))
+  data_dir = os.path.abspath(sources.expand('data.data_dir', data_dir, data_dir))
   try:
     found = sources.find_source(source, data_dir, None)
     kind = f'{tokenizer.name}-{tokenizer.fingerprint[:16]}'

@@ -3,10 +3,12 @@
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 
 from moe_jax import errors
 from moe_jax.data import documents as documents_lib
+from moe_jax.data import file_walk
 
 SUFFIXES = ('.txt', '.jsonl')
 _DEFAULT_DOMAIN = 'text'
@@ -18,10 +20,12 @@ class LocalText:
   A .txt file is one document; its domain is the first-level sub-folder that it lies in, or 'text'.
   A .jsonl file is one document per line, `{"text": ..., "domain": ..., "name": ...}`, the last two
   optional. Files are read in the order of their relative paths; hidden files and folders and other
-  suffixes are passed over.
+  suffixes are passed over. Links are followed, but no folder is read twice: see `file_walk`.
 
   Attributes:
     path: the folder or file.
+    left_out: relative paths of links that were not followed, since what they point to is read
+      under another name.
     fingerprint: SHA-256 over the relative paths and contents.
   """
 
@@ -33,15 +37,17 @@ class LocalText:
       dataset_name: the user's `data.name`, for error messages.
 
     Raises:
-      errors.UserError: if the path is missing or unreadable or holds no .txt or .jsonl file.
+      errors.UserError: if the path is missing or unreadable or holds no .txt or .jsonl file, or a
+        file is not an ordinary one or has a name that is not UTF-8.
     """
     self.path = path
+    self.left_out: list[str] = []
     self._dataset_name = dataset_name
     self._files = self._find()
     digest = hashlib.sha256()
     for relative, file in self._files:
       content = hashlib.sha256(self._read(file)).hexdigest()
-      digest.update(f'{len(relative)}:{relative}:{content};'.encode('utf-8', 'surrogateescape'))
+      digest.update(f'{len(relative)}:{relative}:{content};'.encode())
     self.fingerprint = digest.hexdigest()
 
   def __iter__(self) -> Iterator[documents_lib.Document]:
@@ -64,25 +70,29 @@ class LocalText:
     return errors.UserError('data.name', self._dataset_name, what)
 
   def _find(self) -> list[tuple[str, str]]:
-    if os.path.isfile(self.path):
+    if not os.path.exists(self.path):
+      raise self._error(f'{self.path!r} does not exist; give a folder or a file of text')
+    if not os.path.isdir(self.path):
       if not self.path.endswith(SUFFIXES):
         raise self._error(f'{self.path} is not a {" or ".join(SUFFIXES)} file')
-      return [(os.path.basename(self.path), self.path)]
-    if not os.path.isdir(self.path):
-      raise self._error(f'{self.path!r} does not exist; give a folder or a file of text')
-    found = []
-    for folder, folders, names in os.walk(self.path, followlinks=True):
-      folders[:] = [name for name in folders if not name.startswith('.')]
-      for name in names:
-        if name.endswith(SUFFIXES) and not name.startswith('.'):
-          file = os.path.join(folder, name)
-          found.append((os.path.relpath(file, self.path), file))
-    if not found:
+      return [(self._checked_name(os.path.basename(self.path)), self.path)]
+    walk = file_walk.walk(self.path, SUFFIXES, self._error)
+    if not walk.files:
       raise self._error(f'{self.path} holds no {" or ".join(SUFFIXES)} file')
-    return sorted(found)
+    self.left_out = walk.left_out
+    return sorted((self._checked_name(relative), file) for relative, file in walk.files.items())
+
+  def _checked_name(self, relative: str) -> str:
+    """Returns the name if it can name a document: it is in results and in files of text."""
+    if not documents_lib.is_text(relative):
+      raise self._error(f'the name of {ascii(relative)} is not UTF-8; rename it')
+    return relative
 
   def _read(self, file: str) -> bytes:
     try:
+      # Reading a pipe or a device may never end.
+      if not stat.S_ISREG(os.stat(file).st_mode):
+        raise self._error(f'{file} is not an ordinary file')
       with open(file, 'rb') as stream:
         return stream.read()
     except OSError as error:
@@ -112,18 +122,20 @@ class LocalText:
       if not line.strip():
         continue
       try:
-        record = json.loads(line)
+        # No number is used, and `int` refuses one of 5,000 digits.
+        record = json.loads(line, parse_int=float)
       except json.JSONDecodeError as error:
         raise self._error(f'{where} is not JSON ({error.msg})') from error
+      except RecursionError as error:
+        raise self._error(f'{where} is nested too deeply') from error
       if not isinstance(record, dict) or not isinstance(record.get('text'), str):
         raise self._error(f'{where} is not an object with a string "text"')
-      for key in ('domain', 'name'):
+      for key in ('text', 'domain', 'name'):
         if not isinstance(record.get(key, ''), str):
           raise self._error(f'{where} has a "{key}" that is not a string')
-      try:
-        self._check_length(record['text'], where)
-      except UnicodeEncodeError as error:
-        raise self._error(f'{where} holds half a surrogate pair, which is not text') from error
+        if not documents_lib.is_text(record.get(key, '')):
+          raise self._error(f'{where} holds half a surrogate pair in "{key}", which is not text')
+      self._check_length(record['text'], where)
       yield documents_lib.Document(
         record['text'], record.get('domain') or domain, record.get('name') or f'{relative}:{number}'
       )

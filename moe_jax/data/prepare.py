@@ -17,7 +17,7 @@ import numpy as np
 from moe_jax import errors
 from moe_jax.data import dataset as dataset_lib
 from moe_jax.data import documents as documents_lib
-from moe_jax.data import files, sources, token_store
+from moe_jax.data import files, progress, sources, token_store
 from moe_jax.data import tokenizer as tokenizer_lib
 
 # (what reads the documents to train on) -> tokenizer.
@@ -60,7 +60,7 @@ def open_dataset(
   for field, value in (('valid', valid_fraction), ('test', test_fraction)):
     if not 0 <= value < 0.5:
       raise errors.UserError(f'data.{field}_fraction', value, 'must be a number in [0, 0.5)')
-  data_dir = os.path.abspath(os.path.expanduser(data_dir))
+  data_dir = os.path.abspath(sources.expand('data.data_dir', data_dir, data_dir))
   source = sources.find_source(name, data_dir, (valid_fraction, test_fraction))
   kind = tokenizer if tokenizer == 'bytes' else f'{tokenizer}-{vocab_size}'
 
@@ -68,9 +68,16 @@ def open_dataset(
     if tokenizer == 'bytes':
       return tokenizer_lib.ByteTokenizer()
     sources.say(f'{name}: training a BPE tokenizer of {vocab_size} tokens')
-    return tokenizer_lib.train_bpe((document.text for document in read()), vocab_size)
+    documents = progress.watched(read(), f'{name}: counting words', sources.say)
+    return tokenizer_lib.train_bpe((document.text for document in documents), vocab_size)
 
-  return open_prepared(name, source, data_dir, kind, make)
+  dataset = open_prepared(name, source, data_dir, kind, make)
+  if dataset.tokenizer.vocab_size < vocab_size:
+    sources.say(
+      f'warning: data.vocab_size={vocab_size}: {name} has pairs that repeat for '
+      f'{dataset.tokenizer.vocab_size} tokens, and that is the vocabulary'
+    )
+  return dataset
 
 
 def open_prepared(
@@ -91,7 +98,7 @@ def open_prepared(
   """
   directory = os.path.join(data_dir, 'tokens', source.key, kind)
   try:
-    return dataset_lib.Dataset(name, token_store.open_store(directory))
+    return _open(name, directory)
   except FileNotFoundError:
     damage = None
   except errors.DamagedError as error:
@@ -101,7 +108,7 @@ def open_prepared(
   with files.locked(os.path.join(data_dir, 'locks', f'{source.lock}.lock')):
     try:
       # Another process may have made it while this one waited.
-      return dataset_lib.Dataset(name, token_store.open_store(directory))
+      return _open(name, directory)
     except (FileNotFoundError, errors.DamagedError):
       pass
     try:
@@ -117,18 +124,28 @@ def open_prepared(
       raise errors.UserError(
         'data.data_dir', data_dir, f'cannot be written: {refusal.strerror}'
       ) from error
-    return dataset_lib.Dataset(name, token_store.open_store(directory))
+    return _open(name, directory)
+
+
+def _open(name: str, directory: str) -> dataset_lib.Dataset:
+  store = token_store.open_store(directory)
+  if not store.has_digest:
+    sources.say(
+      f'note: {directory} was written before its {token_store.META} had a checksum: the names of '
+      'its domains and its fingerprint cannot be checked; remove it to have it made again'
+    )
+  return dataset_lib.Dataset(name, store)
 
 
 def _prepare(
   name: str, source: sources.Source, directory: str, make_tokenizer: MakeTokenizer
 ) -> None:
   for anew in (False, True):
-    readers, provenance = source.open(anew)
     try:
+      readers, provenance = source.open(anew)
       _tokenize(name, source, directory, make_tokenizer, readers, provenance)
       return
-    except errors.UserError:
+    except (errors.UserError, errors.DamagedError):
       raise
     except token_store.ShortDocumentError as error:
       raise errors.UserError(
@@ -155,7 +172,10 @@ def _tokenize(
     sources.say(f'{name}: encoding ({encoder.name}, {encoder.vocab_size} tokens)')
     num_skipped = token_store.write(
       temporary,
-      {split: read() for split, read in readers.items()},
+      {
+        split: progress.watched(read(), f'{name}: encoding {split}', sources.say)
+        for split, read in readers.items()
+      },
       encoder,
       identity=source.key,
       provenance={**provenance, 'numpy': np.__version__},

@@ -24,6 +24,8 @@ TIERS: dict[str, ModuleType] = {'tier1': tier1, 'tier2': tier2}
 
 Reader = Callable[[], Iterable[documents_lib.Document]]
 
+_TFDS_NAME = re.compile(r'[A-Za-z]\w*(/[\w.+-]+)?(:(\d+|\*)(\.(\d+|\*)){2})?', re.ASCII)
+
 # Holds every document of an undivided source.
 WHOLE = documents_lib.TEST
 
@@ -74,6 +76,13 @@ def find_source(name: str, data_dir: str, fractions: Fractions) -> Source:
       skip_short=False,
     )
   if kind == 'tfds' and rest:
+    if not _TFDS_NAME.fullmatch(rest):
+      raise errors.UserError(
+        'data.name',
+        name,
+        'must be tfds:NAME[/CONFIG][:VERSION]; other hubs (tfds:huggingface:NAME) are not read: '
+        'save the texts as .jsonl and give text:PATH',
+      )
     # The hash tells apart what the readable part does not, such as 'a/b' and 'a-b'.
     short_hash = hashlib.sha256(rest.encode()).hexdigest()[:8]
     slug = f'{re.sub(r"[^A-Za-z0-9_.]+", "-", rest)}-{short_hash}'
@@ -86,7 +95,7 @@ def find_source(name: str, data_dir: str, fractions: Fractions) -> Source:
       skip_short=True,
     )
   if kind == 'text' and rest:
-    text = local_text.LocalText(os.path.expanduser(rest), name)
+    text = local_text.LocalText(expand('data.name', name, rest), name)
     key = f'text-{text.fingerprint[:16]}-{suffix}'
     return Source(
       key=key,
@@ -100,6 +109,21 @@ def find_source(name: str, data_dir: str, fractions: Fractions) -> Source:
     name,
     f'must be one of {", ".join(TIERS)}, tfds:NAME[/CONFIG][:VERSION], text:PATH',
   )
+
+
+def expand(field: str, value: str, path: str) -> str:
+  """Returns a path of the user's with `~` and `~name` as the home folders that they stand for.
+
+  Raises:
+    errors.UserError: if there is no such home folder, or the path can't be one; names `field`.
+  """
+  if not documents_lib.is_text(path) or '\0' in path:
+    raise errors.UserError(field, value, 'must be a path in UTF-8')
+  expanded = os.path.expanduser(path)
+  if expanded.startswith('~'):
+    user = expanded.partition('/')[0]
+    raise errors.UserError(field, value, f'must be a path; {user} is no home folder here')
+  return expanded
 
 
 def say(message: str) -> None:
@@ -134,7 +158,13 @@ def _open_tier(
 def _open_local(
   text: local_text.LocalText, key: str, data_dir: str, fractions: Fractions, anew: bool
 ) -> tuple[dict[str, Reader], dict[str, Any]]:
-  provenance = {'dataset': f'text:{text.path}', 'sha256': text.fingerprint}
+  provenance: dict[str, Any] = {'dataset': f'text:{text.path}', 'sha256': text.fingerprint}
+  if text.left_out:
+    say(
+      f'{text.path}: {len(text.left_out)} links to what is read under another name left out '
+      f'(first: {text.left_out[0]})'
+    )
+    provenance['num_links_left_out'] = len(text.left_out)
   if fractions is None:
     return _build({WHOLE: lambda: text}, key, '1.0.0', data_dir, anew), provenance
   read = _with_splits(lambda: text, fractions, documents_lib.SPLITS)

@@ -16,12 +16,16 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 from absl import logging
+from google.protobuf import json_format
 
 from moe_jax import errors
 from moe_jax.data import documents as documents_lib
 
 FILE_FORMAT = 'array_record'
 VALID_NAMES = ('valid', 'validation')
+
+# Written last by TFDS.
+_INFO = 'dataset_info.json'
 
 # What a builder of somebody else may raise for want of a network, a disk, TensorFlow or a file.
 _PREPARE_ERRORS = (OSError, ImportError, ValueError, RuntimeError, AssertionError, AttributeError)
@@ -86,14 +90,20 @@ def build(
     version: three numbers.
     data_dir: where TFDS keeps data sets.
     anew: drop what is there.
+
+  Raises:
+    OSError: if what is there is damaged; `anew` mends it.
   """
-  with _quiet():
+  parent = os.path.join(data_dir, MoeJaxText.name, config_name)
+  path = os.path.join(parent, version)
+  if anew or not os.path.isfile(os.path.join(path, _INFO)):
+    # TFDS takes a directory without its description for a data set without splits. The caller holds
+    # the data set's lock.
+    shutil.rmtree(path, ignore_errors=True)
+  with _quiet(), _damage_as_os_error(path):
     builder = MoeJaxText(documents, config_name, version, data_dir)
-  parent = os.path.dirname(str(builder.data_path))
-  if anew:
-    shutil.rmtree(builder.data_path, ignore_errors=True)
   if not _is_prepared(builder):
-    # What a killed build left behind. The caller holds the data set's lock.
+    # What a killed build left behind.
     for entry in os.listdir(parent) if os.path.isdir(parent) else ():
       if entry.startswith('incomplete.'):
         shutil.rmtree(os.path.join(parent, entry))
@@ -103,6 +113,8 @@ def build(
     }
     with _quiet():
       builder.download_and_prepare()
+  if not builder.info.splits:
+    raise OSError(f'{path} has no splits')
   return builder
 
 
@@ -117,13 +129,17 @@ def open_named(name: str, data_dir: str) -> Any:
 
   Raises:
     errors.UserError: if the name is unknown or the data set can't be had.
+    errors.DamagedError: if its files are there but can't be read.
   """
   spec = name.removeprefix('tfds:')
   try:
-    present = tfds.builder(spec, try_gcs=False)
-    if _is_prepared(present) and present.info.file_format.value == FILE_FORMAT:
-      return present
-    builder = tfds.builder(spec, data_dir=data_dir, file_format=FILE_FORMAT, try_gcs=False)
+    with _damage_as_os_error(f'{name} below {data_dir} or TFDS_DATA_DIR'):
+      present = tfds.builder(spec, try_gcs=False)
+      if _is_prepared(present) and present.info.file_format.value == FILE_FORMAT:
+        return present
+      builder = tfds.builder(spec, data_dir=data_dir, file_format=FILE_FORMAT, try_gcs=False)
+  except _DescriptionError as error:
+    raise errors.DamagedError(f'{error}; remove its folder to have it downloaded again') from error
   except tfds.core.DatasetNotFoundError as error:
     raise errors.UserError('data.name', name, 'must be a name that TFDS knows') from (error)
   except _PREPARE_ERRORS as error:
@@ -131,6 +147,11 @@ def open_named(name: str, data_dir: str) -> Any:
     raise errors.UserError('data.name', name, f'TFDS cannot open it: {reason}') from error
   text_feature(builder, name)
   if not _is_prepared(builder):
+    if os.path.isdir(str(builder.data_path)):
+      # TFDS would take it for a data set without splits.
+      raise errors.DamagedError(
+        f'{builder.data_path} has no {_INFO}; remove this folder to have it downloaded again'
+      )
     try:
       _check_network(builder)
       builder.download_and_prepare(
@@ -204,8 +225,24 @@ def read(builder: Any, split: str, name: str) -> Iterator[documents_lib.Document
 
 
 def _is_prepared(builder: Any) -> bool:
-  # TFDS writes this file last. Its own is_prepared() logs a warning when the answer is no.
-  return os.path.isfile(os.path.join(str(builder.data_path), 'dataset_info.json'))
+  # TFDS's own is_prepared() logs a warning when the answer is no.
+  return os.path.isfile(os.path.join(str(builder.data_path), _INFO))
+
+
+class _DescriptionError(OSError):
+  """The description of a TFDS data set can't be read."""
+
+
+@contextlib.contextmanager
+def _damage_as_os_error(what: str) -> Iterator[None]:
+  """Gives the errors of a damaged description one type; they come from three libraries."""
+  try:
+    yield
+  except (json_format.Error, UnicodeDecodeError, AssertionError) as error:
+    # TFDS asserts other things, too.
+    if isinstance(error, AssertionError) and 'restored proto version' not in str(error):
+      raise
+    raise _DescriptionError(f'{what} has a damaged {_INFO} ({_one_line(error)})') from error
 
 
 @contextlib.contextmanager

@@ -2,14 +2,17 @@
 
 A store is one directory:
 
-    meta.json               format, fingerprint, domains, size and SHA-256 of every other file
+    meta.json               format, fingerprint, domains, size and SHA-256 of every other file, and
+                            the SHA-256 of all of that
     tokenizer.json          what made the tokens
     SPLIT.tokens.npy        uint16 or uint32: [BOS] tokens [EOS] of one document after the other
     SPLIT.offsets.npy       int64[N + 1]: where document d starts and ends
     SPLIT.domains.npy       int32[N]: index into meta.json's domains
     SPLIT.bytes.npy         int64[N]: UTF-8 bytes of the text
 
-Nothing in it depends on the sequence length.
+Nothing in it depends on the sequence length. Stores written before meta.json had a digest of its
+own are read, too: `TokenStore.has_digest` is False, and the names of domains and the fingerprint
+are taken as they stand; that everything else fits together is checked.
 """
 
 import dataclasses
@@ -29,6 +32,23 @@ from moe_jax.data import tokenizer as tokenizer_lib
 
 FORMAT = 1
 META = 'meta.json'
+_DIGEST = 'meta_sha256'
+_ARRAYS = ('tokens', 'offsets', 'domains', 'bytes')
+_FILES = frozenset(
+  [tokenizer_lib.FILE]
+  + [f'{split}.{kind}.npy' for split in documents_lib.SPLITS for kind in _ARRAYS]
+)
+# The keys of meta.json before it had a digest, with their types. More have come since.
+_FIRST_KEYS = {
+  'format': int,
+  'identity': str,
+  'fingerprint': str,
+  'tokenizer_fingerprint': str,
+  'domains': list,
+  'num_skipped_short_documents': int,
+  'provenance': dict,
+  'files': dict,
+}
 
 # Larger files are checked by size alone, so that opening a big dataset stays instantaneous.
 _MAX_HASHED_BYTES = 2**28
@@ -66,6 +86,11 @@ class TokenStore:
   tokenizer: tokenizer_lib.Tokenizer
   splits: dict[str, SplitTokens]
 
+  @property
+  def has_digest(self) -> bool:
+    """False for a store whose meta.json was written before it had a digest of its own."""
+    return _DIGEST in self.meta
+
 
 class ShortDocumentError(ValueError):
   """A document has fewer than two tokens. Its message is the document's name."""
@@ -97,14 +122,16 @@ class SplitWriter:
     with open(path, 'wb') as file:
       self._write_header(file, 0)
       batch: list[documents_lib.Document] = []
+      num_characters = 0
       for document in documents:
         for part in (self._split, document.domain, document.name, document.text):
           encoded = part.encode()
           digest.update(len(encoded).to_bytes(8, 'little') + encoded)
         batch.append(document)
-        if sum(len(d.text) for d in batch) >= _BATCH_CHARACTERS:
+        num_characters += len(document.text)
+        if num_characters >= _BATCH_CHARACTERS:
           self._write_batch(file, batch)
-          batch = []
+          batch, num_characters = [], 0
       self._write_batch(file, batch)
       file.seek(0)
       self._write_header(file, sum(self._lengths))
@@ -191,7 +218,9 @@ def write(
     'num_skipped_short_documents': num_skipped,
     'provenance': provenance,
     'files': listing,
+    'vocab_size': tokenizer.vocab_size,
   }
+  meta[_DIGEST] = _meta_digest(meta)
   with open(os.path.join(directory, META), 'w') as file:
     json.dump(meta, file, indent=1)
   return num_skipped
@@ -209,18 +238,64 @@ def open_store(directory: str) -> TokenStore:
   try:
     with open(os.path.join(directory, META)) as file:
       meta = json.load(file)
-    if meta['format'] != FORMAT:
-      raise errors.DamagedError(f'{directory} has format {meta["format"]}, not {FORMAT}')
+    _check_meta(meta)
     for name, entry in meta['files'].items():
       path = os.path.join(directory, name)
       if os.path.getsize(path) != entry['size']:
-        raise errors.DamagedError(f'{path} should have {entry["size"]} bytes')
+        raise ValueError(f'{name} should have {entry["size"]} bytes')
       if entry['size'] <= _MAX_HASHED_BYTES and files.sha256_file(path) != entry['sha256']:
-        raise errors.DamagedError(f'{path} has changed since it was written')
+        raise ValueError(f'{name} has changed since it was written')
     splits = {split: _open_split(directory, split) for split in documents_lib.SPLITS}
-  except (OSError, ValueError, KeyError, TypeError) as error:
+    for name, split in splits.items():
+      _check_split(name, split, len(meta['domains']))
+  except (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError) as error:
     raise errors.DamagedError(f'{directory} cannot be read: {error}') from error
-  return TokenStore(meta, tokenizer_lib.load_tokenizer(directory), splits)
+  tokenizer = tokenizer_lib.load_tokenizer(directory)
+  if tokenizer.fingerprint != meta['tokenizer_fingerprint']:
+    raise errors.DamagedError(f'{directory} cannot be read: {META} is of another tokenizer')
+  return TokenStore(meta, tokenizer, splits)
+
+
+def _meta_digest(meta: dict[str, Any]) -> str:
+  """Returns the SHA-256 over everything in meta.json but the digest itself."""
+  rest = {key: value for key, value in meta.items() if key != _DIGEST}
+  return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _check_meta(meta: Any) -> None:
+  """Raises ValueError if meta.json is not as it was written, as far as one can tell."""
+  if not isinstance(meta, dict):
+    raise ValueError(f'{META} is not an object')
+  if meta.get('format') != FORMAT:
+    raise ValueError(f'it has format {meta.get("format")}, not {FORMAT}')
+  for key, kind in _FIRST_KEYS.items():
+    if not isinstance(meta.get(key), kind):
+      raise ValueError(f'{META} lacks {key}')
+  if _DIGEST in meta:
+    if meta[_DIGEST] != _meta_digest(meta):
+      raise ValueError(f'{META} has changed since it was written')
+  elif set(meta) != set(_FIRST_KEYS):
+    raise ValueError(f'{META} lacks {_DIGEST}')
+  domains = meta['domains']
+  if not all(isinstance(d, str) for d in domains) or domains != sorted(set(domains)):
+    raise ValueError(f'the domains in {META} are not in order')
+  if set(meta['files']) != _FILES:
+    raise ValueError(f'{META} does not list the files of a store')
+
+
+def _check_split(name: str, split: SplitTokens, num_domains: int) -> None:
+  """Raises ValueError if the arrays of a split don't fit together."""
+  num_documents, offsets = len(split.domain_ids), split.offsets
+  fits = (
+    len(offsets) == num_documents + 1
+    and len(split.num_bytes) == num_documents
+    and offsets[0] == 0
+    and offsets[-1] == len(split.tokens)
+    and (np.diff(offsets) >= 2).all()
+    and ((split.domain_ids >= 0) & (split.domain_ids < num_domains)).all()
+  )
+  if not fits:
+    raise ValueError(f'the arrays of {name} do not fit together')
 
 
 def _open_split(directory: str, split: str) -> SplitTokens:

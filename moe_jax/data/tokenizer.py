@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -105,6 +105,45 @@ def _pieces(text: str) -> list[str]:
   return [*pieces, text[start:]]
 
 
+# Counting a pair again takes time in proportion to the word that it stands in, so a word of 300,000
+# letters takes minutes. No word of a language comes near this length, in characters.
+_TRAINING_WORD = 1000
+
+
+def _may_hold_long_word(text: str) -> bool:
+  """Tells, quickly and erring towards yes, whether a word may exceed `_TRAINING_WORD`.
+
+  Such a word is white space, or but for a leading space has no space or newline in it. It covers
+  one of the blocks of half its length that the text divides into.
+  """
+  size = _TRAINING_WORD // 2
+  blocks = (text[start : start + size] for start in range(0, len(text) - size + 1, size))
+  return any((' ' not in block and '\n' not in block) or block.isspace() for block in blocks)
+
+
+def cut_long_words(texts: Iterable[str]) -> Iterator[str]:
+  """Yields what to train on: the texts, with words of more than 1,000 characters in pieces.
+
+  A word is what the ByteLevel pre-tokenizer takes for one: a run of letters, of digits, of white
+  space or of other characters. A text without such a word gives the same words as before.
+  """
+  splitter = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  for text in texts:
+    if not _may_hold_long_word(text):
+      yield text
+      continue
+    for piece in _pieces(text):
+      if not _may_hold_long_word(piece):
+        yield piece
+        continue
+      start = 0
+      for _, (first, last) in splitter.pre_tokenize_str(piece):
+        for cut in range(first + _TRAINING_WORD, last, _TRAINING_WORD):
+          yield piece[start:cut]
+          start = cut
+      yield piece[start:]
+
+
 class BpeTokenizer:
   """Byte-level BPE of the `tokenizers` library. See `Tokenizer`.
 
@@ -174,6 +213,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
   """Trains byte-level BPE; the same texts in the same order give the same tokenizer.
 
   A small text may not have enough pairs that repeat; then `vocab_size` of the result is smaller.
+  Words longer than any of a language are cut for training, not for encoding: see `cut_long_words`.
 
   Args:
     texts: what to train on.
@@ -189,7 +229,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
     special_tokens=[_BOS, _EOS],
     initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
   )
-  tokenizer.train_from_iterator(texts, trainer)
+  tokenizer.train_from_iterator(cut_long_words(texts), trainer)
   return BpeTokenizer(tokenizer.to_str())
 
 

@@ -72,39 +72,6 @@ def test_changed_files_are_prepared_anew(corpus, tmp_path):
   assert shares.num_documents('valid') == 0
 
 
-def _replace(name, content):
-  def change(corpus):
-    (corpus / name).write_bytes(content)
-
-  return change
-
-
-@pytest.mark.parametrize(
-  ('change', 'message'),
-  [
-    (_replace('notes/bad.txt', b'good \xff bad'), r'notes/bad.txt is not UTF-8 text \(byte 5\)'),
-    (_replace('notes/empty.txt', b''), 'notes/empty.txt is empty'),
-    (_replace('notes/blank.txt', b' \n\n'), 'notes/blank.txt is empty'),
-    (_replace('notes/short.txt', b'x'), 'notes/short.txt is a document shorter than two tokens'),
-    (_replace('a.jsonl', b'{"text": "fine"}\n{"text"\n'), 'a.jsonl:2 is not JSON'),
-    (_replace('a.jsonl', b'["text"]\n'), 'a.jsonl:1 is not an object with a string "text"'),
-    (_replace('a.jsonl', b'{"text": 3}\n'), 'a.jsonl:1 is not an object with a string "text"'),
-    (_replace('a.jsonl', b'{"text": "ab", "name": 3}'), 'a.jsonl:1 has a "name" that is not'),
-    (_replace('a.jsonl', b'{"text": ""}'), 'a.jsonl:1 is a document shorter than two tokens'),
-    (_replace('a.jsonl', b'{"text": "\\ud800x"}'), 'a.jsonl:1 holds half a surrogate pair'),
-    (shutil.rmtree, 'does not exist'),
-    (lambda corpus: [shutil.rmtree(corpus), corpus.mkdir()], 'holds no .txt or .jsonl file'),
-  ],
-)
-def test_bad_text_names_the_file_and_leaves_no_store(corpus, tmp_path, change, message):
-  change(corpus)
-  with pytest.raises(errors.UserError, match=message) as error:
-    open_text(corpus, tmp_path)
-  assert error.value.field == 'data.name'
-  assert '\n' not in str(error.value)
-  assert not (tmp_path / 'data' / 'tokens').exists()
-
-
 def test_one_token_documents_are_short_for_bpe(corpus, tmp_path):
   for i in range(12):
     (corpus / 'notes' / f'word{i}.txt').write_text('antidis ' * 50 + str(i))
