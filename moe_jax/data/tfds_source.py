@@ -238,11 +238,16 @@ def _damage_as_os_error(what: str) -> Iterator[None]:
   """Gives the errors of a damaged description one type; they come from three libraries."""
   try:
     yield
-  except (json_format.Error, UnicodeDecodeError, AssertionError) as error:
-    # TFDS asserts other things, too.
-    if isinstance(error, AssertionError) and 'restored proto version' not in str(error):
-      raise
-    raise _DescriptionError(f'{what} has a damaged {_INFO} ({_one_line(error)})') from error
+  except Exception as error:
+    cause: BaseException | None = error
+    while cause is not None:
+      # TFDS asserts other things, too.
+      asserts = isinstance(cause, AssertionError) and 'restored proto version' in str(cause)
+      if asserts or isinstance(cause, json_format.Error | UnicodeDecodeError):
+        reason = f'{what} has a damaged {_INFO} ({_one_line(error)})'
+        raise _DescriptionError(reason) from error
+      cause = cause.__cause__
+    raise
 
 
 @contextlib.contextmanager

@@ -248,7 +248,7 @@ def open_store(directory: str) -> TokenStore:
     splits = {split: _open_split(directory, split) for split in documents_lib.SPLITS}
     for name, split in splits.items():
       _check_split(name, split, len(meta['domains']))
-  except (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError) as error:
+  except (OSError, EOFError, ValueError, LookupError, TypeError, RecursionError) as error:
     raise errors.DamagedError(f'{directory} cannot be read: {error}') from error
   tokenizer = tokenizer_lib.load_tokenizer(directory)
   if tokenizer.fingerprint != meta['tokenizer_fingerprint']:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -70,6 +71,19 @@ def test_changed_files_are_prepared_anew(corpus, tmp_path):
   assert open_text(corpus, tmp_path).fingerprint != before.fingerprint
   shares = open_text(corpus, tmp_path, valid_fraction=0.0)
   assert shares.num_documents('valid') == 0
+
+
+def test_a_smaller_vocabulary_than_asked_is_said_every_time(corpus, tmp_path, capsys):
+  for _ in range(2):
+    dataset = open_text(corpus, tmp_path, tokenizer='bpe', vocab_size=60_000)
+    size = dataset.tokenizer.vocab_size
+    assert 258 < size < 60_000
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if 'data.vocab_size=60000' in x]
+    assert f'for {size} tokens' in line
+  meta = json.loads(_store_file(tmp_path, 'tokens/*/bpe-60000/meta.json').read_text())
+  assert meta['vocab_size'] == size
+  open_text(corpus, tmp_path)
+  assert 'vocab_size' not in capsys.readouterr().err
 
 
 def test_one_token_documents_are_short_for_bpe(corpus, tmp_path):
@@ -148,8 +162,8 @@ def test_a_kill_leaves_nothing_half_made(corpus, tmp_path, monkeypatch, place):
   assert not [name for name in left if 'incomplete' in name]
 
 
-def _store_file(tmp_path, pattern):
-  (path,) = (tmp_path / 'data').glob(pattern)
+def _store_file(tmp_path, pattern, data_dir='data'):
+  (path,) = (tmp_path / data_dir).glob(pattern)
   return path
 
 
@@ -164,26 +178,86 @@ def test_a_damaged_store_is_made_again(corpus, tmp_path, capsys):
   np.testing.assert_array_equal(after.windows('train', 8)[0]['inputs'].shape, (8,))
 
 
-@pytest.mark.parametrize('damage', ['flip', 'cut'])
-def test_a_damaged_tfds_data_set_is_built_again(corpus, tmp_path, capsys, damage):
-  before = open_text(corpus, tmp_path)
-  shutil.rmtree(tmp_path / 'data' / 'tokens')
-  path = _store_file(tmp_path, 'tfds/*/*/*/*train*array_record*')
+def _flip(path):
   content = bytearray(path.read_bytes())
   # The first record starts at byte 64.
   content[200] ^= 0xFF
-  path.write_bytes(content if damage == 'flip' else content[: len(content) // 2])
+  path.write_bytes(content)
+
+
+def _cut(path):
+  content = path.read_bytes()
+  path.write_bytes(content[: len(content) // 2])
+
+
+def _content(content):
+  return lambda path: path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+  ('pattern', 'damage'),
+  [
+    ('*train*array_record*', _flip),
+    ('*train*array_record*', _cut),
+    ('*train*array_record*', _content(b'')),
+    ('*train*array_record*', pathlib.Path.unlink),
+    ('dataset_info.json', _cut),
+    ('dataset_info.json', _content(b'')),
+    ('dataset_info.json', _content(b'[]')),
+    ('dataset_info.json', _content(b'{"splits": 3}')),
+    ('dataset_info.json', _content(b'\xff')),
+  ],
+)
+def test_a_damaged_tfds_data_set_is_built_again(corpus, tmp_path, capsys, pattern, damage):
+  before = open_text(corpus, tmp_path)
+  shutil.rmtree(tmp_path / 'data' / 'tokens')
+  damage(_store_file(tmp_path, f'tfds/*/*/*/{pattern}'))
   after = open_text(corpus, tmp_path)
   assert 'building it again' in capsys.readouterr().err
   assert after.fingerprint == before.fingerprint
 
 
-def test_a_damaged_store_without_its_source_is_damage(registry, tmp_path, monkeypatch):
+def test_a_tfds_data_set_without_its_description_is_not_an_empty_one(corpus, tmp_path):
+  before = open_text(corpus, tmp_path)
+  shutil.rmtree(tmp_path / 'data' / 'tokens')
+  _store_file(tmp_path, 'tfds/*/*/*/dataset_info.json').unlink()
+  after = open_text(corpus, tmp_path)
+  assert after.num_documents('train') > 0
+  assert after.fingerprint == before.fingerprint
+
+
+def _change_domains(path):
+  meta = json.loads(path.read_text())
+  path.write_text(json.dumps(meta | {'domains': ['letters', 'mail', 'nuts', 'text']}))
+
+
+def test_a_changed_meta_is_made_again(corpus, tmp_path, capsys):
+  before = open_text(corpus, tmp_path)
+  _change_domains(_store_file(tmp_path, 'tokens/*/bytes/meta.json'))
+  after = open_text(corpus, tmp_path)
+  assert 'meta.json has changed since it was written; making it again' in capsys.readouterr().err
+  assert (after.fingerprint, after.domains) == (before.fingerprint, before.domains)
+
+
+def test_a_store_from_before_the_digest_opens_with_a_note(corpus, tmp_path, capsys):
+  before = open_text(corpus, tmp_path)
+  path = _store_file(tmp_path, 'tokens/*/bytes/meta.json')
+  meta = json.loads(path.read_text())
+  del meta['meta_sha256'], meta['vocab_size']
+  path.write_text(json.dumps(meta))
+  capsys.readouterr()
+  assert open_text(corpus, tmp_path).fingerprint == before.fingerprint
+  (line,) = capsys.readouterr().err.splitlines()
+  assert 'cannot be checked' in line
+  assert str(path.parent) in line
+
+
+@pytest.mark.parametrize('damage', [pathlib.Path.unlink, _change_domains])
+def test_a_damaged_store_without_its_source_is_damage(registry, tmp_path, monkeypatch, damage):
   data.open_dataset('tier1', data_dir=str(tmp_path))
   shutil.rmtree(tmp_path / 'downloads')
   shutil.rmtree(tmp_path / 'tfds')
-  _, path = sorted(tmp_path.glob('tokens/*/bytes/*.bytes.npy'))[:2]
-  path.unlink()
+  damage(_store_file(tmp_path, 'tokens/*/bytes/meta.json', data_dir=''))
 
   def offline(packages, directory, dataset_name):
     raise errors.UserError('data.name', dataset_name, 'no network')

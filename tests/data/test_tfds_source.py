@@ -1,5 +1,7 @@
 """Any TFDS data set with a text feature, by name; here some that the test registers."""
 
+import shutil
+
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -114,6 +116,36 @@ def test_bad_names_are_one_line(tmp_path, name, message):
   with pytest.raises(errors.UserError, match=message) as error:
     open_named(name, tmp_path)
   assert error.value.field == 'data.name'
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    *('huggingface:glue', 'huggingface:glue/cola:1.0.0', 'kubric:x', 'a:b:1.0.0'),
+    *('moe_jax_test_plain/data_dir=x', 'gs://bucket/x', '../x', '/etc', 'a b', 'a:1.0', '\udcff'),
+  ],
+)
+def test_other_hubs_are_refused_before_tfds_is_asked(tmp_path, monkeypatch, name):
+  def asked(*args, **kwargs):
+    raise AssertionError('TFDS was asked')
+
+  monkeypatch.setattr(tfds_source.tfds, 'builder', asked)
+  with pytest.raises(errors.UserError, match='other hubs .* are not read') as error:
+    open_named(name, tmp_path)
+  assert error.value.value == f'tfds:{name}'
+
+
+@pytest.mark.parametrize('content', [None, b'', b'{"spl', b'[]', b'{"splits": 3}', b'\xff'])
+def test_a_damaged_description_is_damage(tmp_path, content):
+  before = open_named('moe_jax_test_plain', tmp_path)
+  path = tmp_path / 'tfds' / 'moe_jax_test_plain' / '1.0.0' / 'dataset_info.json'
+  path.write_bytes(content) if content is not None else path.unlink()
+  # The token store needs it no more.
+  assert open_named('moe_jax_test_plain', tmp_path).fingerprint == before.fingerprint
+  shutil.rmtree(tmp_path / 'tokens')
+  with pytest.raises(errors.DamagedError, match='dataset_info.json.*downloaded again') as error:
+    open_named('moe_jax_test_plain', tmp_path)
   assert '\n' not in str(error.value)
 
 

@@ -85,6 +85,45 @@ def test_save_and_load(tokenizer, tmp_path):
   np.testing.assert_array_equal(loaded.encode('<eos> a'), tokenizer.encode('<eos> a'))
 
 
+SHORT_WORDS = [
+  *TEXTS,
+  ' '.join('word' * 249 for _ in range(9)),  # 996 letters
+  'a' * 999 + '\n' + ' ' * 999 + 'b.\n' + '=' * 999,
+  '\n'.join(['x' * 700, 'visible\ntext', '漢' * 700, '\u2003' * 700] * 8),
+  '',
+]
+
+
+def test_words_of_normal_length_train_as_they_stand(monkeypatch):
+  cut = tokenizer_lib.train_bpe(SHORT_WORDS, 700)
+  assert ''.join(tokenizer_lib.cut_long_words(SHORT_WORDS)) == ''.join(SHORT_WORDS)
+  monkeypatch.setattr(tokenizer_lib, 'cut_long_words', lambda texts: texts)
+  assert tokenizer_lib.train_bpe(SHORT_WORDS, 700).fingerprint == cut.fingerprint
+
+
+@pytest.mark.parametrize('letter', ['a', '7', ' ', '\n', '=', '漢', '\u2003', '\x1c'])
+@pytest.mark.parametrize('around', ['', ' ', 'A few words.\nAnd more.\n' * 120])
+def test_long_words_train_in_pieces_of_1000_characters(letter, around):
+  text = around + letter * 5500 + around
+  pieces = list(tokenizer_lib.cut_long_words([text]))
+  assert ''.join(pieces) == text
+  words = [
+    word
+    for piece in pieces
+    for word, _ in tokenizer_lib.tokenizers.pre_tokenizers.ByteLevel(
+      add_prefix_space=False
+    ).pre_tokenize_str(piece)
+  ]
+  # The library writes a byte as a character; a leading space belongs to the word.
+  assert max(map(len, words)) <= (1000 + 1) * len(letter.encode())
+  assert len(words) >= 6
+
+
+def test_a_long_word_is_encoded_without_loss(bpe):
+  text = 'antidis' * 40_000
+  assert bpe.decode(bpe.encode(text)) == text
+
+
 @pytest.mark.parametrize(
   'content', [None, '', '{"model"', '[]', '{"model": {"type": "WordPiece"}}']
 )
