@@ -56,7 +56,7 @@ def test_the_layer_learns_a_function_of_the_whole_sequence():
 
   key = jax.random.key(0)
   start = nn.unbox(layer.init({'params': key}, x, info, deterministic=True)['params'])
-  params, values, (y, sums, _) = jax.device_get(train(start))
+  params, values, (y, sums, *_) = jax.device_get(train(start))
   assert np.isfinite(values).all() and np.isfinite(y).all()
   assert values[-1] < 0.2 * values[0], (values[0], values[-1])
   assert all(np.abs(params[name] - start[name]).max() > 1e-2 for name in ('phi', 'scale'))
