@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import jax
 import numpy as np
+from absl import logging
 from jaxtyping import Bool, Float, Int
 
 from moe_jax.data import Dataset, Tokenizer
@@ -120,7 +121,13 @@ class Run:
 
   def __init__(self, directory: str | os.PathLike, step: int | None, mesh: str | None):
     """Opens the run; see `load_run`."""
-    restored = restore_run(os.fspath(directory), step, mesh, 'step', mesh_flag='mesh')
+    # Orbax warns of every checkpoint that is opened to be read.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+      restored = restore_run(os.fspath(directory), step, mesh, 'step', mesh_flag='mesh')
+    finally:
+      logging.set_verbosity(verbosity)
     self.directory = pathlib.Path(directory)
     self.config = restored.config
     self.manifest: dict[str, Any] = restored.facts

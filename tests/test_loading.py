@@ -1,10 +1,12 @@
 """A run from Python: what it says is what `evaluate` and the routers' own rules say."""
 
 import doctest
+import runpy
 import subprocess
 import sys
 
 import jax
+import matplotlib
 import numpy as np
 import pytest
 
@@ -253,6 +255,33 @@ def test_the_example_of_the_docstring_runs(run):
     exec(compile(source, 'docstring', 'single'), names)  # noqa: S102
   assert len(examples) > 6
   assert names['weights']['w_gate'].shape == (8, 16, 16)
+
+
+def look_at(run, out, monkeypatch):
+  """Runs the script of figures and returns its names."""
+  script = tiny.REPOSITORY / 'experiments' / 'look_at_experts.py'
+  monkeypatch.setattr(sys, 'argv', [str(script), str(run.directory), str(out)])
+  with matplotlib.rc_context():
+    return runpy.run_path(str(script))
+
+
+def test_three_figures_of_a_run(null_run, tmp_path, monkeypatch, capsys):
+  names = look_at(null_run, tmp_path / 'out', monkeypatch)
+  said = capsys.readouterr().out
+  for name in ('experts_of_a_text.png', 'load_by_domain.png', 'preferred_tokens.png'):
+    assert (tmp_path / 'out' / name).read_bytes().startswith(b'\x89PNG')
+    assert str(tmp_path / 'out' / name) in said
+  # The whole split was read: its loads are those of `evaluate`.
+  domains = evaluated(null_run)['domains']
+  expected = np.array([domains[name]['router/load'] for name in names['domains']])
+  np.testing.assert_allclose(names['load_LNE'], expected.swapaxes(0, 1), rtol=1e-6)
+
+
+def test_a_dense_run_has_no_figure_of_experts(dense_run, tmp_path, monkeypatch, capsys):
+  with pytest.raises(SystemExit) as end:
+    look_at(dense_run, tmp_path / 'out', monkeypatch)
+  assert end.value.code == 2 and 'error: RUN=' in capsys.readouterr().err
+  assert not (tmp_path / 'out').exists()
 
 
 def test_the_package_alone_is_light():
