@@ -452,6 +452,14 @@ def test_evaluate_prints_and_writes_every_domain(run):
     expected = [summary[name] for name in ('bits_per_byte', 'gzip', 'xz')]
     np.testing.assert_allclose(shown, expected, atol=6e-4)
   assert result.out.count('layer 0') == result.out.count('layer 1') == 3
+  for layer in range(2):
+    row = re.search(rf'^  {layer} +(.*)$', result.out, re.MULTILINE)
+    shown = [float(number.strip('()')) for number in row.group(1).split()]
+    measures = ('expert_domain_mi', 'expert_token_mi', 'domain_load_overlap', 'coactivation')
+    names = [f'{name}{end}' for name in measures for end in ('', '_baseline')]
+    names.remove('domain_load_overlap_baseline')
+    expected = [written[f'router/{name}'][layer] for name in names]
+    np.testing.assert_allclose(shown[: len(names)], expected, atol=6e-4)
   assert (run / 'expert_load.png').read_bytes().startswith(b'\x89PNG')
   again = tiny.command(
     'evaluate', f'--workdir={run}', '--split=test', '--mesh=data=8,expert=1', '--nofigure'

@@ -99,6 +99,7 @@ def evaluate(request: Request) -> Evaluation:
       split=split,
       sequence_length=length,
       batch_size=microbatch,
+      with_matrices=True,
       on_batch=bar.update,
     )
     if earlier is not None:
@@ -160,6 +161,7 @@ def print_tables(result: dict[str, Any]) -> None:
   if 'router/load' not in result:
     return
   _print_load(result)
+  _print_specialization(result)
   if 'compare_step' in result:
     title = f'assignments that changed since step {result["compare_step"]} (churn)'
     _print_churn(result, title, 'router/churn')
@@ -246,6 +248,28 @@ def _print_load(result: dict[str, Any]) -> None:
     for domain, summary in [*result['domains'].items(), ('all', result)]:
       load = ''.join(f'{share * 100:>6.1f}' for share in summary['router/load'][layer])
       print(f'  layer {layer}  {domain:<14}{load}')
+
+
+def _print_specialization(result: dict[str, Any]) -> None:
+  """Prints what `moe_jax.train.specialization` measured, as far as it could."""
+  columns = {
+    'expert_domain_mi': 'bits with domain',
+    'expert_token_mi': 'bits with token id',
+    'domain_load_overlap': 'overlap of domains',
+    'coactivation': 'top partner',
+    'expert_similarity': 'similarity',
+  }
+  print('specialisation, per layer; in brackets by chance, already taken off the bits:')
+  print('  layer  ' + ''.join(f'{title:>20}' for title in columns.values()))
+  for layer in range(len(result['router/load'])):
+    cells = []
+    for name in columns:
+      values = [result.get(f'router/{name}{ending}') for ending in ('', '_baseline')]
+      shown = [f'{value[layer]:.3f}' for value in values if value is not None]
+      cells.append(f'{shown[0]} ({shown[1]})' if len(shown) == 2 else ''.join(shown) or '-')
+    print(f'  {layer:<7}' + ''.join(f'{cell:>20}' for cell in cells))
+  if 'router/coactivation' not in result:
+    print('  every token goes to every expert: there is no choice to measure')
 
 
 def _print_churn(result: dict[str, Any], title: str, name: str) -> None:

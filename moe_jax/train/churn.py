@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from moe_jax.data import Dataset
 from moe_jax.models.decoder import Decoder, forward
 from moe_jax.parallel.mesh import batch_sharding, replicated
 from moe_jax.train.evaluate import domain_batches
+from moe_jax.train.routing_counts import membership
 from moe_jax.train.state import params_shardings
 from moe_jax.train.step import BATCH_FIELDS, Batch
 
@@ -61,13 +62,6 @@ def make_overlap_step(
   weights = Weights(params_shardings(model), everywhere)
   batch = {name: batch_sharding(model.mesh) for name in BATCH_FIELDS}
   return jax.jit(step, in_shardings=(weights, weights, batch), out_shardings=everywhere)
-
-
-def membership(choices: Int[Array, '*shape K'], num_experts: int) -> Bool[Array, '*shape E']:
-  """Returns which experts each token asked for; -1 is none."""
-  experts = jnp.arange(num_experts, dtype=choices.dtype)
-  shape = (1,) * (choices.ndim - 1)
-  return jnp.any(choices[..., None] == experts.reshape(*shape, 1, num_experts), axis=-2)
 
 
 def churn(

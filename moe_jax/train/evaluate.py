@@ -15,20 +15,26 @@ from moe_jax import routing
 from moe_jax.data import Dataset, eval_batches
 from moe_jax.models.decoder import Decoder, forward
 from moe_jax.parallel.mesh import EXPERT_AXIS, batch_sharding, replicated
-from moe_jax.train import metrics
+from moe_jax.train import metrics, routing_counts, specialization
 from moe_jax.train.cross_entropy import cross_entropy_sum
+from moe_jax.train.expert_similarity import expert_similarity
 from moe_jax.train.state import params_shardings
 from moe_jax.train.step import BATCH_FIELDS, Batch, over_scopes, put_batch
 
-EvalStep = Callable[[Any, Any, dict[str, jax.Array]], tuple[jax.Array, jax.Array, Any]]
+EvalStep = Callable[[Any, Any, dict[str, jax.Array], Any], tuple[jax.Array, jax.Array, Any, Any]]
 
 
 def make_eval_step(model: Decoder) -> EvalStep:
-  """Returns the compiled (params, router_state, batch) -> (nats, tokens, router sums), summed."""
+  """Returns the compiled (params, router_state, batch, counts) -> sums over the batch, counts.
 
-  def step(params, router_state, batch):
+  The sums are nats, tokens and those of the routers. The counts are those of `new_counts(model)` to
+  begin with, and of the batches so far; None where there is nothing to count.
+  """
+  counted = routing_counts.saying_choices(model)
+
+  def step(params, router_state, batch, counts):
     out = forward(
-      model,
+      counted,
       params,
       batch['inputs'],
       batch['segment_ids'],
@@ -39,13 +45,19 @@ def make_eval_step(model: Decoder) -> EvalStep:
       out.hidden, out.output, batch['targets'], batch['segment_ids'], model.mesh
     )
     sums = None if out.router_sums is None else over_scopes(out.router_sums)
-    return nats, (batch['segment_ids'] > 0).sum(), sums
+    valid = batch['segment_ids'] > 0
+    if counts is not None:
+      assert out.choices is not None
+      counts = routing_counts.add_batch(counts, out.choices, batch['inputs'], valid, model.mesh)
+    return nats, valid.sum(), sums, counts
 
   by_sequence = {name: batch_sharding(model.mesh) for name in BATCH_FIELDS}
+  everywhere, own = replicated(model.mesh), batch_sharding(model.mesh)
   return jax.jit(
     step,
-    in_shardings=(params_shardings(model), replicated(model.mesh), by_sequence),
-    out_shardings=replicated(model.mesh),
+    in_shardings=(params_shardings(model), everywhere, by_sequence, own),
+    out_shardings=(everywhere, everywhere, everywhere, own),
+    donate_argnums=3,
   )
 
 
@@ -60,6 +72,7 @@ def evaluate(
   sequence_length: int,
   batch_size: int,
   max_batches: int = 0,
+  with_matrices: bool = False,
   on_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
   """Evaluates on every document of a split.
@@ -74,17 +87,21 @@ def evaluate(
     sequence_length: T; a longer document is cut into windows of T tokens that don't see each other.
     batch_size: sequences in a batch.
     max_batches: batches of each domain; 0 is all of them.
+    with_matrices: whether `router/coactivation_matrix`, E x E numbers for each layer, is given.
     on_batch: called after each batch.
 
   Returns:
     `loss` (nats per token), `tokens`, router metrics and, over a whole split, `bits_per_byte` and
-    `bytes`; and `domains`, the same for each domain.
+    `bytes`; and `domains`, the same for each domain. And, of all domains together, what
+    `expert_similarity` says and, unless every token goes to every expert, what
+    `specialization.measures` does.
 
   Raises:
     UserError: for an unknown or empty split.
   """
   dataset.windows(split, sequence_length)
   totals = []
+  counts = routing_counts.new_counts(model)
   result: dict[str, Any] = {'split': split, 'domains': {}}
   for domain in dataset.domains:
     if not dataset.num_documents(split, domain):
@@ -94,7 +111,9 @@ def evaluate(
     batches = domain_batches(dataset, model, split, domain, sequence_length, batch_size)
     for batch in itertools.islice(batches, max_batches or None):
       # Fetched while the next batch is made and runs.
-      before, running = running, eval_step(params, router_state, batch)
+      before = running
+      *sums, counts = eval_step(params, router_state, batch, counts)
+      running = tuple(sums)
       total = _with(total, before)
       on_batch()
     total = _with(total, running)
@@ -102,7 +121,25 @@ def evaluate(
     result['domains'][domain] = _summary(total, num_bytes, model)
     totals.append((total, num_bytes))
   pooled = functools.reduce(_add, (total for total, _ in totals))
-  return result | _summary(pooled, sum(count for _, count in totals), model)
+  result |= _summary(pooled, sum(count for _, count in totals), model)
+  result |= expert_similarity(model, params)
+  if counts is not None:
+    result |= _specialization(counts, [total for total, _ in totals], model, with_matrices)
+  return result
+
+
+def _specialization(
+  counts: routing_counts.RoutingCounts, totals: list[Any], model: Decoder, with_matrices: bool
+) -> dict[str, Any]:
+  """Returns what the counts of a split, and the totals of its domains, say of its experts."""
+  result = specialization.measures(
+    routing_counts.fetch(counts, model.mesh),
+    [sums.tokens_per_expert.astype(np.int64) for _, _, sums in totals],
+    [int(tokens) for _, tokens, _ in totals],
+  )
+  if not with_matrices:
+    del result['router/coactivation_matrix']
+  return result
 
 
 def domain_batches(

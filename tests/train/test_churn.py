@@ -19,13 +19,6 @@ from tests import tiny
 LENGTH, BATCH = 16, 16
 
 
-def test_membership_by_hand():
-  # A token that asks for 2 and 0; one that asks for 3 alone; padding.
-  choices = jnp.array([[[2, 0], [3, -1], [-1, -1]]])
-  expected = [[[1, 0, 1, 0], [0, 0, 0, 1], [0, 0, 0, 0]]]
-  np.testing.assert_array_equal(churn.membership(choices, 4), np.array(expected, bool))
-
-
 def test_churn_by_hand():
   # Layer 0: 10 and 10 assignments, 7 in both: 3 of 10 changed. Layer 1: 4 and 8, 3 in both:
   # 1 - 2 * 3 / 12. Layer 2: nobody asked for anything.

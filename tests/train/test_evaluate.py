@@ -1,6 +1,7 @@
 """Evaluation: every token of a split once, on any mesh."""
 
 import functools
+import json
 import math
 
 import jax
@@ -13,7 +14,8 @@ from moe_jax.errors import UserError
 from moe_jax.models.build import build_model
 from moe_jax.models.decoder import forward
 from moe_jax.parallel.mesh import make_mesh
-from moe_jax.train import evaluate, opening
+from moe_jax.train import evaluate, opening, routing_counts
+from moe_jax.train.expert_similarity import expert_similarity
 from moe_jax.train.state import init_params, params_shardings
 from tests import tiny
 
@@ -35,7 +37,8 @@ def _step(mesh):
   return evaluate.make_eval_step(_model(mesh)[0])
 
 
-def _evaluate(dataset, mesh=(1, 1), split='test', **more):
+def _evaluate(dataset, mesh=(1, 1), split='test', with_matrices=True, **more):
+  more['with_matrices'] = with_matrices
   model, params = _model(mesh)
   sizes = {'sequence_length': LENGTH, 'batch_size': BATCH}
   with jax.set_mesh(model.mesh):
@@ -90,8 +93,84 @@ def test_the_mesh_does_not_matter(dataset, result):
   other = _evaluate(dataset, mesh=(2, 4))
   for name in ('loss', 'bits_per_byte', 'router/entropy'):
     np.testing.assert_allclose(other[name], result[name], rtol=1e-5)
-  for name in ('router/load', 'router/load_kept'):
+  for name in ('router/load', 'router/load_kept', 'router/coactivation_matrix'):
     np.testing.assert_array_equal(other[name], result[name])
+  for name in MEASURES:
+    np.testing.assert_allclose(other[f'router/{name}'], result[f'router/{name}'], rtol=1e-5)
+
+
+MEASURES = (
+  'expert_domain_mi',
+  'expert_token_mi',
+  'domain_load_overlap',
+  'coactivation',
+  'expert_similarity',
+)
+
+
+def test_specialisation_is_that_of_the_choices_of_all_tokens(dataset, result):
+  """Counted apart, token by token, from what the forward pass says of its choices."""
+  model, params = _model((1, 1))
+  model = routing_counts.saying_choices(model)
+  read = ('inputs', 'segment_ids', 'positions')
+  choose = jax.jit(lambda params, *rows: forward(model, params, *rows).choices)
+  labels, sets = [], []
+  for number, domain in enumerate(dataset.domains):
+    for batch in evaluate.domain_batches(dataset, model, 'test', domain, LENGTH, BATCH):
+      choices = np.asarray(choose(params, *(batch[name] for name in read)))
+      for b, t in np.argwhere(np.asarray(batch['segment_ids']) > 0):
+        labels.append((number, int(batch['inputs'][b, t])))
+        sets.append([[e in choices[layer, b, t] for e in range(8)] for layer in range(2)])
+  labels, sets = np.array(labels), np.array(sets, int)
+  assert len(labels) == result['tokens'] and (sets.sum(-1) == 2).all()
+  for layer in range(2):
+    asked = sets[:, layer]
+    for label, name in enumerate(('domain', 'token')):
+      joint = np.zeros((tiny.VOCAB_SIZE, 8))
+      np.add.at(joint, labels[:, label], asked)
+      p = joint / joint.sum()
+      independent = p.sum(0) * p.sum(1, keepdims=True)
+      seen = p > 0
+      expected = np.sum(p[seen] * np.log2(p[seen] / independent[seen]))
+      found = [result[f'router/expert_{name}_mi{end}'][layer] for end in ('', '_baseline')]
+      assert sum(found) == pytest.approx(expected)
+      assert 0 < found[1] < expected
+    loads = np.array([d['router/load'][layer] for d in result['domains'].values()])
+    overlap = np.minimum(*loads).sum()
+    assert result['router/domain_load_overlap'][layer] == pytest.approx(overlap, rel=1e-5)
+    shares = asked.T @ asked / asked.sum(0)[:, None]
+    np.testing.assert_allclose(result['router/coactivation_matrix'][layer], shares)
+
+
+def test_similarity_of_experts_is_the_mean_absolute_cosine(result):
+  _, params = _model((1, 1))
+  moe = params['layers']['block_0']['moe']
+  for layer in range(2):
+    means = []
+    for name in ('w_in', 'w_out'):
+      rows = np.asarray(moe[name][layer], np.float64).reshape(8, -1)
+      rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+      means.append(np.mean([abs(rows[e] @ rows[f]) for e in range(8) for f in range(e)]))
+    assert result['router/expert_similarity'][layer] == pytest.approx(np.mean(means), rel=1e-4)
+    # New experts are as alike as random directions.
+    assert result['router/expert_similarity_baseline'][layer] == pytest.approx(
+      np.mean(means), rel=0.25
+    )
+
+
+def test_experts_that_are_equal_have_similarity_1():
+  model, params = _model((1, 1))
+  moe = params['layers']['block_0']['moe']
+  same = {name: jnp.repeat(moe[name][:, :1], 8, axis=1) for name in ('w_in', 'w_out')}
+  params = {'layers': {'block_0': {'moe': same}}}
+  found = expert_similarity(model, params)['router/expert_similarity']
+  np.testing.assert_allclose(found, 1, rtol=1e-5)
+
+
+def test_matrices_are_left_out_unless_wanted(dataset, result):
+  plain = _evaluate(dataset, with_matrices=False)
+  assert {*result} - {*plain} == {'router/coactivation_matrix'}
+  assert json.dumps(plain, allow_nan=False)
 
 
 def test_evaluation_is_not_random(dataset, result):
