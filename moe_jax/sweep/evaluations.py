@@ -45,9 +45,19 @@ LAYER_METRICS = (
   'router/entropy',
   'router/top_prob',
 )
-# Of a whole split alone.
+# Of a whole split alone; see `moe_jax.train.specialization`. Those of domains need two of them.
 POOLED_METRICS: tuple[str, ...] = ()
-POOLED_LAYER_METRICS: tuple[str, ...] = ()
+POOLED_LAYER_METRICS: tuple[str, ...] = (
+  'router/expert_domain_mi',
+  'router/expert_domain_mi_baseline',
+  'router/expert_token_mi',
+  'router/expert_token_mi_baseline',
+  'router/domain_load_overlap',
+  'router/coactivation',
+  'router/coactivation_baseline',
+  'router/expert_similarity',
+  'router/expert_similarity_baseline',
+)
 
 
 def config_for(config: ml_collections.ConfigDict, evaluation: str) -> ml_collections.ConfigDict:
