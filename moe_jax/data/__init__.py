@@ -12,7 +12,7 @@ from moe_jax.data.dataset import Dataset
 from moe_jax.data.documents import SPLITS, Document
 from moe_jax.data.evaluation import EVALUATION_SPLIT, evaluation_dataset
 from moe_jax.data.iterators import eval_batches, train_iterator
-from moe_jax.data.prepare import open_dataset
+from moe_jax.data.prepare import open_dataset, open_if_prepared
 from moe_jax.data.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 from moe_jax.data.windows import Example, PackedWindows
 
@@ -31,5 +31,6 @@ __all__ = [
   'evaluation_dataset',
   'load_tokenizer',
   'open_dataset',
+  'open_if_prepared',
   'train_iterator',
 ]

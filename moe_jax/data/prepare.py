@@ -56,13 +56,8 @@ def open_dataset(
     errors.UserError: if an argument is wrong, or the texts can't be had or read; names the field.
     errors.DamagedError: if the prepared data is damaged and can't be made again.
   """
-  tokenizer_lib.check_request(tokenizer, vocab_size)
-  for field, value in (('valid', valid_fraction), ('test', test_fraction)):
-    if not 0 <= value < 0.5:
-      raise errors.UserError(f'data.{field}_fraction', value, 'must be a number in [0, 0.5)')
-  data_dir = os.path.abspath(sources.expand('data.data_dir', data_dir, data_dir))
-  source = sources.find_source(name, data_dir, (valid_fraction, test_fraction))
-  kind = tokenizer if tokenizer == 'bytes' else f'{tokenizer}-{vocab_size}'
+  fractions = (valid_fraction, test_fraction)
+  source, data_dir, kind = _locate(name, data_dir, tokenizer, vocab_size, fractions)
 
   def make(read: sources.Reader) -> tokenizer_lib.Tokenizer:
     if tokenizer == 'bytes':
@@ -78,6 +73,41 @@ def open_dataset(
       f'{dataset.tokenizer.vocab_size} tokens, and that is the vocabulary'
     )
   return dataset
+
+
+def open_if_prepared(
+  name: str,
+  *,
+  data_dir: str,
+  tokenizer: str = 'bytes',
+  vocab_size: int = 0,
+  valid_fraction: float = 0.05,
+  test_fraction: float = 0.05,
+) -> dataset_lib.Dataset | None:
+  """Opens a data set that is prepared; None where `open_dataset` would prepare it. Writes nothing.
+
+  Takes and raises what `open_dataset` does.
+  """
+  fractions = (valid_fraction, test_fraction)
+  source, data_dir, kind = _locate(name, data_dir, tokenizer, vocab_size, fractions)
+  try:
+    store = token_store.open_store(os.path.join(data_dir, 'tokens', source.key, kind))
+  except (FileNotFoundError, errors.DamagedError):
+    return None
+  return dataset_lib.Dataset(name, store)
+
+
+def _locate(
+  name: str, data_dir: str, tokenizer: str, vocab_size: int, fractions: tuple[float, float]
+) -> tuple[sources.Source, str, str]:
+  """Returns the source, the absolute directory and the kind of tokenizer of a data set."""
+  tokenizer_lib.check_request(tokenizer, vocab_size)
+  for field, value in zip(('valid', 'test'), fractions, strict=True):
+    if not 0 <= value < 0.5:
+      raise errors.UserError(f'data.{field}_fraction', value, 'must be a number in [0, 0.5)')
+  data_dir = os.path.abspath(sources.expand('data.data_dir', data_dir, data_dir))
+  source = sources.find_source(name, data_dir, fractions)
+  return source, data_dir, tokenizer if tokenizer == 'bytes' else f'{tokenizer}-{vocab_size}'
 
 
 def open_prepared(

@@ -1,7 +1,7 @@
 """Runs the trials of a study: python -m moe_jax.sweep --study=FILE --workdir=DIR.
 
 Examples:
-  python -m moe_jax.sweep --study=experiments/NAME/study.py --dry_run
+  python -m moe_jax.sweep --study=experiments/NAME/study.py --dry_run --probe
   python -m moe_jax.sweep --study=experiments/NAME/study.py --workdir=runs/NAME --pack=8
   python -m moe_jax.sweep --study=experiments/NAME/study.py --workdir=runs/NAME --shard=0/4
 """
@@ -16,6 +16,10 @@ from moe_jax.errors import UserError
 _STUDY = cli.define_path('study', 'File that defines get_study().')
 _WORKDIR = cli.define_path('workdir', 'Of the sweep; shared by all its workers.')
 _DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Print every trial and run none.')
+_PROBE = flags.DEFINE_bool(
+  'probe', False, 'With --dry_run: prepare the data and run each program for a moment to time it.'
+)
+_JSON = flags.DEFINE_bool('json', False, 'With --dry_run: print one JSON object.')
 _SHARD = flags.DEFINE_string('shard', '0/1', 'i/n: every n-th trial, from the i-th.')
 _TRIAL = flags.DEFINE_string('trial', None, 'Run the trial with this id alone.')
 _PACK = flags.DEFINE_integer(
@@ -35,6 +39,9 @@ def main() -> int:
   if not os.path.isfile(file):
     raise UserError('--study', file, 'is no file' if os.path.exists(file) else 'does not exist')
   index, count = _shard()
+  for flag in (_PROBE, _JSON):
+    if flag.value and not _DRY_RUN.value:
+      raise UserError(f'--{flag.name}', flag.value, 'goes with --dry_run')
   if _PACK.value < 1:
     raise UserError('--pack', _PACK.value, 'must be at least 1')
   if _RESULTS.value is not None and not os.path.isfile(_RESULTS.value):
@@ -43,20 +50,23 @@ def main() -> int:
     cli.required(_WORKDIR)
   import tqdm
 
-  from moe_jax.sweep import plan, programs, runner
+  from moe_jax.sweep import dry_run, plan, programs, runner
   from moe_jax.sweep.trials import load_study, trials_of
   from moe_jax.train.opening import mesh_of
 
   study = load_study(file)
   trials = plan.with_id(trials_of(study, plan.free_fields(_SET.value)), _TRIAL.value)
-  trials = plan.without_known(trials, _RESULTS.value)[index::count]
+  trials = plan.without_known(trials, _RESULTS.value, quiet=_JSON.value)[index::count]
   evaluates = next((t.config.train.eval_every for t in trials if t.config.train.eval_every), 0)
   if _PACK.value > 1 and evaluates:
     raise UserError(
       'train.eval_every', evaluates, 'must be 0 with --pack; --set=train.eval_every=0 makes it so'
     )
   if _DRY_RUN.value:
-    plan.print_plan(study, trials)
+    planned = dry_run.make_plan(study, trials, _WORKDIR.value, _PROBE.value)
+    cli.show(dry_run.as_json(planned) if _JSON.value else dry_run.text(planned))
+    if planned.problems:
+      raise planned.problems[0]
     return 0
   workdir = cli.required(_WORKDIR)
   for trial in trials:

@@ -11,7 +11,7 @@ import numpy as np
 
 from moe_jax import config as config_lib
 from moe_jax import routing
-from moe_jax.data import SPLITS
+from moe_jax.data import SPLITS, Dataset
 from moe_jax.errors import UserError
 from moe_jax.schema import SCHEMA
 from moe_jax.study import MAY_DIFFER, Comparison, Metric, Point, Study, labels_of
@@ -201,6 +201,24 @@ def _check_comparisons(study: Study) -> None:
         'study.comparisons', tuple(comparison), 'stands there twice, in whichever direction'
       )
     seen.add(frozenset(comparison))
+
+
+def check_dataset(study: Study, dataset: Dataset) -> None:
+  """Checks that prepared data has the documents that a study evaluates.
+
+  Raises:
+    UserError: for an empty split, or a domain of the deciding metric that has no document in it.
+  """
+  if not dataset.num_documents(study.split):
+    raise UserError('study.split', study.split, f'{dataset.name} has no document in it')
+  domain = metric_paths.domain_and_path(study.metric.name.partition('/')[2])[0]
+  there = [name for name in dataset.domains if dataset.num_documents(study.split, name)]
+  if domain and not study.metric.name.startswith(f'{metric_paths.USER}/') and domain not in there:
+    raise UserError(
+      'study.metric',
+      study.metric.name,
+      f'the {study.split} split of {dataset.name} has no such domain; it has {", ".join(there)}',
+    )
 
 
 def unfrozen(base: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

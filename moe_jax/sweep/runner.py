@@ -22,7 +22,9 @@ from moe_jax.models.decoder import Decoder
 from moe_jax.results.records import DIVERGED, FAILED, FINISHED
 from moe_jax.study import Study
 from moe_jax.sweep import outcome, user_metrics
+from moe_jax.sweep.checks import check_dataset
 from moe_jax.sweep.evaluations import config_for
+from moe_jax.sweep.stopwatch import Stopwatch
 from moe_jax.sweep.trials import Trial, training_flops
 from moe_jax.train import evaluate, manifest, packed
 from moe_jax.train.loop import DivergedError, Listener, program_of, train
@@ -69,21 +71,23 @@ def run(
 
   Raises:
     Interrupted: after saving the trial that was running.
-    UserError: on a full disk, which no other trial would survive either.
+    UserError: on a full disk, which no other trial would survive either; before the first trial,
+      if the data lacks what the study evaluates.
   """
+  _check_data(study, trials, workdir)
   failed: set[str] = set()
   with _Progress(study, trials, workdir) as progress:
     while True:
       elsewhere = 0
       ran = False
       for unit in _units(trials, pack):
-        if all(t.id in failed or _is_done(study, t, workdir) for t in unit):
+        if all(t.id in failed or is_done(study, t, workdir) for t in unit):
           continue
         with contextlib.ExitStack() as claims:
           mine = [t for t in unit if claims.enter_context(_claimed(t, workdir))]
           elsewhere += len(unit) - len(mine)
           # Another worker may have done one between the look and the claim.
-          mine = [t for t in mine if t.id not in failed and not _is_done(study, t, workdir)]
+          mine = [t for t in mine if t.id not in failed and not is_done(study, t, workdir)]
           if not mine:
             continue
           ran = True
@@ -95,6 +99,20 @@ def run(
   return Counts(ends.count(FINISHED), ends.count(DIVERGED), len(failed), elsewhere)
 
 
+def _check_data(study: Study, trials: list[Trial], workdir: str) -> None:
+  """Checks before the first step what would fail after the last one."""
+  seen = set()
+  for trial in trials:
+    key = json.dumps(trial.config.data.to_dict(), sort_keys=True)
+    if key not in seen and not is_done(study, trial, workdir):
+      seen.add(key)
+      try:
+        dataset = dataset_of(trial.config)
+      except (UserError, DamagedError):
+        continue  # Its trials fail, each with this reason, and others run.
+      check_dataset(study, dataset)
+
+
 def _status(trial: Trial, workdir: str) -> str:
   try:
     found = outcome.read(workdir, trial.id)
@@ -103,7 +121,7 @@ def _status(trial: Trial, workdir: str) -> str:
   return found['status'] if found else ''
 
 
-def _is_done(study: Study, trial: Trial, workdir: str) -> bool:
+def is_done(study: Study, trial: Trial, workdir: str) -> bool:
   """Whether nothing is left to do; a damaged outcome is made again from the run.
 
   So is one of other evaluations than the study asks now.
@@ -226,10 +244,13 @@ def _run_one(
     folder = str(trial.folder(workdir))
     status, reason = DIVERGED, _cause_of_divergence(trial, workdir)
     if not reason:
-      done = train(trial.config, folder, Listener(note, progress.at))
+      watch = Stopwatch()
+      done = train(trial.config, folder, Listener(note, watch.counting(progress.at)))
       if not done.finished:
         raise Interrupted(done.interrupted_by or 0)
-      facts |= {'evaluations': _evaluate(study, trial, folder), 'digests': outcome.digests(folder)}
+      seconds = {'training': watch.seconds()}
+      evaluations, seconds['evaluation'] = _evaluate(study, trial, folder)
+      facts |= {'evaluations': evaluations, 'digests': outcome.digests(folder), 'seconds': seconds}
       status = FINISHED
   except DivergedError as error:
     status, reason = DIVERGED, error.cause
@@ -251,15 +272,17 @@ def _run_one(
   return status
 
 
-def _evaluate(study: Study, trial: Trial, folder: str) -> dict[str, Any]:
-  """Returns every evaluation of the study at the trial's last checkpoint."""
+def _evaluate(study: Study, trial: Trial, folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Returns every evaluation of the study at the trial's last checkpoint, and its seconds."""
+  watch = Stopwatch()
+  seconds = {}
   restored = restore_run(folder, trial.config.train.num_steps)
   dataset = dataset_of(trial.config)
   results = {}
   for name in study.evaluations:
     config = config_for(trial.config, name)
-    program = _program(config)
-    model, step = _eval_step(program, restored.mesh, restored.tokenizer.vocab_size)
+    program = evaluation_program(config)
+    model, step = eval_step(program, restored.mesh, restored.tokenizer.vocab_size)
     with jax.set_mesh(restored.mesh):
       results[name] = evaluate.evaluate(
         step,
@@ -270,11 +293,14 @@ def _evaluate(study: Study, trial: Trial, folder: str) -> dict[str, Any]:
         split=study.split,
         sequence_length=config.data.sequence_length,
         batch_size=evaluate.batch_size_of(config, restored.mesh),
+        on_batch=watch.counting(),
       )
-  return results
+    seconds[name] = watch.seconds()
+    watch = Stopwatch()
+  return results, seconds
 
 
-def _program(config: ml_collections.ConfigDict) -> str:
+def evaluation_program(config: ml_collections.ConfigDict) -> str:
   """Returns what of a config decides the program of an evaluation, as JSON."""
   fields = json.loads(program_of(config))
   defaults = config_lib.get_config().to_dict()
@@ -283,7 +309,8 @@ def _program(config: ml_collections.ConfigDict) -> str:
 
 
 @functools.lru_cache(maxsize=4)
-def _eval_step(program: str, mesh: Mesh, vocab_size: int) -> tuple[Decoder, evaluate.EvalStep]:
+def eval_step(program: str, mesh: Mesh, vocab_size: int) -> tuple[Decoder, evaluate.EvalStep]:
+  """Returns the model and the step of an `evaluation_program`, compiled once in a process."""
   config = config_lib.get_config()
   config.update(json.loads(program))
   model = build_model(config, mesh, vocab_size, 'eval')
@@ -309,7 +336,7 @@ class _Progress:
 
   def _steps_done(self, trial: Trial) -> int:
     """Returns the steps of the last checkpoint of a trial that the manifest knows of."""
-    if _is_done(self._study, trial, self._workdir):
+    if is_done(self._study, trial, self._workdir):
       return trial.config.train.num_steps
     try:
       return int(manifest.read(trial.folder(self._workdir))['step'])

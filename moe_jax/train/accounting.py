@@ -53,6 +53,25 @@ def training_flops_per_token(config: ml_collections.ConfigDict, vocab_size: int)
   return 3 * (2 * matrices + model.num_layers * scores)
 
 
+def computed_flops_per_token(config: ml_collections.ConfigDict, vocab_size: int) -> float:
+  """Returns multiply-adds x 2 of a token's forward pass as experts compute it, empty slots too.
+
+  A third of `training_flops_per_token`, and the slots of all experts, E * C for a routing group of
+  S tokens, where they are more than the S * K that tokens ask for. That is what time goes by:
+  without drops (C = S) 64 experts compute 64 slots for each token. The dropless dispatcher computes
+  what tokens ask for alone.
+  """
+  moe, model = config.moe, config.model
+  flops = training_flops_per_token(config, vocab_size) / 3
+  if not moe.num_experts or not config_lib.limits_slots(moe):
+    return flops
+  tokens = config.data.sequence_length * moe.group_size
+  slots = moe.num_experts * config_lib.training_capacity(config) / tokens
+  empty = max(0.0, slots - _router(config)[1])
+  layers = model.num_layers // moe.every
+  return flops + 2 * layers * empty * _mlp(model.embed_dim, moe.mlp_dim, model.activation)
+
+
 def tokens_per_expert(config: ml_collections.ConfigDict) -> float:
   """Returns the tokens an expert gets from one routing group under perfect balance."""
   moe = config.moe

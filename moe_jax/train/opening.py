@@ -8,7 +8,7 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
-from moe_jax.data import Dataset, Tokenizer, load_tokenizer, open_dataset
+from moe_jax.data import Dataset, Tokenizer, load_tokenizer, open_dataset, open_if_prepared
 from moe_jax.dispatch import why_not
 from moe_jax.errors import DamagedError, UserError
 from moe_jax.parallel.mesh import make_mesh
@@ -48,15 +48,23 @@ def mesh_of(config: ml_collections.ConfigDict) -> Mesh:
 
 def dataset_of(config: ml_collections.ConfigDict) -> Dataset:
   """Returns the data set of a config, prepared if it was not."""
+  return open_dataset(config.data.name, **_how(config))
+
+
+def prepared_dataset_of(config: ml_collections.ConfigDict) -> Dataset | None:
+  """Returns the data set of a config if it is prepared already; writes nothing."""
+  return open_if_prepared(config.data.name, **_how(config))
+
+
+def _how(config: ml_collections.ConfigDict) -> dict[str, Any]:
   data = config.data
-  return open_dataset(
-    data.name,
-    data_dir=data.data_dir,
-    tokenizer=data.tokenizer,
-    vocab_size=data.vocab_size,
-    valid_fraction=data.valid_fraction,
-    test_fraction=data.test_fraction,
-  )
+  return {
+    'data_dir': data.data_dir,
+    'tokenizer': data.tokenizer,
+    'vocab_size': data.vocab_size,
+    'valid_fraction': data.valid_fraction,
+    'test_fraction': data.test_fraction,
+  }
 
 
 def read_old(workdir: str, say: Callable[[str], None]) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from moe_jax.errors import DamagedError, UserError
 from moe_jax.results import summary
 from moe_jax.results.records import read_records, write_records
 from moe_jax.study import Comparison, Metric, Study, chain, point, product
-from moe_jax.sweep import collect, evaluations, outcome, runner, trials
+from moe_jax.sweep import collect, dry_run, evaluations, outcome, runner, trials
 from moe_jax.train import loop
 from moe_jax.train.metrics import read_metrics
 from tests import tiny
@@ -252,6 +252,24 @@ def test_any_number_may_decide_and_functions_of_the_study_file(swept, tmp_path):
   assert {r.metrics['user/sum'] for r in collect.records_of(changed, workdir)} == {3.0}
   with pytest.raises(UserError, match="study.metrics='sum': --results holds values of another"):
     collect.as_asked(changed, kept[0])
+
+
+def test_a_plan_counts_what_is_left_by_what_was_measured(swept):
+  study, workdir, *_ = swept
+  wide = point('wide', {'moe.capacity_factor': 3.0})
+  study = dataclasses.replace(study, arms=study.arms[:2] + wide)
+  plan = dry_run.make_plan(study, trials.trials_of(study), workdir, probes=False)
+  assert [row['seconds'] is None for row in plan.rows] == [True] * 4 + [False] * 2
+  assert '8 steps of 2 runs: 2 as others measured' in plan.estimate.basis['training']
+  assert '4 as others measured' in plan.estimate.basis['evaluation']
+  assert '4 of them done' in dry_run.text(plan) and ' done  load_bal' in dry_run.text(plan)
+
+
+def test_what_the_data_lacks_ends_a_sweep_before_it_trains(text, tmp_path):
+  study = make_study(text, metric=Metric('dropless/domains/drama/loss'))
+  with pytest.raises(UserError, match='has no such domain; it has prose, verse'):
+    runner.run(study, trials.trials_of(study), str(tmp_path), lambda line: None)
+  assert not list(tmp_path.rglob('manifest.json'))
 
 
 def test_labels_stand_in_records(swept):

@@ -1,0 +1,201 @@
+"""Says what a sweep would do: its trials, what stands in their way, and the time they take."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from moe_jax.errors import DamagedError, UserError
+from moe_jax.study import Study, labels_of
+from moe_jax.sweep import checks, outcome, runner, time_estimate
+from moe_jax.sweep.probe import probe
+from moe_jax.sweep.time_estimate import Estimate, Measured, Work
+from moe_jax.sweep.trials import Trial, training_flops, vocab_size_of
+from moe_jax.train import accounting, evaluate, opening
+
+
+class Plan(NamedTuple):
+  """A sweep before it runs.
+
+  Attributes:
+    study: to run.
+    rows: of each trial: id, arm, label, seed, parameters, tokens, flops, and seconds, None if it
+      is done.
+    problems: what a trial would fail of here, the first of each kind.
+    estimate: of the trials that are not done, one after the other.
+  """
+
+  study: Study
+  rows: list[dict[str, Any]]
+  problems: list[UserError]
+  estimate: Estimate
+
+
+def make_plan(study: Study, trials: Sequence[Trial], workdir: str | None, probes: bool) -> Plan:
+  """Returns the plan of trials; writes nothing but, if it probes, prepared data.
+
+  Args:
+    study: of the trials.
+    trials: in order.
+    workdir: of the sweep, whose finished trials are done and say how long they took; may be None.
+    probes: whether a few steps and batches of each program are run first.
+  """
+  found = problems(study, trials)
+  batches = _num_batches(study, trials) if not found else {}
+  work = {t.id: time_estimate.work_of(study, t, batches.get(t.id)) for t in trials}
+  measured: dict[tuple[str, str], list[Measured]] = {}
+  done = set()
+  for trial in trials if workdir else ():
+    assert workdir is not None
+    if runner.is_done(study, trial, workdir):
+      done.add(trial.id)
+      for key, one in time_estimate.of_outcome(work[trial.id], _outcome(trial, workdir)).items():
+        measured.setdefault(key, []).append(one)
+  left = [trial for trial in trials if trial.id not in done]
+  if probes and not found:
+    measured |= probe(study, left)
+    batches = _num_batches(study, trials)
+    work = {t.id: time_estimate.work_of(study, t, batches.get(t.id)) for t in trials}
+  rate = time_estimate.matmul_rate() / 3 if left else 1.0
+  rows = [_row(study, trial, None if trial.id in done else work[trial.id], measured, rate)
+          for trial in trials]  # fmt: skip
+  return Plan(
+    study, rows, found, time_estimate.estimate([work[t.id] for t in left], measured, rate)
+  )
+
+
+def _outcome(trial: Trial, workdir: str) -> dict[str, Any]:
+  return outcome.read(workdir, trial.id) or {}
+
+
+def _row(
+  study: Study,
+  trial: Trial,
+  work: Sequence[Work] | None,
+  measured: time_estimate.Measurements,
+  rate: float,
+) -> dict[str, Any]:
+  config = trial.config
+  return {
+    'trial': trial.id,
+    'arm': trial.arm,
+    'label': labels_of(study)[trial.arm],
+    'seed': trial.seed,
+    'parameters': accounting.parameter_counts(config, vocab_size_of(config)),
+    'tokens': config.train.num_steps * config.data.batch_size * config.data.sequence_length,
+    'flops': training_flops(config),
+    'seconds': None if work is None else time_estimate.seconds_of(work, measured, rate),
+  }
+
+
+def problems(study: Study, trials: Sequence[Trial]) -> list[UserError]:
+  """Returns what a trial would fail of on this machine: devices, directories and texts."""
+  found: dict[str, UserError] = {}
+  every: tuple[Callable[[Study, Trial], None], ...] = (_check_mesh, _check_data_dir, _check_text)
+  for trial in trials:
+    for check in every:
+      try:
+        check(study, trial)
+      except UserError as error:
+        found.setdefault(str(error), error)
+      except DamagedError as error:
+        found.setdefault(str(error), UserError(str(error)))
+  return list(found.values())
+
+
+def _check_mesh(study: Study, trial: Trial) -> None:
+  del study
+  opening.mesh_of(trial.config)
+
+
+def _check_data_dir(study: Study, trial: Trial) -> None:
+  """Checks that the directory of the data can be written, or made where it is not yet."""
+  del study
+  path = os.path.abspath(os.path.expanduser(trial.config.data.data_dir))
+  while not os.path.lexists(path):
+    path = os.path.dirname(path)
+  if not os.path.isdir(path) or not os.access(path, os.W_OK | os.X_OK):
+    raise UserError(
+      'data.data_dir', trial.config.data.data_dir, f'must be a writable directory; {path} is not'
+    )
+
+
+def _check_text(study: Study, trial: Trial) -> None:
+  """Checks that a text is there; other data sets are fetched when they are needed."""
+  dataset = opening.prepared_dataset_of(trial.config)
+  if dataset is not None:
+    checks.check_dataset(study, dataset)
+
+
+def _num_batches(study: Study, trials: Sequence[Trial]) -> dict[str, int]:
+  """Returns the batches of an evaluation by trial, of those whose data is prepared."""
+  found = {}
+  of_data: dict[str, int | None] = {}
+  for trial in trials:
+    config = trial.config
+    microbatch = config.data.batch_size // config.train.accumulation_steps
+    length = config.data.sequence_length
+    key = json.dumps([config.data.to_dict(), microbatch], sort_keys=True)
+    if key not in of_data:
+      dataset = opening.prepared_dataset_of(config)
+      of_data[key] = (
+        None if dataset is None else evaluate.num_batches(dataset, study.split, length, microbatch)
+      )
+    count = of_data[key]
+    if count is not None:
+      found[trial.id] = count
+  return found
+
+
+def text(plan: Plan) -> str:
+  """Returns a plan as lines for a terminal."""
+  study = plan.study
+  lines = [f'{study.name}: {study.question}']
+  lines.append(
+    f'{"trial":<14}{"total":>12}{"active":>12}{"tokens":>13}{"FLOPs":>10}{"about":>8}  arm, seed'
+  )
+  for row in plan.rows:
+    about = 'done' if row['seconds'] is None else duration(row['seconds'])
+    lines.append(
+      f'{row["trial"]:<14}{row["parameters"]["total"]:>12,}{row["parameters"]["active"]:>12,}'
+      f'{row["tokens"]:>13,}{row["flops"]:>10.1e}{about:>8}  {row["arm"]}, {row["seed"]}'
+    )
+  lines += [f'{"dropped":<14}{arm.name}: {arm.dropped}' for arm in study.arms if arm.dropped]
+  lines += [f'{"problem":<14}{problem}' for problem in plan.problems]
+  estimate = plan.estimate
+  done = sum(row['seconds'] is None for row in plan.rows)
+  least = 'at least ' if estimate.unknown else 'about '
+  lines.append(
+    f'{len(plan.rows)} trials, {done} of them done, {sum(row["flops"] for row in plan.rows):.1e} '
+    f'FLOPs of training; {least}{duration(estimate.total)} here, one trial after the other:'
+  )
+  for part, basis in estimate.basis.items():
+    lines.append(f'  {part:<12}{duration(estimate.seconds[part]):>7}  {basis}')
+  not_counted = ', '.join(filter(None, [estimate.unknown, 'preparing data']))
+  lines.append(f'  not counted: {not_counted}')
+  return '\n'.join(lines)
+
+
+def as_json(plan: Plan) -> str:
+  """Returns a plan as one JSON object; seconds and FLOPs are numbers."""
+  estimate = plan.estimate
+  return json.dumps(
+    {
+      'study': plan.study.name,
+      'question': plan.study.question,
+      'trials': plan.rows,
+      'dropped': {arm.name: arm.dropped for arm in plan.study.arms if arm.dropped},
+      'problems': [str(problem) for problem in plan.problems],
+      'seconds': {**estimate.seconds, 'total': estimate.total},
+      'basis': estimate.basis,
+      'not_counted': estimate.unknown,
+    }
+  )
+
+
+def duration(seconds: float) -> str:
+  """Returns hours and minutes: 1h05m, 12m, <1m."""
+  minutes = round(seconds / 60)
+  if not minutes:
+    return '<1m'
+  return f'{minutes // 60}h{minutes % 60:02}m' if minutes >= 60 else f'{minutes}m'

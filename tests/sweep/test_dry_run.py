@@ -1,0 +1,157 @@
+"""Time of a sweep, worked out by hand, and what stands in its way."""
+
+import dataclasses
+import json
+
+import pytest
+
+from moe_jax.study import Metric, Study, point, product
+from moe_jax.sweep import dry_run, probe, time_estimate, trials
+from moe_jax.sweep.stopwatch import Stopwatch
+from moe_jax.sweep.time_estimate import EVALUATION, TRAINING, Measured, Work
+from moe_jax.train import accounting
+from tests import tiny
+
+RATE = 1e9
+
+
+def test_seconds_by_flops():
+  # Two trials of one program: 100 steps of 5e8 FLOPs, 10 batches of 1e8, at 1e9 FLOP/s.
+  trial = [Work(TRAINING, 'a', 100, 5e8), Work(EVALUATION, 'b', 10, 1e8)]
+  found = time_estimate.estimate([trial, trial], {}, RATE)
+  assert found.seconds == {
+    TRAINING: pytest.approx(2 * 100 * 0.5),
+    EVALUATION: pytest.approx(2 * 10 * 0.1),
+    # One program to train, one to evaluate.
+    'compiling': 30 + 15,
+    'starting': 2 * 5,
+  }
+  assert found.total == pytest.approx(100 + 2 + 45 + 10) and not found.unknown
+  assert '200 steps of 2 runs: 2 by FLOPs' in found.basis[TRAINING]
+  assert time_estimate.seconds_of(trial, {}, RATE) == pytest.approx(50 + 1)
+
+
+def test_seconds_as_measured_and_of_programs_that_were_not():
+  measured = {
+    # The second and third found the program compiled.
+    (TRAINING, 'a'): [Measured(20, 0.2, 5e8), Measured(2, 0.3, 5e8), Measured(3, 0.4, 5e8)],
+    (EVALUATION, 'b'): [Measured(10, 0.1, 1e8), Measured(1, 0.1, 1e8)],
+  }
+  known = [Work(TRAINING, 'a', 100, 5e8), Work(EVALUATION, 'b', 10, 1e8)]
+  # Of twice the FLOPs; half of its evaluation is as another program's.
+  other = [Work(TRAINING, 'c', 100, 1e9), Work(EVALUATION, 'b', 10, 1e8)]
+  found = time_estimate.estimate([known, other], measured, RATE)
+  assert found.seconds == {
+    TRAINING: pytest.approx(100 * 0.3 + 100 * 0.6),
+    EVALUATION: pytest.approx(2 * 10 * 0.1),
+    # As long as the longest set-up; that of `c` as that of `a`.
+    'compiling': 20 + 10 + 20,
+    'starting': 2 * (2 + 1),
+  }
+  assert '1 as measured, 1 as others measured, by FLOPs' in found.basis[TRAINING]
+
+
+def test_evaluation_of_data_that_is_not_prepared_is_not_counted():
+  trial = [Work(TRAINING, 'a', 100, 5e8), Work(EVALUATION, 'b', None, 1e8)]
+  found = time_estimate.estimate([trial], {}, RATE)
+  assert found.seconds[EVALUATION] == 0 and EVALUATION not in found.basis
+  assert 'evaluation' in found.unknown and '--probe' in found.unknown
+
+
+def test_a_stopwatch_tells_set_up_from_steps():
+  times = iter([10.0, 17.0, 19.5])
+  watch = Stopwatch(lambda: next(times))
+  seen = []
+  count = watch.counting(seen.append)
+  for step in (1, 2, 3):
+    count(step)
+  assert seen == [1, 2, 3]
+  assert watch.seconds(2) == {'setup': 7.0, 'running': 2.5, 'steps': 3, 'together': 2}
+  # What finished trials keep of it: 2 steps of 2 trials in 2.5 s, each 0.625 s of a trial.
+  work = [Work(TRAINING, 'a', 3, 5e8), Work(EVALUATION, 'b', 3, 1e8)]
+  seconds = {'training': {'setup': 7.0, 'running': 2.5, 'steps': 3, 'together': 2}}
+  kept = time_estimate.of_outcome(work, {'seconds': {**seconds, 'evaluation': {'dropless': {}}}})
+  assert kept == {(TRAINING, 'a'): Measured(7.0, 0.625, 5e8)}
+  assert time_estimate.of_outcome(work, {}) == {}
+
+
+def test_flops_count_empty_slots():
+  """8 experts without drops compute 8 slots for each token that asks for 2."""
+  config = tiny.config({'moe.num_selected_experts': 2, 'moe.capacity_factor': 1.0})
+  vocab = tiny.VOCAB_SIZE
+  tight = accounting.computed_flops_per_token(config, vocab)
+  # Capacity 16 tokens x 2 / 8 = 4; slots of a token 8 x 4 / 16 = 2, as many as are asked for.
+  assert tight == accounting.training_flops_per_token(config, vocab) / 3
+  config.moe.capacity_factor = 4.0
+  loose = accounting.computed_flops_per_token(config, vocab)
+  # SwiGLU experts of 16 x 2 * 16 and 16 x 16 weights, 2 layers, 6 more slots for each token.
+  assert loose - tight == 2 * 2 * 6 * (16 * 32 + 16 * 16)
+  config.moe.dispatch = 'dropless'
+  assert accounting.computed_flops_per_token(config, vocab) == tight
+
+
+def make_study(text, **changes):
+  arms = product({'moe.load_balancing_weight': (0, 0.01)})
+  study = Study('test', 'does it?', tiny.config({'train.num_steps': 4, **text}), arms, (0,))
+  return dataclasses.replace(study, **changes)
+
+
+def problems(study, free=None):
+  return [str(p) for p in dry_run.problems(study, trials.trials_of(study, free))]
+
+
+def test_what_stands_in_the_way_is_said_of_each_kind(text, tmp_path):
+  assert problems(make_study(text)) == []
+  absent = make_study({**text, 'data.name': 'text:/nowhere'})
+  assert problems(absent) == [
+    "data.name='text:/nowhere': '/nowhere' does not exist; give a folder or a file of text"
+  ]
+  (found,) = problems(make_study(text), {'mesh.data': 4, 'mesh.expert': 4})
+  assert found.startswith('mesh.data=4')
+  (tmp_path / 'file').write_text('no folder')
+  (found,) = problems(make_study({**text, 'data.data_dir': str(tmp_path / 'file' / 'data')}))
+  assert found.startswith('data.data_dir=') and 'writable directory' in found
+  # Nothing was made.
+  assert [p.name for p in tmp_path.iterdir()] == ['file']
+  metric = Metric('dropless/domains/drama/loss')
+  (found,) = problems(make_study(text, metric=metric))
+  assert found.startswith("study.metric='dropless/domains/drama/loss'") and 'prose, verse' in found
+
+
+def test_the_command_says_problems_last(text, tmp_path):
+  study = make_study(text)
+  base = study.base.to_dict() | {'data': study.base.data.to_dict() | {'name': 'text:/nowhere'}}
+  path = tmp_path / 'study.py'
+  path.write_text(
+    'import ml_collections\nfrom moe_jax.study import Study, point\n\n\ndef get_study():\n'
+    f'  base = ml_collections.ConfigDict({base!r})\n'
+    "  return Study('s', 'Does it?', base, point('only', {}, label='o'), (0, 1))\n"
+  )
+  result = tiny.command('sweep', f'--study={path}', '--dry_run', '--json')
+  result.assert_error("data.name='text:/nowhere'", 'does not exist')
+  plan = json.loads(result.out)
+  assert [row['label'] for row in plan['trials']] == ['o', 'o'] and len(plan['problems']) == 1
+  assert plan['seconds']['total'] > 0 and 'evaluation' in plan['not_counted']
+  tiny.command('sweep', f'--study={path}', '--json', '--workdir=w').assert_error(
+    '--json', 'dry_run'
+  )
+
+
+def test_a_probe_measures_every_program_and_leaves_nothing(text, tmp_path, monkeypatch):
+  monkeypatch.setattr('tempfile.tempdir', str(tmp_path))
+  study = make_study({**text, 'train.num_steps': 8}, evaluations=('dropless',))
+  plan = dry_run.make_plan(study, trials.trials_of(study), None, probes=True)
+  # Both arms are one program, which ran twice; so is their evaluation.
+  assert '16 steps of 2 runs: 2 as measured' in plan.estimate.basis[TRAINING]
+  assert '2 as measured' in plan.estimate.basis[EVALUATION]
+  assert '2 programs' in plan.estimate.basis['compiling'] and not plan.estimate.unknown
+  assert not list(tmp_path.iterdir())
+  text_ = dry_run.text(plan)
+  assert '2 trials, 0 of them done' in text_ and 'not counted: preparing data' in text_
+  measured = probe.probe(study, trials.trials_of(study)[:1])
+  assert all(len(many) == 2 and many[0].step > 0 for many in measured.values())
+
+
+def test_a_point_needs_no_baseline(text):
+  study = make_study(text, arms=point('one', {}))
+  assert len(dry_run.make_plan(study, trials.trials_of(study), None, False).rows) == 1
