@@ -67,6 +67,14 @@ def test_every_preset_fits_every_base(name):
     preset(name, 'nonsense')
 
 
+@pytest.mark.parametrize('name', PRESETS)
+def test_a_preset_says_what_its_experts_run(name):
+  """Whatever the paper had: the activation is a field of the model, which no preset sets."""
+  text = ' '.join(importlib.import_module(f'configs.presets.{name}').__doc__.split())
+  assert preset(name).model.activation == 'swiglu'
+  assert 'Its experts run SwiGLU' in text
+
+
 @pytest.mark.parametrize('name', ['switch', *(n for n, r in routing.ROUTERS.items() if r.reads)])
 def test_a_preset_leaves_no_choice_open(name):
   names = (*presets.SILENT, *routing.ROUTERS[preset(name).moe.router].reads)

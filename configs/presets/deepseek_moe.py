@@ -8,6 +8,8 @@ N(0, 0.006^2).
 With 8 experts (16 after the cut) C = S and nothing is dropped, as there; with the 16 of lm_small
 (32) C = S / 2, and tokens can be dropped.
 
+Its experts run SwiGLU, as in the paper's released models.
+
 python -m moe_jax.train --config=configs/presets/deepseek_moe.py --workdir=runs/deepseek_moe
 """
 

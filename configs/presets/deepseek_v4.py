@@ -6,6 +6,8 @@ gone (one group here), bias and sequence loss stay. Differs: 2 of 8 experts; its
 by a hash of the token, here every layer by scores. gate_scale 1.5 is that of the smaller model
 (Flash); bias_rate and the weight of the loss were not found and are V3's.
 
+Its experts run SwiGLU, as V3's do.
+
 python -m moe_jax.train --config=configs/presets/deepseek_v4.py --workdir=runs/deepseek_v4
 """
 

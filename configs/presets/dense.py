@@ -2,6 +2,8 @@
 
 Jacobs et al. 1991, doi:10.1162/neco.1991.3.1.79.
 
+Its experts run SwiGLU, which is younger than the paper.
+
 python -m moe_jax.train --config=configs/presets/dense.py --workdir=runs/dense
 """
 

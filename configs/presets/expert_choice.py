@@ -3,6 +3,8 @@
 Zhou et al. 2022, arXiv:2202.09368, capacity factor 2. Not causal in training; evaluated with a
 threshold, as a language model must.
 
+Its experts run SwiGLU; that the paper's run a gated unit, too, is not checked.
+
 python -m moe_jax.train --config=configs/presets/expert_choice.py --workdir=runs/expert_choice
 """
 

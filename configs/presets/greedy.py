@@ -2,6 +2,8 @@
 
 See moe_jax/routing/routers/greedy.py. Not causal in training.
 
+Its experts run SwiGLU; there is no paper.
+
 python -m moe_jax.train --config=configs/presets/greedy.py --workdir=runs/greedy
 """
 

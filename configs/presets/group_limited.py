@@ -4,6 +4,11 @@ DeepSeek-AI 2024, arXiv:2412.19437. Differs: 2 of 8 experts in 4 groups instead 
 bias_rate 0.001 to the end, there for 14.3T tokens and then 0 for 500B. The weight of the sequence
 loss, 0.0001, is from a secondary copy of the paper.
 
+The model around the experts lacks V3's multi-head latent attention (MLA), its first three layers
+without experts (every layer has them here) and the prediction of further tokens.
+
+Its experts run SwiGLU, as V3's do.
+
 python -m moe_jax.train --config=configs/presets/group_limited.py --workdir=runs/group_limited
 """
 

@@ -3,6 +3,8 @@
 Lepikhin et al. 2020, arXiv:2006.16668. Its loss counts first choices alone; 1 at balance here. Not
 stated: the initial scale of the router. Differs: a MoE layer in every block, there in every second.
 
+Its experts run SwiGLU, where the paper has ReLU.
+
 python -m moe_jax.train --config=configs/presets/gshard.py --workdir=runs/gshard
 """
 

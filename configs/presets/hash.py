@@ -5,6 +5,8 @@ Roller et al. 2021, arXiv:2106.04426, balanced by the frequency of tokens in the
 Differs: a capacity, where ParlAI (13fe067) applies none. With 8 experts C = S / 2, in evaluation
 C = S and nothing is dropped; with the 16 of lm_small S / 4 and S / 2, and tokens can be dropped.
 
+Its experts run SwiGLU; ParlAI's feed-forward layers have no gate, and ReLU by default.
+
 python -m moe_jax.train --config=configs/presets/hash.py --workdir=runs/hash
 """
 

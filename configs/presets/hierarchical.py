@@ -5,6 +5,8 @@ all experts, each weighted by 0.1; app. C: two groups and two experts in each. D
 where the paper has 16; matrices of logits that do not start at zero. With 8 experts C = S and
 nothing is dropped, as in the paper, which has no capacity; with the 16 of lm_small C = S / 2.
 
+Its experts run SwiGLU, where the paper has ReLU.
+
 python -m moe_jax.train --config=configs/presets/hierarchical.py --workdir=runs/hierarchical
 """
 

@@ -3,6 +3,8 @@
 Roy et al. 2021, arXiv:2003.05997; see moe_jax/routing/routers/kmeans.py for what differs. The decay
 is that of google-research's routing_transformer (0c1bbe5).
 
+Its experts run SwiGLU; the paper routes attention and has no experts.
+
 python -m moe_jax.train --config=configs/presets/kmeans.py --workdir=runs/kmeans
 """
 

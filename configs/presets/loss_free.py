@@ -6,6 +6,8 @@ shared ones.
 With 8 experts C = S and nothing is dropped; with the 16 of lm_small C = S / 2, and tokens can be
 dropped.
 
+Its experts run SwiGLU, as DeepSeekMoE's do, on which the paper builds.
+
 python -m moe_jax.train --config=configs/presets/loss_free.py --workdir=runs/loss_free
 """
 

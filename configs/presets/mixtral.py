@@ -7,6 +7,8 @@ tokens of all layers before it multiplies f and P, here the losses of the layers
 With 8 experts C = S and nothing is dropped, as there; with the 16 of lm_small C = S / 2, and tokens
 can be dropped.
 
+Its experts run SwiGLU, as there.
+
 python -m moe_jax.train --config=configs/presets/mixtral.py --workdir=runs/mixtral
 """
 

@@ -3,6 +3,8 @@
 Shazeer et al. 2017, arXiv:1701.06538. Differs: a capacity, where the paper has none; K = 2, where
 its flat layers have 4.
 
+Its experts run SwiGLU, where the paper has ReLU.
+
 python -m moe_jax.train --config=configs/presets/noisy_top_k.py --workdir=runs/noisy_top_k
 """
 

@@ -12,6 +12,8 @@ Jin et al. 2024, arXiv:2410.07348 (MoE++) has 8 FFN experts, 1 zero, 1 copy and 
 loss weight beta of 0.01 on the sum of eta f P, without our factor (E + N / tau) / K; a capacity
 factor gamma of 1.1 and, by default, tau (null_balance_weight) 0.75. Only zero experts are here.
 
+Its experts run SwiGLU, as those of the trained models do that AdaMoE starts from.
+
 python -m moe_jax.train --config=configs/presets/null_experts.py --workdir=runs/null_experts
 """
 

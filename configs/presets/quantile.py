@@ -3,6 +3,8 @@
 Su 2026, https://kexue.fm/archives/11619; see moe_jax/routing/routers/quantile.py for what differs.
 bias_rate 0.1 is the moving average with 0.9 of its part 7; its practical form has 1.
 
+Its experts run SwiGLU; the source leaves the activation open.
+
 python -m moe_jax.train --config=configs/presets/quantile.py --workdir=runs/quantile
 """
 

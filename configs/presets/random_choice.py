@@ -2,6 +2,8 @@
 
 No paper.
 
+Its experts run SwiGLU.
+
 python -m moe_jax.train --config=configs/presets/random_choice.py --workdir=runs/random_choice
 """
 

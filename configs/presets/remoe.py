@@ -3,6 +3,8 @@
 Wang et al. 2024, arXiv:2412.14711. Differs: the sparsity is that of each layer; 2 of 8 experts on
 average, where the official scripts (thu-ml/ReMoE, 463c6af) have 1 of 8.
 
+Its experts run SwiGLU, as in the paper's LLaMA blocks.
+
 python -m moe_jax.train --config=configs/presets/remoe.py --workdir=runs/remoe
 """
 

@@ -2,6 +2,8 @@
 
 No paper.
 
+Its experts run SwiGLU.
+
 python -m moe_jax.train --config=configs/presets/round_robin.py --workdir=runs/round_robin
 """
 

@@ -5,6 +5,8 @@ Clark et al. 2022, arXiv:2202.01169. Not causal in training.
 Differs: a capacity, where Megatron-LM (005742f) applies none. C = S / 4 with 8 experts and S / 8
 with the 16 of lm_small, twice that in evaluation, and tokens can be dropped.
 
+Its experts run SwiGLU; the activation of the paper's is not checked.
+
 python -m moe_jax.train --config=configs/presets/sinkhorn.py --workdir=runs/sinkhorn
 """
 

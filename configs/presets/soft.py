@@ -6,6 +6,8 @@ the 196 tokens of an image. Differs: a sequence instead of an image; without noi
 option there. Nothing is dropped: capacity, priority and `num_selected_experts` are not read, nor is
 the size of the weights' start, as they are normalised.
 
+Its experts run SwiGLU, where the paper has GELU.
+
 `python -m moe_jax.train` refuses it in one line. tests/layers/test_soft_layer.py trains its layer.
 """
 

@@ -2,6 +2,8 @@
 
 The causal relative of greedy assignment; see moe_jax/routing/routers/spill.py.
 
+Its experts run SwiGLU; there is no paper.
+
 python -m moe_jax.train --config=configs/presets/spill.py --workdir=runs/spill
 """
 

@@ -12,6 +12,8 @@ are those of the router gshard.
 Differs: in evaluation every second choice asks for a slot, there the draw is made too; a MoE layer
 in every block, there in every fourth.
 
+Its experts run SwiGLU, where the paper has GEGLU.
+
 python -m moe_jax.train --config=configs/presets/st_moe.py --workdir=runs/st_moe
 """
 

@@ -3,6 +3,8 @@
 Fedus et al. 2021, arXiv:2101.03961. Differs: the balance is asked for over
 the batch, not per core; a MoE layer in every block, there in every second.
 
+Its experts run SwiGLU, where the paper has ReLU (its equations, Switch-C) or GEGLU (the others).
+
 python -m moe_jax.train --config=configs/presets/switch.py --workdir=runs/switch
 """
 

@@ -1,10 +1,12 @@
 """OLMoE: softmax over all experts, no renormalisation.
 
-Muennighoff et al. 2024, arXiv:2409.02060. Differs: 2 of 8 experts instead of 8 of 64; auxiliary
-losses are averaged over layers.
+Muennighoff et al. 2024, arXiv:2409.02060. Auxiliary losses are averaged over layers, as in its
+trainer. Differs: 2 of 8 experts instead of 8 of 64.
 
 With 8 experts C = S and nothing is dropped, as there; with the 16 of lm_small C = S / 2, and tokens
 can be dropped.
+
+Its experts run SwiGLU, as there.
 
 python -m moe_jax.train --config=configs/presets/top_k.py --workdir=runs/top_k
 """

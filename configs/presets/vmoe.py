@@ -3,7 +3,10 @@
 Riquelme et al. 2021, arXiv:2106.05974, with its code, google-research/vmoe (942a78b): first choices
 get slots first (priority=choice), its default in training, batch priority being an option; the
 router starts as lecun_normal, of variance 1 / D. Neither order is causal. Differs: a language model
-instead of images; a MoE layer in every block, there in every second or the last few.
+instead of images; a MoE layer in every block, there in every second or the last few; a capacity
+rounded up to a whole number, where the code rounds it up to a multiple of 4.
+
+Its experts run SwiGLU, where the paper has GELU.
 
 python -m moe_jax.train --config=configs/presets/vmoe.py --workdir=runs/vmoe
 """
