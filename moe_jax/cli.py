@@ -211,6 +211,12 @@ def define_config_flag() -> Callable[[], ml_collections.ConfigDict]:
   return config
 
 
+def overridden_fields() -> dict[str, Any]:
+  """Returns the fields of the config that were given on the command line, with their defaults."""
+  fields = [name.split('.') for name in config_flags.get_override_values(flags.FLAGS['config'])]
+  return {f'{room}.{name}': config_lib.SCHEMA[room][name].default for room, name in fields}
+
+
 def define_path(name: str, text: str) -> flags.FlagHolder:
   """Defines a flag that is a path, None by default; `~` is the home folder."""
   return flags.DEFINE(arguments.PathParser(), name, None, text)

@@ -8,6 +8,7 @@ test holds the choices equal to those of the rooms that implement them.
 import math
 import pathlib
 import pkgutil
+import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -63,18 +64,38 @@ def _at_least(default: int, low: int, meaning: str, high: int = 2**31 - 1) -> Fi
   return Field(default, meaning, f'must be an integer in {low}..{high}', lambda v: low <= v <= high)
 
 
+def _as_float32(value: float) -> float:
+  """Returns what a program makes of a number: inf beyond float32, 0 below its normal numbers."""
+  try:
+    rounded = struct.unpack('<f', struct.pack('<f', value))[0]
+  except OverflowError:
+    return math.copysign(math.inf, value)
+  return 0.0 if abs(rounded) < 2.0**-126 else rounded
+
+
+def _is_number(value: float) -> bool:
+  """Whether a number is finite in float32, and 0 there only if it is 0."""
+  return math.isfinite(_as_float32(value)) and (_as_float32(value) != 0 or value == 0)
+
+
+def _number(
+  default: float, meaning: str, allowed: str, check: Callable[[float], bool] = lambda v: True
+) -> Field:
+  """A number of the program, where it is a float32; `check` is told what it is there."""
+  allowed = f'{allowed}, in float32'
+  return Field(default, meaning, allowed, lambda v: _is_number(v) and check(_as_float32(v)))
+
+
 def _non_negative(default: float, meaning: str) -> Field:
-  check = lambda v: math.isfinite(v) and v >= 0  # noqa: E731
-  return Field(default, meaning, 'must be a finite number >= 0', check)
+  return _number(default, meaning, 'must be a finite number >= 0', lambda v: v >= 0)
 
 
 def _positive(default: float, meaning: str) -> Field:
-  check = lambda v: math.isfinite(v) and v > 0  # noqa: E731
-  return Field(default, meaning, 'must be a finite number > 0', check)
+  return _number(default, meaning, 'must be a finite number > 0', lambda v: v > 0)
 
 
 def _share(default: float, meaning: str) -> Field:
-  return Field(default, meaning, 'must be at least 0 and below 1', lambda v: 0 <= v < 1)
+  return _number(default, meaning, 'must be at least 0 and below 1', lambda v: 0 <= v < 1)
 
 
 def _held_out(default: float, meaning: str) -> Field:
@@ -97,7 +118,9 @@ SCHEMA: dict[str, dict[str, Field]] = {
     'num_heads': _at_least(4, 1, 'Query heads.'),
     'num_kv_heads': _at_least(4, 1, 'Key-value heads, shared by query heads; divides num_heads.'),
     'head_dim': _at_least(0, 0, 'Width of a head, even; 0 means embed_dim / num_heads.'),
-    'mlp_dim': _at_least(256, 1, 'Hidden units of a dense feed-forward layer.'),
+    'mlp_dim': _at_least(
+      256, 1, 'Hidden units of a dense feed-forward layer; with moe.every=1 there is none.'
+    ),
     'activation': _one_of('swiglu', ('swiglu', 'gelu'), 'Of dense layers and of experts.'),
     'rope_theta': _positive(10000.0, 'Base of the rotary position frequencies.'),
     'norm_epsilon': _positive(1e-5, 'Added to the mean square in RMSNorm.'),
@@ -112,7 +135,12 @@ SCHEMA: dict[str, dict[str, Field]] = {
     ),
   },
   'moe': {
-    'num_experts': _at_least(8, 0, 'E; 0 makes a dense model and ignores the rest of moe.'),
+    'num_experts': _at_least(
+      8,
+      0,
+      'E; 0 makes a dense model and ignores the rest of moe, so that a config and its dense twin '
+      'may differ in this field alone.',
+    ),
     'num_selected_experts': _at_least(2, 1, 'K, experts each token selects.'),
     'mlp_dim': _at_least(256, 1, 'F, hidden units of one expert.'),
     'num_shared_experts': _at_least(0, 0, 'Experts every token passes, beside the routed ones.'),
@@ -190,11 +218,11 @@ SCHEMA: dict[str, dict[str, Field]] = {
       'null_experts: what such an expert counts in their own loss (tau); at balance it gets '
       '1 / tau times the tokens of a real one.',
     ),
-    'sparsity_factor': Field(
+    'sparsity_factor': _number(
       1.2,
       'remoe: what the coefficient of sparsity is multiplied or divided by after each step.',
       'must be a finite number > 1',
-      lambda v: math.isfinite(v) and v > 1,
+      lambda v: v > 1,
     ),
     'sparsity_start': _positive(1e-8, 'remoe: that coefficient before the first step.'),
     'slots_per_expert': _at_least(1, 1, 'soft: slots of each expert.'),
@@ -224,7 +252,7 @@ SCHEMA: dict[str, dict[str, Field]] = {
       'each routing group, or each sequence (a row of the batch).',
     ),
     'balance_devices': _at_least(
-      8, 1, 'Parts of the batch when balance_scope=device; a number of the study, not of the mesh.'
+      8, 1, 'Parts of the batch, for balance_scope=device; a number of the study, not of the mesh.'
     ),
     'load_balancing_weight': _non_negative(0.01, 'Of the load-balancing loss.'),
     'balance_normalization': _one_of(
@@ -238,11 +266,10 @@ SCHEMA: dict[str, dict[str, Field]] = {
     ),
     'router_z_weight': _non_negative(0.001, 'Of the router z-loss.'),
     'importance_weight': _non_negative(0.0, 'Of the importance loss, CV^2 (0 at balance).'),
-    'entropy_weight': Field(
+    'entropy_weight': _number(
       0.0,
       'Of the mean entropy of the router probabilities: above 0 surer, below 0 undecided.',
       'must be a finite number',
-      math.isfinite,
     ),
     'router_loss_weight': _non_negative(0.0, 'Of the loss that the router itself defines, if any.'),
     'layer_reduction': _one_of(

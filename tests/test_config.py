@@ -163,8 +163,28 @@ def test_zero_is_an_error_where_it_means_nothing(room, name):
 
 
 @pytest.mark.parametrize(
+  ('room', 'name'), [(r, n) for r, n in FIELDS if isinstance(schema.SCHEMA[r][n].default, float)]
+)
+def test_a_number_is_what_float32_makes_of_it(room, name):
+  """1e308 would be inf in the program, 1e-300 and 1e-39 would be 0, and 1 - 1e-9 would be 1."""
+  check = schema.SCHEMA[room][name].check
+  in_programs = room != 'data'
+  assert check(schema.SCHEMA[room][name].default)
+  assert not check(1e308) and not check(3.5e38) and not check(float('nan')) and not check(-1e308)
+  if in_programs:
+    assert not check(1e-300) and not check(1e-39)
+    assert check(0.0) or not check(1e-46)
+  if 'below 1' in schema.SCHEMA[room][name].allowed and in_programs:
+    assert check(0.999) and not check(1 - 1e-9)
+  if '> 1' in schema.SCHEMA[room][name].allowed:
+    assert check(1.001) and not check(1 + 1e-9)
+
+
+@pytest.mark.parametrize(
   ('overrides', 'field', 'value'),
   [
+    ({'optim.learning_rate': 1e308}, 'optim.learning_rate', 1e308),
+    ({'optim.epsilon': 1e-300}, 'optim.epsilon', 1e-300),
     ({'moe.num_selected_experts': 9}, 'moe.num_selected_experts', 9),
     ({'moe.router': 'soft'}, 'moe.router', 'soft'),
     ({'moe.router': 'dense'}, 'moe.num_selected_experts', 2),

@@ -218,6 +218,7 @@ class Router:
     cost: per token, beside the experts; for the table.
     reads: the fields of `moe` that this router reads, beside `COMMON_FIELDS`. Presets must set
       them, and no config may change another one.
+    reads_tokens: whether it looks at the tokens' vectors, not at their ids and positions alone.
     always: what it amounts to in a field it does not read, where that is not the default: so much
       a config may say.
     params: (options, embed_dim) -> arrays trained by gradient.
@@ -249,6 +250,7 @@ class Router:
   balance: str
   cost: str
   reads: tuple[str, ...] = ()
+  reads_tokens: bool = True
   always: Mapping[str, str] = dataclasses.field(default_factory=dict)
   params: Callable[[RouterOptions, int], dict[str, Weight]] = one_matrix
   state: Callable[[RouterOptions, int, int], State] = no_state

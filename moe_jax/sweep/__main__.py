@@ -51,7 +51,7 @@ def main() -> int:
   import tqdm
 
   from moe_jax.sweep import dry_run, plan, programs, runner
-  from moe_jax.sweep.trials import load_study, trials_of
+  from moe_jax.sweep.trials import check_new, load_study, trials_of
   from moe_jax.train.opening import mesh_of
 
   study = load_study(file)
@@ -62,6 +62,7 @@ def main() -> int:
     raise UserError(
       'train.eval_every', evaluates, 'must be 0 with --pack; --set=train.eval_every=0 makes it so'
     )
+  check_new(study, trials, _WORKDIR.value)
   if _DRY_RUN.value:
     planned = dry_run.make_plan(study, trials, _WORKDIR.value, _PROBE.value)
     cli.show(dry_run.as_json(planned) if _JSON.value else dry_run.text(planned))

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import ml_collections
 import numpy as np
 
-from moe_jax import config as config_lib
-from moe_jax import routing
+from moe_jax import routing, unread
 from moe_jax.data import SPLITS, Dataset
 from moe_jax.errors import UserError
 from moe_jax.schema import SCHEMA
@@ -243,8 +242,8 @@ def same_model(config: ml_collections.ConfigDict, free: Sequence[str]) -> dict[s
       for name, value in values.items()
       if f'{section}.{name}' not in free
     }
-  unread = _unread(config.moe)
-  return {name: value for name, value in fields.items() if name not in unread}
+  inert = _unread(config.moe) | unread.unread(config).keys()
+  return {name: value for name, value in fields.items() if name not in inert}
 
 
 def _unread(moe: ml_collections.ConfigDict) -> set[str]:
@@ -254,7 +253,5 @@ def _unread(moe: ml_collections.ConfigDict) -> set[str]:
   router = routing.ROUTERS[moe.router]
   options = {field.name for field in dataclasses.fields(routing.RouterOptions)}
   # Every evaluation of a study sets `eval_capacity_factor`.
-  unread = {'eval_capacity_factor'} | options - {*routing.COMMON_FIELDS, *router.reads}
-  if not config_lib.limits_slots(moe):
-    unread |= {'capacity_factor', 'priority'}
-  return {f'moe.{name}' for name in unread}
+  inert = {'eval_capacity_factor'} | options - {*routing.COMMON_FIELDS, *router.reads}
+  return {f'moe.{name}' for name in inert}

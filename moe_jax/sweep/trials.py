@@ -7,18 +7,19 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_collections
 
 from moe_jax import config as config_lib
+from moe_jax import unread
 from moe_jax.data import ByteTokenizer
 from moe_jax.errors import UserError
 from moe_jax.study import TOLERANCE, FinishedTrial, Point, Study
 from moe_jax.sweep.checks import check_study, same_model, unfrozen
 from moe_jax.sweep.metric_paths import check_layers
-from moe_jax.train import accounting
+from moe_jax.train import accounting, manifest
 from moe_jax.train.manifest import FREE_FIELDS
 
 
@@ -186,3 +187,30 @@ def _config(
   except UserError as error:
     raise UserError('study.arms', arm.name, str(error)) from error
   return config
+
+
+def check_new(study: Study, trials: Sequence[Trial], workdir: str | os.PathLike | None) -> None:
+  """Checks the trials that have not begun for changes to no effect, and schedules.
+
+  Args:
+    study: of the trials.
+    trials: some of the study.
+    workdir: of the sweep; None if there is none yet.
+
+  Raises:
+    UserError: names the arm, and the field that nothing reads there.
+  """
+  for trial in trials:
+    if workdir is not None and manifest.holds_run(trial.folder(workdir)):
+      continue
+    base = {field: _value(study.base, field) for field in trial.changes}
+    try:
+      unread.check_unread(trial.config, base)
+      unread.check_decay(trial.config)
+    except UserError as error:
+      raise UserError('study.arms', trial.arm, str(error)) from error
+
+
+def _value(config: ml_collections.ConfigDict, field: str) -> Any:
+  room, _, name = field.partition('.')
+  return config[room][name]

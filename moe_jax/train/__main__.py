@@ -18,9 +18,13 @@ _PROFILE = cli.define_path(
 def main() -> int:
   """Trains, or goes on training; 128 + signal if interrupted."""
   workdir, config = cli.required(_WORKDIR), _CONFIG()
+  from moe_jax import unread
   from moe_jax.parallel.distributed import join_processes
+  from moe_jax.train import manifest
   from moe_jax.train.loop import train
 
+  if not manifest.holds_run(workdir):
+    unread.check_unread(config, unread.defaults(config) | cli.overridden_fields())
   join_processes()
   outcome = train(config, workdir, profile=_PROFILE.value)
   return 0 if outcome.finished else 128 + (outcome.interrupted_by or 0)

@@ -15,7 +15,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from moe_jax import config as config_lib
-from moe_jax import optim, profiling
+from moe_jax import optim, profiling, unread
 from moe_jax.data import Dataset, train_iterator
 from moe_jax.errors import UserError, is_refusal
 from moe_jax.models.build import build_model
@@ -143,6 +143,8 @@ def train(
         old = opening.read_old(workdir, say)
         if old:
           manifest.check_same_config(workdir, old, config)
+        else:
+          unread.check_decay(config)
         dataset = opening.dataset_of(config)
         if old:
           manifest.check_same_data(workdir, old, config, dataset.fingerprint)

@@ -14,6 +14,7 @@ from moe_jax.errors import DamagedError, UserError
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.train import manifest
 from moe_jax.train.checkpoint import saved_config
+from moe_jax.train.size import check_size
 
 TOKENIZER = 'tokenizer'
 
@@ -96,6 +97,7 @@ def read_old(workdir: str, say: Callable[[str], None]) -> dict[str, Any] | None:
 
 def check_splits(config: ml_collections.ConfigDict, dataset: Dataset) -> None:
   """Checks before the first step what would fail later."""
+  check_size(config, dataset.tokenizer.vocab_size)
   if config.train.eval_every and not dataset.num_documents('valid'):
     raise UserError(
       'train.eval_every',

@@ -82,6 +82,7 @@ ROUTER = router_lib.Router(
   choose=choose,
   causal=True,
   learns=False,
+  reads_tokens=False,
   balance='fixed',
   cost='one look-up',
   reads=(

@@ -57,6 +57,7 @@ ROUTER = router_lib.Router(
   choose=choose,
   causal=True,
   learns=False,
+  reads_tokens=False,
   balance='fixed',
   cost='E random numbers, top-k of E',
   params=router_lib.no_params,

@@ -51,6 +51,7 @@ ROUTER = router_lib.Router(
   choose=choose,
   causal=True,
   learns=False,
+  reads_tokens=False,
   balance='fixed',
   cost='none',
   params=router_lib.no_params,
