@@ -6,6 +6,7 @@ and 143 interrupted by SIGINT and SIGTERM, with the state saved; 1 a defect of o
 
 import gc
 import json
+import math
 import os
 import sys
 import textwrap
@@ -95,6 +96,15 @@ def _placeholder(flag: flags.Flag) -> str:
     return 'A,B,...'
   kinds = {flags.IntegerParser: 'INTEGER', flags.FloatParser: 'NUMBER'}
   return next((word for kind, word in kinds.items() if isinstance(flag.parser, kind)), 'TEXT')
+
+
+def take_word(argv: list[str]) -> str | None:
+  """Takes the first argument that is no flag out of a command line, None if there is none.
+
+  For a command whose flags are all true or false: the value of another would be taken for it.
+  """
+  found = next((i for i, word in enumerate(argv[1:], 1) if not word.startswith('-')), None)
+  return None if found is None else argv.pop(found)
 
 
 def print_help(text: str) -> NoReturn:
@@ -233,8 +243,16 @@ def define_json_flag() -> flags.FlagHolder:
 
 
 def print_json(value: Any) -> None:
-  """Prints a value as one JSON document."""
-  show(json.dumps(value, indent=2))
+  """Prints a value as one JSON document; numbers that are not finite, which JSON lacks, as null."""
+  show(json.dumps(_finite(value), indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+  if isinstance(value, dict):
+    return {name: _finite(one) for name, one in value.items()}
+  if isinstance(value, list | tuple):
+    return [_finite(one) for one in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def required(flag: flags.FlagHolder | flags.Flag) -> str:

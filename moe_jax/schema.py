@@ -364,3 +364,16 @@ SCHEMA: dict[str, dict[str, Field]] = {
     'keep_checkpoints': _at_least(2, 1, 'Newest checkpoints that stay.'),
   },
 }
+
+# What may change when a run goes on: nothing of it changes a result.
+FREE_FIELDS = (
+  'moe.exchange',
+  'mesh.data',
+  'mesh.expert',
+  'data.data_dir',
+  'train.log_every',
+  'train.checkpoint_every',
+  'train.keep_checkpoints',
+  'train.eval_every',
+  'train.eval_batches',
+)

@@ -127,6 +127,18 @@ def test_overrides_may_stand_before_the_config(path, tmp_path):
   result.assert_error('mesh.expert=4', '6 experts')
 
 
+def test_a_home_folder_is_none_called_tilde(path, tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+  monkeypatch.chdir(tmp_path)
+  steps = '--config.train.num_steps=1'
+  result = tiny.command('train', f'--config={path}', '--workdir=~/run', steps)
+  assert result.code == 0, result.err
+  assert (tmp_path / 'home' / 'run' / 'manifest.json').exists()
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['home']
+  given = f'--config={path}', '--workdir=~nobody_here/run'
+  tiny.command('train', *given).assert_error('--workdir=', 'no such home folder')
+
+
 def test_train_refuses_flags(path, tmp_path):
   missing = tmp_path / 'missing.py'
   result = tiny.command('train', f'--config={missing}', f'--workdir={tmp_path / "run"}')
@@ -134,6 +146,10 @@ def test_train_refuses_flags(path, tmp_path):
   workdir = f'--workdir={tmp_path / "run"}'
   tiny.command('train', workdir).assert_error('--config=None')
   tiny.command('train', f'--config={path}').assert_error('--workdir=None')
+  fields = '--config.moe.every=1', '--config.moe.every=2'
+  tiny.command('train', f'--config={path}', workdir, *fields).assert_error("moe.every='2'", 'twice')
+  tiny.command('train', workdir, fields[0]).assert_error('--config=None', fields[0])
+  tiny.command('train', workdir, '--flagfile=none').assert_error('--flagfile', "'none'")
   tiny.command('train', f'--config={path}', workdir, '--speed=9').assert_error('speed')
   tiny.command('train', f'--config={path}', workdir, 'more').assert_error("argument='more'")
   wrong = tmp_path / 'wrong.py'
@@ -467,6 +483,19 @@ def test_evaluate_prints_and_writes_every_domain(run):
   assert again.code == 0, again.err
   other = json.loads((run / 'evaluation_test.json').read_text())
   np.testing.assert_allclose(other['bits_per_byte'], written['bits_per_byte'], rtol=1e-5)
+
+
+def test_evaluate_and_generate_print_one_json_document(run):
+  result = tiny.command('evaluate', f'--workdir={run}', '--json')
+  assert result.code == 0, result.err
+  assert json.loads(result.out) == json.loads((run / 'evaluation_test.json').read_text())
+  flags = [f'--workdir={run}', '--prompt=The sea', '--prompt=no', '--num_tokens=5', '--seed=3']
+  text, document = (tiny.command('generate', *flags, *more) for more in ((), ('--json',)))
+  found = json.loads(document.out)
+  assert found['step'] == 3
+  shown = [f'--- {s["prompt"]!r}\n{s["prompt"]}{s["continuation"]}\n' for s in found['samples']]
+  assert text.out == ''.join(shown)
+  assert all(0 <= sample['num_tokens'] <= 5 for sample in found['samples'])
 
 
 def test_evaluate_takes_other_text(run, text, tmp_path):

@@ -17,23 +17,12 @@ from jax.sharding import Mesh
 
 from moe_jax import config as config_lib
 from moe_jax.errors import DamagedError, UserError
+from moe_jax.schema import FREE_FIELDS
 from moe_jax.train import accounting, manifest_kinds
 
 MANIFEST = 'manifest.json'
 # The status that stands for a manifest that could not be read.
 DAMAGED = 'damaged'
-# What may change when a run goes on: nothing of it changes a result.
-FREE_FIELDS = (
-  'moe.exchange',
-  'mesh.data',
-  'mesh.expert',
-  'data.data_dir',
-  'train.log_every',
-  'train.checkpoint_every',
-  'train.keep_checkpoints',
-  'train.eval_every',
-  'train.eval_batches',
-)
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'tensorflow-datasets')
 
 

@@ -1,0 +1,227 @@
+"""Lists the runs below a folder: python -m moe_jax.runs [DIR].
+
+Examples:
+  python -m moe_jax.runs
+  python -m moe_jax.runs runs/my_study --json
+"""
+
+import collections
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from moe_jax import cli
+from moe_jax.errors import UserError
+from moe_jax.schema import FREE_FIELDS
+from moe_jax.train.manifest_kinds import problem_of
+
+_MANIFEST, _METRICS = 'manifest.json', 'metrics.jsonl'
+# What a run may differ in from others without being another experiment.
+_UNSHOWN = (*FREE_FIELDS, 'train.seed')
+_SHOWN_DIFFERENCES = 4
+_COLUMNS = ('run', 'status', 'step', 'loss', 'bits/byte', 'seed', 'commit', 'age', 'differs in')
+
+
+def find(folder: str) -> Iterator[pathlib.Path]:
+  """Yields every directory of a run below a folder, itself included; links are not followed."""
+  for path, folders, files in os.walk(folder):
+    if _MANIFEST in files or _has_checkpoint(path):
+      # Nothing below a run is one.
+      folders.clear()
+      yield pathlib.Path(path)
+    folders.sort()
+
+
+def _has_checkpoint(path: str) -> bool:
+  try:
+    return any(entry.name.isdecimal() for entry in os.scandir(os.path.join(path, 'checkpoints')))
+  except OSError:
+    return False
+
+
+def describe(run: pathlib.Path) -> dict[str, Any]:
+  """Returns what a run's files say; `problem` says what is wrong with its manifest, '' if nothing.
+
+  Keys: status, step, num_steps, seed, git_commit, git_dirty, loss (the last of training),
+  bits_per_byte ({split: value} of its evaluations), modified (seconds since the epoch of what was
+  written last), config, problem. What is not known is None.
+  """
+  facts, problem = _manifest(run)
+  config = facts.get('config', {})
+  train = config.get('train', {})
+  return {
+    'status': facts.get('status', 'damaged'),
+    'step': facts.get('step'),
+    'num_steps': train.get('num_steps'),
+    'seed': train.get('seed'),
+    'git_commit': facts.get('git_commit'),
+    'git_dirty': facts.get('git_dirty'),
+    'loss': _last_loss(run / _METRICS),
+    'bits_per_byte': _evaluations(run),
+    'modified': _modified(run),
+    'config': {
+      f'{section}.{name}': value for section in config for name, value in config[section].items()
+    },
+    'problem': problem,
+  }
+
+
+def _manifest(run: pathlib.Path) -> tuple[dict[str, Any], str]:
+  """Returns the manifest of a run and what is wrong with it; {} if it can't be read."""
+  facts = _json_of(run / _MANIFEST)
+  if facts is None:
+    gone = not (run / _MANIFEST).exists()
+    return {}, f'{_MANIFEST} is {"missing" if gone else "not readable"}'
+  problem = problem_of(facts)
+  return ({}, f'{_MANIFEST}: {problem}') if problem else (facts, '')
+
+
+def _json_of(path: pathlib.Path) -> Any:
+  try:
+    # A pipe would be waited for.
+    return json.loads(path.read_bytes()) if path.is_file() else None
+  except (OSError, ValueError, RecursionError):
+    return None
+
+
+def _last_loss(path: pathlib.Path) -> float | None:
+  """Returns the loss of the last whole line of training; reads no more of the file than needed."""
+  if not path.is_file():
+    return None
+  try:
+    with open(path, 'rb') as file:
+      end = file.seek(0, os.SEEK_END)
+      size = 1 << 16
+      while True:
+        start = max(0, end - size)
+        file.seek(start)
+        lines = file.read(end - start).split(b'\n')
+        # The first may have begun earlier.
+        for line in reversed(lines[1 if start else 0 :]):
+          loss = _loss_of(line)
+          if loss is not None:
+            return loss
+        if not start:
+          return None
+        size *= 4
+  except OSError:
+    return None
+
+
+def _loss_of(line: bytes) -> float | None:
+  try:
+    record = json.loads(line)
+  except (ValueError, RecursionError):
+    return None
+  if not isinstance(record, dict) or record.get('split') != 'train':
+    return None
+  return _number(record.get('loss'))
+
+
+def _number(value: Any) -> float | None:
+  if isinstance(value, bool) or not isinstance(value, int | float):
+    return None
+  try:
+    return float(value)
+  except OverflowError:
+    return None
+
+
+def _evaluations(run: pathlib.Path) -> dict[str, float]:
+  found = {}
+  for path in sorted(run.glob('evaluation_*.json')):
+    result = _json_of(path)
+    value = _number(result.get('bits_per_byte')) if isinstance(result, dict) else None
+    if value is not None:
+      found[path.stem.removeprefix('evaluation_')] = value
+  return found
+
+
+def _modified(run: pathlib.Path) -> float | None:
+  paths = [run / name for name in (_MANIFEST, _METRICS, 'checkpoints')]
+  return max((path.stat().st_mtime for path in paths if path.exists()), default=None)
+
+
+def differing(runs: list[dict[str, Any]]) -> list[str]:
+  """Returns the fields in which configs differ, those with the most values first."""
+  values = collections.defaultdict(set)
+  configs = [run['config'] for run in runs if run['config']]
+  for config in configs:
+    for field, value in config.items():
+      values[field].add(json.dumps(value))
+  fields = [field for field, found in values.items() if len(found) > 1 and field not in _UNSHOWN]
+  return sorted(fields, key=lambda field: (-len(values[field]), field))
+
+
+def table(runs: dict[str, dict[str, Any]], now: float) -> str:
+  """Returns a line for each run, and one for each whose manifest is damaged."""
+  fields = differing(list(runs.values()))
+  rows = [_COLUMNS, *(_row(name, run, fields, now) for name, run in runs.items())]
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  lines = ['  '.join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
+  problems = [f'{name}: {run["problem"]}' for name, run in runs.items() if run['problem']]
+  return '\n'.join(line.rstrip() for line in [*lines, *problems])
+
+
+def _row(name: str, run: dict[str, Any], fields: list[str], now: float) -> tuple[str, ...]:
+  commit = (run['git_commit'] or '-')[:8] + ('+' if run['git_dirty'] else '')
+  bits = run['bits_per_byte']
+  split = 'test' if 'test' in bits else next(iter(bits), None)
+  differences = [
+    f'{field.partition(".")[2]}={run["config"][field]}'
+    for field in fields
+    if field in run['config']
+  ]
+  more = len(differences) - _SHOWN_DIFFERENCES
+  text = ' '.join(differences[:_SHOWN_DIFFERENCES]) + (f' and {more} more' if more > 0 else '')
+  return (
+    name,
+    run['status'],
+    f'{_text(run["step"])}/{_text(run["num_steps"])}',
+    f'{run["loss"]:.4f}' if run['loss'] is not None else '-',
+    '-' if split is None else f'{bits[split]:.4f}' + ('' if split == 'test' else f' ({split})'),
+    _text(run['seed']),
+    commit,
+    '-' if run['modified'] is None else _age(now - run['modified']),
+    text or '-',
+  )
+
+
+def _text(value: Any) -> str:
+  return '-' if value is None else str(value)
+
+
+def _age(seconds: float) -> str:
+  for unit, size in (('d', 86400), ('h', 3600), ('m', 60)):
+    if seconds >= size:
+      return f'{int(seconds // size)}{unit}'
+  return f'{max(0, int(seconds))}s'
+
+
+def main() -> None:
+  """Prints the runs of the folder in a table, or as one JSON document."""
+  if not os.path.isdir(_FOLDER):
+    raise UserError('folder', _FOLDER, 'is not there')
+  paths = find(_FOLDER)
+  runs = {_name(path): describe(path) for path in paths}
+  if _JSON.value:
+    cli.print_json([{'run': name, **run} for name, run in runs.items()])
+  elif runs:
+    cli.show(table(runs, time.time()))
+  else:
+    cli.show(f'no run below {_FOLDER}')
+
+
+def _name(path: pathlib.Path) -> str:
+  # Names of files need not be text.
+  return os.fsencode(os.path.relpath(path, _FOLDER)).decode(errors='replace')
+
+
+if __name__ == '__main__':
+  _FOLDER = os.path.expanduser(cli.take_word(sys.argv) or 'runs')
+  _JSON = cli.define_json_flag()
+  cli.run(main)
