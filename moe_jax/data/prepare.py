@@ -161,8 +161,8 @@ def _open(name: str, directory: str) -> dataset_lib.Dataset:
   store = token_store.open_store(directory)
   if not store.has_digest:
     sources.say(
-      f'note: {directory} was written before its {token_store.META} had a checksum: the names of '
-      'its domains and its fingerprint cannot be checked; remove it to have it made again'
+      f'note: {directory} is from before {token_store.META} had a checksum; whether the names of '
+      'its domains and its fingerprint are unchanged cannot be checked'
     )
   return dataset_lib.Dataset(name, store)
 

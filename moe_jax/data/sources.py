@@ -17,7 +17,7 @@ from typing import Any
 
 from moe_jax import errors
 from moe_jax.data import documents as documents_lib
-from moe_jax.data import local_text, overlap, tier1, tier2
+from moe_jax.data import local_text, overlap, progress, tier1, tier2
 from moe_jax.data import packages as packages_lib
 
 TIERS: dict[str, ModuleType] = {'tier1': tier1, 'tier2': tier2}
@@ -178,8 +178,15 @@ def _build(
   """Puts documents through TFDS and returns what reads them back."""
   from moe_jax.data import tfds_source
 
+  def watched(split: str) -> Reader:
+    return lambda: progress.watched(readers[split](), f'{config_name}: storing {split}', say)
+
   builder = tfds_source.build(
-    readers, config_name, version, os.path.join(data_dir, 'tfds'), anew=anew
+    {split: watched(split) for split in readers},
+    config_name,
+    version,
+    os.path.join(data_dir, 'tfds'),
+    anew=anew,
   )
   return {
     split: functools.partial(tfds_source.read, builder, split, config_name)
@@ -232,7 +239,7 @@ def _with_splits(
   @functools.cache
   def assigned() -> list[str]:
     keys, domains, sizes = [], [], []
-    for document in read():
+    for document in progress.watched(read(), 'dividing into splits', say):
       keys.append(documents_lib.content_key(document.text))
       domains.append(document.domain)
       sizes.append(len(document.text.encode()))
