@@ -86,6 +86,14 @@ def test_a_smaller_vocabulary_than_asked_is_said_every_time(corpus, tmp_path, ca
   assert 'vocab_size' not in capsys.readouterr().err
 
 
+def test_every_long_pass_says_how_far_it_is(corpus, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr('moe_jax.data.progress._INTERVAL_SECONDS', 0.0)
+  open_text(corpus, tmp_path, tokenizer='bpe', vocab_size=600)
+  said = capsys.readouterr().err
+  for step in ('dividing into splits', 'storing train', 'counting words', 'encoding train'):
+    assert f'{step}: 1 documents, ' in said
+
+
 def test_one_token_documents_are_short_for_bpe(corpus, tmp_path):
   for i in range(12):
     (corpus / 'notes' / f'word{i}.txt').write_text('antidis ' * 50 + str(i))
