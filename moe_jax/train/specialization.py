@@ -13,8 +13,9 @@ out again among the tokens, each token keeping its set of experts. It is compute
 
 The permutation deals with tokens as if they were independent. Those of a document are not, so
 between domains of few documents something above 0 remains that is due to the documents, not to
-their domains. Compare arms on the same split, and with a router that cannot know the domain
-(`hash`, or an untrained one), before calling a small number specialisation.
+their domains. And domains differ in their words: `hash`, which knows nothing but the token id, has
+information about the domain, too. Compare arms on the same split, with an untrained router or
+`hash` among them, before calling a small number specialisation.
 """
 
 import math
