@@ -253,21 +253,21 @@ def _print_load(result: dict[str, Any]) -> None:
 def _print_specialization(result: dict[str, Any]) -> None:
   """Prints what `moe_jax.train.specialization` measured, as far as it could."""
   columns = {
-    'expert_domain_mi': 'bits with domain',
-    'expert_token_mi': 'bits with token id',
-    'domain_load_overlap': 'overlap of domains',
+    'expert_domain_mi': 'bits: domain',
+    'expert_token_mi': 'bits: token id',
+    'domain_load_overlap': 'domain overlap',
     'coactivation': 'top partner',
     'expert_similarity': 'similarity',
   }
-  print('specialisation, per layer; in brackets by chance, already taken off the bits:')
-  print('  layer  ' + ''.join(f'{title:>20}' for title in columns.values()))
+  print('specialisation, per layer; by chance in brackets, already subtracted from bits:')
+  print('  layer  ' + ''.join(f'{title:>16}' for title in columns.values()))
   for layer in range(len(result['router/load'])):
     cells = []
     for name in columns:
       values = [result.get(f'router/{name}{ending}') for ending in ('', '_baseline')]
       shown = [f'{value[layer]:.3f}' for value in values if value is not None]
       cells.append(f'{shown[0]} ({shown[1]})' if len(shown) == 2 else ''.join(shown) or '-')
-    print(f'  {layer:<7}' + ''.join(f'{cell:>20}' for cell in cells))
+    print(f'  {layer:<7}' + ''.join(f'{cell:>16}' for cell in cells))
   if 'router/coactivation' not in result:
     print('  every token goes to every expert: there is no choice to measure')
 

@@ -12,7 +12,7 @@ import pytest
 from moe_jax import data
 from moe_jax.errors import UserError
 from moe_jax.models.build import build_model
-from moe_jax.models.decoder import forward
+from moe_jax.models.decoder import forward, init_router_state
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.train import evaluate, opening, routing_counts
 from moe_jax.train.expert_similarity import expert_similarity
@@ -165,6 +165,26 @@ def test_experts_that_are_equal_have_similarity_1():
   params = {'layers': {'block_0': {'moe': same}}}
   found = expert_similarity(model, params)['router/expert_similarity']
   np.testing.assert_allclose(found, 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize('router', ['remoe', 'dense'])
+def test_routers_without_k_choices_of_each_token(dataset, router):
+  """ReMoE asks for any number of experts; where all are taken there is no choice to measure."""
+  overrides = {'mesh.data': 1, 'mesh.expert': 1, 'moe.router': router, 'model.num_layers': 1}
+  if router == 'dense':
+    overrides |= {'moe.num_selected_experts': 8, 'moe.renormalize': 'none'}
+  model = build_model(tiny.config(overrides), make_mesh(1, 1), tiny.VOCAB_SIZE, 'eval')
+  sizes = {'sequence_length': LENGTH, 'batch_size': BATCH}
+  state = init_router_state(model.options)
+  with jax.set_mesh(model.mesh):
+    params = jax.jit(lambda: init_params(model, jnp.int32(0)))()
+    step = evaluate.make_eval_step(model)
+    found = evaluate.evaluate(step, model, params, state, dataset, split='test', **sizes)
+  measured = {name for name in MEASURES if f'router/{name}' in found}
+  assert measured == ({*MEASURES} if router == 'remoe' else {'expert_similarity'})
+  if router == 'remoe':
+    # New routers: half of the experts, by the token's embedding alone.
+    assert found['router/expert_token_mi'][0] > 10 * found['router/expert_token_mi_baseline'][0]
 
 
 def test_matrices_are_left_out_unless_wanted(dataset, result):
