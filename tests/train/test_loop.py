@@ -153,6 +153,10 @@ def test_metrics_have_each_step_once(whole):
   for record in records:
     assert np.shape(record['router/load']) == (2, 8)
     np.testing.assert_allclose(np.sum(record['router/load'], -1), 1)
+  for record in records:
+    # Specialisation is measured in evaluations; of tables there is none in metrics.
+    assert ('router/expert_token_mi' in record) == (record['split'] == 'valid')
+    assert 'router/coactivation_matrix' not in record
 
 
 def test_a_finished_run_says_so_and_changes_nothing(whole, capsys):
