@@ -10,8 +10,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from moe_jax.errors import UserError
+from moe_jax.parallel import watch
 
 _VARIABLES = ('MOE_JAX_COORDINATOR', 'MOE_JAX_NUM_PROCESSES', 'MOE_JAX_PROCESS_ID')
+# JAX's own watch ends a process with a long trace; ours, which says more, shall come first.
+_HEARTBEAT_SECONDS = 600
 # What `srun` sets and JAX needs; `sbatch` and `salloc` alone set but some of them.
 _SLURM = (
   'SLURM_JOB_ID',
@@ -27,7 +30,8 @@ def join_processes() -> None:
 
   `MOE_JAX_COORDINATOR=host:port`, `MOE_JAX_NUM_PROCESSES=n` and `MOE_JAX_PROCESS_ID=i` name the
   place of this process. `MOE_JAX_COORDINATOR=auto` lets JAX read the cluster's environment (Slurm,
-  Open MPI, TPU pods, GKE).
+  Open MPI, TPU pods, GKE). A process that then does not answer for `MOE_JAX_PEER_TIMEOUT` seconds
+  (60) ends the others with exit code 75, see `watch`.
 
   Raises:
     UserError: if only some of the variables are set, one is not a number in range, the coordinator
@@ -39,9 +43,17 @@ def join_processes() -> None:
       if name in os.environ:
         raise UserError(_VARIABLES[0], None, f'must be set, as {name} is')
     return
+  timeout = watch.timeout_seconds()
   if coordinator == 'auto':
     _join_by_environment()
-    return
+  else:
+    _join_by_name(coordinator)
+  if jax.process_count() > 1:
+    watch.start(timeout)
+
+
+def _join_by_name(coordinator: str) -> None:
+  """Joins as the three variables say."""
   _check_address(coordinator)
   count, index = (_number(name) for name in _VARIABLES[1:])
   if not count:
@@ -49,7 +61,9 @@ def join_processes() -> None:
   if index >= count:
     raise UserError(_VARIABLES[2], index, f'must be in 0..{count - 1}')
   try:
-    jax.distributed.initialize(coordinator, count, index)
+    jax.distributed.initialize(
+      coordinator, count, index, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS
+    )
   except RuntimeError as error:
     raise UserError(_VARIABLES[0], coordinator, f'cannot be used: {error}') from error
 
@@ -61,7 +75,7 @@ def _join_by_environment() -> None:
     UserError: if there is no scheduler's environment, or it is not whole.
   """
   try:
-    jax.distributed.initialize()
+    jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
   # A scheduler that JAX doesn't find, or whose variables it can't read.
   except (ValueError, TypeError, LookupError, RuntimeError) as error:
     missing = [name for name in _SLURM if not os.environ.get(name)]

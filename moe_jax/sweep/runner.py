@@ -190,7 +190,7 @@ def _train_pack(unit: list[Trial], workdir: str, progress: '_Progress') -> None:
   progress.begin(*unit)
   members = [packed.Member(trial.config, str(trial.folder(workdir))) for trial in unit]
   try:
-    done = packed.train_packed(members, pack_dir, Listener(note, progress.at))
+    done = packed.train_packed(members, pack_dir, Listener(note, progress.at, progress.show_phase))
   except Exception as error:
     _stop_if_full(error, workdir)
     # What is wrong with a member alone shows when it runs alone, which it does next.
@@ -245,7 +245,8 @@ def _run_one(
     status, reason = DIVERGED, _cause_of_divergence(trial, workdir)
     if not reason:
       watch = Stopwatch()
-      done = train(trial.config, folder, Listener(note, watch.counting(progress.at)))
+      listener = Listener(note, watch.counting(progress.at), progress.show_phase)
+      done = train(trial.config, folder, listener)
       if not done.finished:
         raise Interrupted(done.interrupted_by or 0)
       seconds = {'training': watch.seconds()}
@@ -346,8 +347,16 @@ class _Progress:
   def begin(self, *trials: Trial) -> None:
     """Shows the trials that run now."""
     self._trials = trials
-    first = f' {trials[0].arm}, seed {trials[0].seed}'
-    self._bar.set_postfix_str(f'{first} and {len(trials) - 1} more' if trials[1:] else first)
+    self.show_phase('')
+
+  def show_phase(self, phase: str) -> None:
+    """Shows what the trials that run now are doing."""
+    first, *more = self._trials
+    others = f' and {len(more)} more' if more else ''
+    doing = f': {phase}' if phase else ''
+    text = f' {first.arm}, seed {first.seed}{others}{doing}'
+    # Away from a terminal each refresh is a line.
+    self._bar.set_postfix_str(text, refresh=not phase or sys.stderr.isatty())
 
   def at(self, step: int) -> None:
     """Shows a step of the trials that run."""

@@ -7,7 +7,7 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -27,10 +27,11 @@ from moe_jax.train.checkpoint import Checkpoints
 from moe_jax.train.knobs import knob_fields, knobs_of
 from moe_jax.train.profile import FLAG as TRACE_FLAG
 from moe_jax.train.profile import TracedSteps
-from moe_jax.train.progress import ProgressBar
+from moe_jax.train.progress import ProgressBar, print_line
 from moe_jax.train.signals import Signals
 from moe_jax.train.state import TrainState, abstract_state, init_state, with_token_counts
 from moe_jax.train.step import Batch, StepMetrics, make_train_step, put_batch
+from moe_jax.train.timing import TRAINING, Throughput, Timer
 
 _MANY_PASSES = 50
 
@@ -77,10 +78,12 @@ class Listener(NamedTuple):
   Attributes:
     say: takes what would be printed, a line at a time.
     on_step: takes the number of each step that was done.
+    on_phase: takes each phase of `timing.PHASES` when it begins.
   """
 
   say: Callable[[str], None]
   on_step: Callable[[int], None]
+  on_phase: Callable[[str], None] = lambda phase: None
 
 
 class _Run(NamedTuple):
@@ -94,6 +97,7 @@ class _Run(NamedTuple):
   say: Callable[[str], None]
   listener: Listener | None
   profile: str | None
+  timer: Timer
 
 
 def accumulation_scope(config: ml_collections.ConfigDict) -> str:
@@ -111,14 +115,20 @@ def train(
   workdir: str,
   listener: Listener | None = None,
   profile: str | None = None,
+  *,
+  clock: Callable[[], float] = time.perf_counter,
 ) -> Outcome:
   """Trains a config in a directory, from its newest good checkpoint if there is one.
+
+  A run that goes on may do so on another mesh: it starts from the same bits, and only the order of
+  sums over devices is another from there on.
 
   Args:
     config: validated.
     workdir: new, empty, or of the same run.
     listener: told what would be shown on the terminal.
     profile: directory for a trace of a few steps and a table of the time by part; None for none.
+    clock: that times the run, in seconds.
 
   Raises:
     UserError: for whatever the user can mend; nothing was changed then.
@@ -126,6 +136,7 @@ def train(
   """
   if profile is not None:
     profiling.check_directory(TRACE_FLAG, profile)
+  timer = Timer(listener.on_phase if listener else lambda phase: None, clock)
   mesh = opening.mesh_of(config)
   first = jax.process_index() == 0
 
@@ -133,7 +144,7 @@ def train(
     if first and listener:
       listener.say(line)
     elif first:
-      print(line, flush=True)
+      print_line(line)
 
   try:
     with contextlib.ExitStack() as stack:
@@ -151,7 +162,7 @@ def train(
         opening.check_splits(config, dataset)
       microbatch = config.data.batch_size // config.train.accumulation_steps
       model = build_model(config, mesh, dataset.tokenizer.vocab_size, 'train', microbatch)
-      run = _Run(config, workdir, mesh, dataset, model, say, listener, profile)
+      run = _Run(config, workdir, mesh, dataset, model, say, listener, profile, timer)
       if old and old['status'] == 'finished':
         if first:
           opening.keep_tokenizer(run.workdir, run.dataset.tokenizer)
@@ -207,10 +218,11 @@ def _train(run: _Run, old: dict[str, Any] | None) -> Outcome:
   if old:
     facts['resumed_from'] = [*old.get('resumed_from', []), _provenance(old)]
   _announce(run, facts)
+  run.say('preparing model and state')
   with jax.set_mesh(run.mesh):
     optimizer = optim.make_optimizer(config.optim, config.train.num_steps)
     checkpoints = Checkpoints(run.workdir, config.train.keep_checkpoints)
-    state, step, position = _start(run, optimizer, checkpoints)
+    state, step, position = _start(run, optimizer, checkpoints, old)
     facts |= {'step': step, 'logging': manifest.paces_from(old, config, step)}
     if first:
       if old and step:
@@ -241,11 +253,13 @@ def _train(run: _Run, old: dict[str, Any] | None) -> Outcome:
         if first:
           manifest.write(run.workdir, facts | error.facts)
         raise
-      checkpoints.wait()
+      with run.timer.phase('saving'):
+        checkpoints.wait()
   facts |= {
     'step': outcome.step,
     'status': 'finished' if outcome.finished else 'interrupted',
     'compilations': train_step._cache_size() - compiled_before,
+    'seconds': {phase: round(value, 3) for phase, value in run.timer.seconds().items()},
   }
   if first:
     manifest.write(run.workdir, facts)
@@ -295,7 +309,13 @@ def step_of(program: str, mesh: Mesh, vocab_size: int, packed: bool = False) -> 
 
 
 def _provenance(old: dict[str, Any]) -> dict[str, Any]:
-  return {key: old.get(key) for key in ('step', 'git_commit', 'git_dirty', 'mesh', 'devices')}
+  keys = ('step', 'git_commit', 'git_dirty', 'mesh', 'devices', 'seconds')
+  return {key: old.get(key) for key in keys}
+
+
+def named(mesh: dict[str, int]) -> str:
+  """Returns 'data=2, expert=4'."""
+  return ', '.join(f'{axis}={size}' for axis, size in mesh.items())
 
 
 def _announce(run: _Run, facts: dict[str, Any]) -> None:
@@ -306,9 +326,8 @@ def _announce(run: _Run, facts: dict[str, Any]) -> None:
   passes = run.config.train.num_steps * data.batch_size / rows
   run.say(
     f'{counts["total"]:,} parameters, {counts["active"]:,} active; '
-    f'mesh data={run.mesh.shape["data"]}, expert={run.mesh.shape["expert"]} on '
-    f'{facts["devices"]["kind"]}; {run.dataset.num_tokens("train"):,} training tokens, '
-    f'{passes:.3g} passes over them'
+    f'mesh {named(dict(run.mesh.shape))} on {facts["devices"]["kind"]}; '
+    f'{run.dataset.num_tokens("train"):,} training tokens, {passes:.3g} passes over them'
   )
   if passes > _MANY_PASSES:
     run.say(
@@ -336,7 +355,7 @@ def _announce(run: _Run, facts: dict[str, Any]) -> None:
     run.say('note: uncommitted changes; the manifest says so')
 
 
-def _start(run: _Run, optimizer, checkpoints: Checkpoints):
+def _start(run: _Run, optimizer, checkpoints: Checkpoints, old: dict[str, Any] | None):
   """Returns (state, step, data position): restored, or new."""
   restored = (
     checkpoints.restore(abstract_state(run.model, optimizer)) if checkpoints.steps() else None
@@ -347,7 +366,9 @@ def _start(run: _Run, optimizer, checkpoints: Checkpoints):
     state = init_state(run.model, optimizer, run.config.train.seed)
     return with_token_counts(state, run.model, lambda: run.dataset.token_counts('train')), 0, None
   step, state, position = restored
-  run.say(f'resuming at step {step}')
+  before, now = (old or {}).get('mesh'), dict(run.mesh.shape)
+  changed = f' on mesh {named(now)}, before on {named(before)}' if before not in (None, now) else ''
+  run.say(f'resuming at step {step}{changed}')
   return state, step, position
 
 
@@ -355,35 +376,46 @@ def _steps(run, train_step, state, batches, checkpoints, writer, step: int) -> O
   """Runs the remaining steps. Metrics of a step are fetched while the next one runs."""
   config = run.config
   knobs = knobs_of(config)
-  evaluator = _Evaluator(run)
+  evaluator = _Evaluator(run, writer)
   pending = None
+  run.timer.enter(TRAINING)
   if _evaluates_at(config, step):
     # The interruption came between this step's checkpoint and its evaluation, or may have.
-    writer.write(step, 'valid', evaluator(state))
-  bar = ProgressBar(config.train.num_steps, step, shown=run.listener is None)
+    evaluator(step, state)
   compiled_before = train_step._cache_size()
-  with Signals() as signals, contextlib.closing(bar), contextlib.ExitStack() as stack:
+  with Signals() as signals, contextlib.ExitStack() as stack:
+    bar = ProgressBar(config.train.num_steps, step, shown=run.listener is None)
+    stack.enter_context(contextlib.closing(bar))
+    if not run.listener:
+      run.timer.on_phase = bar.show_phase
+    report = _Reporter(run, writer, bar)
     do_step = train_step
     if run.profile is not None and jax.process_index() == 0:
-      do_step = TracedSteps(train_step, run.profile, config.train.num_steps - step, run.say)
+      remaining = config.train.num_steps - step
+      do_step = TracedSteps(train_step, run.profile, remaining, run.say, run.timer)
       stack.enter_context(contextlib.closing(do_step))
     while step < config.train.num_steps:
       batch, waited = next_batch(batches, run.model, pending and pending[1].grad_norm)
-      state, step_metrics = do_step(state, batch, knobs)
+      with compiling(train_step, run.timer, run.say):
+        state, step_metrics = do_step(state, batch, knobs)
       step += 1
       if run.listener:
         run.listener.on_step(step)
       if pending is not None:
-        _report(run, writer, bar, *pending)
+        report(*pending)
       pending = (step, step_metrics, waited)
       stop = signals.should_stop(step, config.train.log_every)
-      last = step == config.train.num_steps or stop
-      if last or step % config.train.checkpoint_every == 0:
-        _report(run, writer, bar, *pending)
+      saves = step == config.train.num_steps or stop or step % config.train.checkpoint_every == 0
+      evaluates = _evaluates_at(config, step) and not stop
+      if saves or evaluates:
+        # Waits for the step: its time is training, not that of what follows.
+        report(*pending)
         pending = None
-        checkpoints.save(step, state, batches.get_state(), config.to_dict())
-      if _evaluates_at(config, step) and not stop:
-        writer.write(step, 'valid', evaluator(state))
+      if saves:
+        with saving(step, run.timer, run.say):
+          checkpoints.save(step, state, batches.get_state(), config.to_dict())
+      if evaluates:
+        evaluator(step, state)
       if stop:
         break
   if train_step._cache_size() - compiled_before > 1:
@@ -392,6 +424,30 @@ def _steps(run, train_step, state, batches, checkpoints, writer, step: int) -> O
   if not finished:
     run.say(f'interrupted: saving step {step}')
   return Outcome(step, finished, None if finished else signals.received)
+
+
+@contextlib.contextmanager
+def compiling(train_step: Any, timer: Timer, say: Callable[[str], None]) -> Iterator[None]:
+  """Says and times that the call within compiles, where nothing is compiled yet.
+
+  Devices work on the step after the call has returned, so its own time is not counted.
+  """
+  if train_step._cache_size():
+    yield
+    return
+  say('compiling the training step')
+  before = timer.seconds()['compiling']
+  with timer.phase('compiling'):
+    yield
+  say(f'compiled in {timer.seconds()["compiling"] - before:.1f} s; training')
+
+
+@contextlib.contextmanager
+def saving(step: int, timer: Timer, say: Callable[[str], None]) -> Iterator[None]:
+  """Says and times that a checkpoint is begun within."""
+  say(f'step {step}: saving')
+  with timer.phase('saving'):
+    yield
 
 
 def next_batch(batches, model: Decoder, running: Any) -> tuple[Batch, float]:
@@ -417,19 +473,29 @@ def _evaluates_at(config: ml_collections.ConfigDict, step: int) -> bool:
   return bool(config.train.eval_every and step and step % config.train.eval_every == 0)
 
 
-def _report(run, writer, bar, step: int, step_metrics, waited: float) -> None:
-  """Writes and shows one step's metrics.
+class _Reporter:
+  """Writes and shows the metrics of steps, in their order."""
 
-  Raises:
-    DivergedError: if the loss is not finite. No checkpoint is made of such a state.
-  """
-  record = metrics.step_metrics(step_metrics, run.mesh.shape['expert'])
-  culprit = not_finite(step_metrics, record)
-  if culprit:
-    raise DivergedError(step, *culprit)
-  rate = bar.update(step, record)
-  if step % run.config.train.log_every == 0 or step == run.config.train.num_steps:
-    writer.write(step, 'train', record | {'tokens_per_second': rate, 'data_wait': waited})
+  def __init__(self, run: _Run, writer: metrics.MetricsWriter, bar: ProgressBar):
+    self._run, self._writer, self._bar = run, writer, bar
+    self._throughput = Throughput(run.timer)
+
+  def __call__(self, step: int, step_metrics: StepMetrics, waited: float) -> None:
+    """Waits for a step to end and reports it.
+
+    Raises:
+      DivergedError: if the loss is not finite. No checkpoint is made of such a state.
+    """
+    run = self._run
+    record = metrics.step_metrics(step_metrics, run.mesh.shape['expert'])
+    culprit = not_finite(step_metrics, record)
+    if culprit:
+      raise DivergedError(step, *culprit)
+    self._bar.update(step, record, self._throughput.add(record['tokens']))
+    if step % run.config.train.log_every == 0 or step == run.config.train.num_steps:
+      record |= {'tokens_per_second': self._throughput.line(), 'data_wait': waited}
+      record |= run.timer.take('preparing', 'compiling', 'tracing', 'saving')
+      self._writer.write(step, 'train', record)
 
 
 def not_finite(step_metrics: StepMetrics, record: dict[str, Any]) -> tuple[str, float] | None:
@@ -445,12 +511,23 @@ def not_finite(step_metrics: StepMetrics, record: dict[str, Any]) -> tuple[str, 
 class _Evaluator:
   """Evaluates on the validation split, with one compiled step for the whole run."""
 
-  def __init__(self, run: _Run):
-    self._run = run
+  def __init__(self, run: _Run, writer: metrics.MetricsWriter):
+    self._run, self._writer = run, writer
     self._step: Any = None
     self._model: Any = None
 
-  def __call__(self, state: TrainState) -> dict[str, Any]:
+  def __call__(self, step: int, state: TrainState) -> None:
+    """Evaluates, writes and says what came out."""
+    run = self._run
+    run.say(f'step {step}: evaluating')
+    with run.timer.phase('evaluating'):
+      result = self._evaluate(state)
+    seconds = run.timer.take('evaluating')
+    self._writer.write(step, 'valid', result | seconds)
+    took = seconds.get('seconds_evaluating', 0)
+    run.say(f'step {step}: validation loss {result["loss"]:.4f}, evaluated in {took:.1f} s')
+
+  def _evaluate(self, state: TrainState) -> dict[str, Any]:
     run, config = self._run, self._run.config
     if self._step is None:
       vocab_size = run.dataset.tokenizer.vocab_size

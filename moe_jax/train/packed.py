@@ -34,6 +34,7 @@ from moe_jax.train.state import (
   with_token_counts,
 )
 from moe_jax.train.step import BATCH_FIELDS, StepMetrics, packed_shardings
+from moe_jax.train.timing import TRAINING, Timer
 
 
 class Member(NamedTuple):
@@ -70,15 +71,17 @@ def train_packed(
   _check(members)
   first = members[0].config
   mesh = opening.mesh_of(first)
+  timer = Timer(listener.on_phase)
   with contextlib.ExitStack() as stack:
     for member in members:
       stack.enter_context(manifest.claimed(member.workdir))
     dataset = opening.dataset_of(first)
     opening.check_splits(first, dataset)
     stack.enter_context(jax.set_mesh(mesh))
+    listener.say(f'preparing model and state of {len(members)} runs')
     pack = _Pack(members, pathlib.Path(pack_dir), mesh, dataset)
     stack.callback(pack.close)
-    outcome = pack.run(listener)
+    outcome = pack.run(listener, timer)
     if outcome.interrupted_by is None:
       pack.finish()
   return outcome
@@ -159,7 +162,7 @@ class _Pack:
     )
     return stack(*states)
 
-  def run(self, listener: loop.Listener) -> PackOutcome:
+  def run(self, listener: loop.Listener, timer: Timer) -> PackOutcome:
     """Does the remaining steps."""
     config = self._config
     with contextlib.ExitStack() as stack:
@@ -173,10 +176,11 @@ class _Pack:
       signals = stack.enter_context(Signals())
       pending = None
       stop = False
+      timer.enter(TRAINING)
       while self._step < config.train.num_steps and not stop:
-        self._state, step_metrics = self._step_function(
-          self._state, self._next_batch(), self._knobs
-        )
+        batch = self._next_batch()
+        with loop.compiling(self._step_function, timer, listener.say):
+          self._state, step_metrics = self._step_function(self._state, batch, self._knobs)
         self._step += 1
         listener.on_step(self._step)
         if pending is not None:
@@ -187,7 +191,8 @@ class _Pack:
         if last or self._step % config.train.checkpoint_every == 0:
           self._report(writers, *pending)
           pending = None
-          self._save()
+          with loop.saving(self._step, timer, listener.say):
+            self._save()
       self._checkpoints.wait()
     stopped = self._step < config.train.num_steps
     for member, facts, why in zip(self._members, self._facts, self._diverged, strict=True):

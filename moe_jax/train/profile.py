@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from moe_jax import profiling
+from moe_jax.train.timing import Timer
 
 FLAG = '--profile'
 # Steps that are left out first: the one that compiles, and one more. Then those that are traced.
@@ -16,8 +17,16 @@ _SKIPPED, _TRACED = 2, 3
 class TracedSteps:
   """Does the steps of a run, and traces a few of the first ones."""
 
-  def __init__(self, train_step: Any, directory: str, num_steps: int, say: Callable[[str], None]):
+  def __init__(
+    self,
+    train_step: Any,
+    directory: str,
+    num_steps: int,
+    say: Callable[[str], None],
+    timer: Timer,
+  ):
     """Takes the compiled step, and the number of steps to come."""
+    self._timer = timer
     self._train_step, self._directory, self._say = train_step, directory, say
     self._first = min(_SKIPPED, num_steps - 1)
     self._last = min(self._first + _TRACED, num_steps) - 1
@@ -31,16 +40,18 @@ class TracedSteps:
     if not self._first <= number <= self._last:
       return self._train_step(state, batch, knobs)
     if number == self._first:
-      # Compiled apart: the names of operations are those of this very program.
-      self._program = self._train_step.lower(state, batch, knobs).compile()
       jax.block_until_ready((state, batch))
-      self._trace.enter_context(profiling.traced(FLAG, self._directory))
+      with self._timer.phase('tracing'):
+        # Compiled apart: the names of operations are those of this very program.
+        self._program = self._train_step.lower(state, batch, knobs).compile()
+        self._trace.enter_context(profiling.traced(FLAG, self._directory))
     result = self._program(state, batch, knobs)
     if number == self._last:
       jax.block_until_ready(result)
-      self._trace.close()
-      traced = self._last - self._first + 1
-      table = profiling.write_table(self._directory, self._program.as_text(), traced)
+      with self._timer.phase('tracing'):
+        self._trace.close()
+        traced = self._last - self._first + 1
+        table = profiling.write_table(self._directory, self._program.as_text(), traced)
       self._say(f'{traced} steps traced in {self._directory}\n{table}')
     return result
 

@@ -1,43 +1,51 @@
-"""The progress bar of a training run."""
+"""What a run shows while it runs: lines, and a bar with the numbers of the last step."""
 
 import sys
-import time
 from typing import Any
 
 import jax
 import tqdm
 
+from moe_jax.train.timing import TRAINING
+
+
+def print_line(line: str) -> None:
+  """Prints a line on stdout at once, above the bar if there is one on the terminal."""
+  if sys.stderr.isatty():
+    tqdm.tqdm.write(line)
+    sys.stdout.flush()
+  else:
+    print(line, flush=True)
+
 
 class ProgressBar:
-  """The progress bar: loss, tokens per second, drop share, time left."""
+  """The progress bar: phase, loss, tokens per second, drop share, time left."""
 
   def __init__(self, num_steps: int, step: int, shown: bool = True):
     """Shows `step` of `num_steps` as done; only the first process shows anything."""
-    terminal = sys.stderr.isatty()
+    self._terminal = sys.stderr.isatty()
     self._bar = tqdm.tqdm(
       total=num_steps,
       initial=step,
       unit='step',
       disable=not shown or jax.process_index() != 0,
-      mininterval=0.2 if terminal else 10.0,
+      mininterval=0.2 if self._terminal else 10.0,
       dynamic_ncols=True,
     )
-    self._last: tuple[int, float] = (step, time.perf_counter())
-    self._rate = 0.0
 
-  def update(self, step: int, record: dict[str, Any]) -> float:
-    """Shows a step and returns tokens per second, smoothed."""
-    before, then = self._last
-    now = time.perf_counter()
-    rate = record['tokens'] * (step - before) / max(now - then, 1e-9)
-    self._rate = rate if not self._rate else 0.9 * self._rate + 0.1 * rate
-    self._last = (step, now)
-    shown = {'loss': f'{record["loss"]:.3f}', 'tok/s': f'{self._rate:,.0f}'}
+  def show_phase(self, phase: str) -> None:
+    """Shows what the run is doing; the time left is judged by training alone."""
+    self._bar.set_description_str('' if phase == TRAINING else phase, refresh=self._terminal)
+    if phase == TRAINING:
+      self._bar.unpause()
+
+  def update(self, step: int, record: dict[str, Any], rate: float) -> None:
+    """Shows a step that has ended, and tokens per second."""
+    shown = {'loss': f'{record["loss"]:.3f}', 'tok/s': f'{rate:,.0f}'}
     if 'router/drop_share' in record:
       shown['drop'] = f'{record["router/drop_share"]:.1%}'
     self._bar.set_postfix(shown, refresh=False)
     self._bar.update(step - self._bar.n)
-    return self._rate
 
   def close(self) -> None:
     """Leaves the bar as it is and ends its line."""

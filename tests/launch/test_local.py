@@ -120,6 +120,22 @@ def test_a_signal_to_one_or_to_all_saves_and_a_killed_process_ends_the_run(text,
 
 
 @pytest.mark.slow
+def test_a_stopped_process_is_named_in_one_line(text, tmp_path):
+  path, workdir = tiny.config_file(tmp_path, {**text, **ENDLESS}), tmp_path / 'two'
+  process = start(f'--config={path}', f'--workdir={workdir}', MOE_JAX_PEER_TIMEOUT='20')
+  wait_for_a_step(process, workdir)
+  os.kill(children(process)[1], signal.SIGSTOP)
+  result = tiny.finish(process)
+  assert result.code == 75, result.err
+  errors = [line for line in result.err.splitlines() if line.startswith('error: ')]
+  assert len(errors) == 1 and 'process 1 of 2 does not answer for 20 s' in errors[0]
+  assert 'Traceback' not in result.err and 'Fatal' not in result.err
+  # Nothing is left running or locked.
+  with manifest.claimed(str(workdir)):
+    pass
+
+
+@pytest.mark.slow
 def test_an_error_of_one_process_ends_all_with_its_line(text, tmp_path):
   # Only process 0 claims the directory: process 1 would wait for it for ever.
   path = tiny.config_file(tmp_path, {**text, **SETTINGS})

@@ -5,7 +5,7 @@ import pytest
 from jax._src import xla_bridge
 
 from moe_jax import errors
-from moe_jax.parallel import distributed
+from moe_jax.parallel import distributed, watch
 
 COORDINATOR, COUNT, INDEX = (
   'MOE_JAX_COORDINATOR',
@@ -26,7 +26,7 @@ SLURM = {
 def calls(monkeypatch):
   """Returns the arguments of every call of jax.distributed.initialize."""
   made = []
-  monkeypatch.setattr(jax.distributed, 'initialize', lambda *arguments: made.append(arguments))
+  monkeypatch.setattr(jax.distributed, 'initialize', lambda *words, **more: made.append(words))
   for name in (COORDINATOR, COUNT, INDEX, *SLURM):
     monkeypatch.delenv(name, raising=False)
   return made
@@ -63,6 +63,8 @@ def test_joins(environment, expected, calls, monkeypatch):
     ({COORDINATOR: HERE, COUNT: '2', INDEX: '²'}, INDEX),
     ({COORDINATOR: HERE, COUNT: '2', INDEX: '9' * 5000}, INDEX),
     ({COORDINATOR: HERE, COUNT: '2', INDEX: ''}, INDEX),
+    ({COORDINATOR: HERE, COUNT: '1', INDEX: '0', watch.TIMEOUT: '9'}, f'{watch.TIMEOUT}=.9.'),
+    ({COORDINATOR: 'auto', watch.TIMEOUT: 'long'}, f'{watch.TIMEOUT}=.long.'),
     ({COORDINATOR: 'localhost', COUNT: '2', INDEX: '0'}, f'{COORDINATOR}=.localhost.: .*host:port'),
     ({COORDINATOR: '', COUNT: '2', INDEX: '0'}, 'host:port'),
     ({COORDINATOR: ':1', COUNT: '2', INDEX: '0'}, 'host:port'),
@@ -105,7 +107,7 @@ NO_CLUSTER = ValueError('coordinator_address should be defined.')
 def test_what_jax_refuses_is_one_line(environment, error, words, calls, monkeypatch):
   """No scheduler, half of one, one whose variables it can't read, a port that is in use."""
 
-  def refuse(*arguments):
+  def refuse(*arguments, **more):
     raise error
 
   for name, value in environment.items():
@@ -124,3 +126,38 @@ def test_jax_itself_finds_no_cluster_here(monkeypatch):
   monkeypatch.setattr(xla_bridge, 'backends_are_initialized', lambda: False)
   with pytest.raises(errors.UserError, match='Slurm did not set SLURM_STEP_NODELIST'):
     distributed.join_processes()
+
+
+def test_the_silent_process_is_the_one_that_is_named():
+  """Three processes, seen by process 1; each says a new number every 10 s, the limit is 60."""
+  seen = watch.Watch(1, 3, 60, 0)
+  for now in range(10, 100, 10):
+    assert seen.look({0: str(now), 1: str(now), 2: str(now)}, now) == []
+  # Process 2 says nothing new after 90.
+  for now in range(100, 160, 10):
+    assert seen.look({0: str(now), 1: str(now), 2: '90'}, now) == []
+  assert seen.look({0: '160', 1: '160', 2: '90'}, 160) == [2]
+  # The store is with process 0; without it nobody else is to blame.
+  seen = watch.Watch(1, 3, 60, 0)
+  for now in range(10, 70, 10):
+    assert seen.look(None, now) == []
+  assert seen.look(None, 70) == [0]
+  # Process 0 sees 1 and 2 stop together; one that never said anything counts from the start.
+  seen = watch.Watch(0, 3, 60, 0)
+  assert [seen.look({0: str(now)}, now) for now in range(10, 80, 10)] == [[]] * 6 + [[1, 2]]
+
+
+def test_who_was_stopped_itself_accuses_nobody():
+  seen = watch.Watch(0, 2, 60, 0)
+  assert seen.look({1: '1'}, 10) == []
+  # Stopped for an hour, in which the other one went on, or not.
+  assert seen.look({1: '1'}, 3610) == []
+  assert seen.look({1: '2'}, 3620) == []
+
+
+def test_giving_up_is_one_line(capsys):
+  codes = []
+  watch.give_up([1], 2, 60, codes.append)
+  assert codes == [watch.LOST_EXIT_CODE]
+  error = capsys.readouterr().err.strip()
+  assert error.startswith('error: process 1 of 2 does not answer for 60 s') and '\n' not in error
