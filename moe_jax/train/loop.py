@@ -480,7 +480,7 @@ class _Reporter:
     self._run, self._writer, self._bar = run, writer, bar
     self._throughput = Throughput(run.timer)
 
-  def __call__(self, step: int, step_metrics: StepMetrics, waited: float) -> None:
+  def __call__(self, step: int, step_metrics: Any, waited: float) -> None:
     """Waits for a step to end and reports it.
 
     Raises:

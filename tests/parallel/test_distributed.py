@@ -130,34 +130,34 @@ def test_jax_itself_finds_no_cluster_here(monkeypatch):
 
 def test_the_silent_process_is_the_one_that_is_named():
   """Three processes, seen by process 1; each says a new number every 10 s, the limit is 60."""
-  seen = watch.Watch(1, 3, 60, 0)
-  for now in range(10, 100, 10):
+  seen = watch.Watch(1, 3, 60.0, 0.0)
+  for now in map(float, range(10, 100, 10)):
     assert seen.look({0: str(now), 1: str(now), 2: str(now)}, now) == []
   # Process 2 says nothing new after 90.
-  for now in range(100, 160, 10):
-    assert seen.look({0: str(now), 1: str(now), 2: '90'}, now) == []
-  assert seen.look({0: '160', 1: '160', 2: '90'}, 160) == [2]
+  for now in map(float, range(100, 160, 10)):
+    assert seen.look({0: str(now), 1: str(now), 2: '90.0'}, now) == []
+  assert seen.look({0: '160', 1: '160', 2: '90.0'}, 160.0) == [2]
   # The store is with process 0; without it nobody else is to blame.
-  seen = watch.Watch(1, 3, 60, 0)
-  for now in range(10, 70, 10):
+  seen = watch.Watch(1, 3, 60.0, 0.0)
+  for now in map(float, range(10, 70, 10)):
     assert seen.look(None, now) == []
-  assert seen.look(None, 70) == [0]
+  assert seen.look(None, 70.0) == [0]
   # Process 0 sees 1 and 2 stop together; one that never said anything counts from the start.
-  seen = watch.Watch(0, 3, 60, 0)
-  assert [seen.look({0: str(now)}, now) for now in range(10, 80, 10)] == [[]] * 6 + [[1, 2]]
+  seen = watch.Watch(0, 3, 60.0, 0.0)
+  assert [seen.look({0: str(now)}, float(now)) for now in range(10, 80, 10)] == [[]] * 6 + [[1, 2]]
 
 
 def test_who_was_stopped_itself_accuses_nobody():
-  seen = watch.Watch(0, 2, 60, 0)
-  assert seen.look({1: '1'}, 10) == []
+  seen = watch.Watch(0, 2, 60.0, 0.0)
+  assert seen.look({1: '1'}, 10.0) == []
   # Stopped for an hour, in which the other one went on, or not.
-  assert seen.look({1: '1'}, 3610) == []
-  assert seen.look({1: '2'}, 3620) == []
+  assert seen.look({1: '1'}, 3610.0) == []
+  assert seen.look({1: '2'}, 3620.0) == []
 
 
 def test_giving_up_is_one_line(capsys):
   codes = []
-  watch.give_up([1], 2, 60, codes.append)
+  watch.give_up([1], 2, 60.0, codes.append)
   assert codes == [watch.LOST_EXIT_CODE]
   error = capsys.readouterr().err.strip()
   assert error.startswith('error: process 1 of 2 does not answer for 60 s') and '\n' not in error

@@ -20,6 +20,7 @@ from moe_jax.train import loop, manifest, opening
 from moe_jax.train.checkpoint import Checkpoints
 from moe_jax.train.metrics import read_metrics
 from moe_jax.train.state import abstract_state
+from moe_jax.train.timing import PHASES
 from tests import tiny
 
 # Orbax leaves event loops to the garbage collector when it meets a damaged file.
@@ -36,7 +37,7 @@ LIVELY = {
   'train.eval_every': 3,
 }
 # Differ from run to run: they measure time.
-TIMES = ('tokens_per_second', 'data_wait')
+TIMES = ('tokens_per_second', 'data_wait', *(f'seconds_{phase}' for phase in PHASES))
 
 
 def state_of(workdir, config, mesh=None):
@@ -194,7 +195,8 @@ def test_resuming_on_another_mesh_starts_from_the_same_bits(whole, copy, capsys)
   other = config.copy_and_resolve_references()
   other.mesh.update(data=8, expert=1)
   assert loop.train(other, str(copy)).finished
-  assert 'resuming at step 3' in capsys.readouterr().out
+  out = capsys.readouterr().out
+  assert 'resuming at step 3 on mesh data=8, expert=1, before on data=2, expert=4' in out
   assert manifest.read(copy)['mesh'] == {'data': 8, 'expert': 1}
 
 
