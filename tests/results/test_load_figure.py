@@ -33,7 +33,7 @@ def run(tmp_path_factory):
   folder = tmp_path_factory.mktemp('runs') / 'four_experts'
   folder.mkdir()
   lines = [
-    {'step': step, 'split': 'train', 'router/load': load}
+    {'step': step, 'split': 'train', 'loss': 1.0, 'router/load': load}
     for step, load in zip((10, 20), TRAIN, strict=True)
   ]
   (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
