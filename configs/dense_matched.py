@@ -8,6 +8,7 @@ Each MoE layer becomes a dense layer whose hidden units are those of the experts
 """
 
 from configs import debug, lm_small, quickstart
+from moe_jax.errors import did_you_mean
 
 _ORIGINALS = {'quickstart': quickstart, 'debug': debug, 'lm_small': lm_small}
 
@@ -15,7 +16,8 @@ _ORIGINALS = {'quickstart': quickstart, 'debug': debug, 'lm_small': lm_small}
 def get_config(arg: str = 'quickstart'):
   """Returns the dense twin of the config that `arg` names."""
   if arg not in _ORIGINALS:
-    raise ValueError(f'dense_matched:{arg}: must be one of {", ".join(_ORIGINALS)}')
+    allowed = f'must be one of {", ".join(_ORIGINALS)}{did_you_mean(arg, _ORIGINALS)}'
+    raise ValueError(f'dense_matched:{arg}: {allowed}')
   config = _ORIGINALS[arg].get_config()
   moe = config.moe
   if moe.every != 1:

@@ -89,7 +89,7 @@ def checked(words: Sequence[str], defined: Mapping[str, flags.Flag]) -> list[str
     elif word.name.startswith(f'{CONFIG}.'):
       if CONFIG not in defined:
         raise UserError(f'--{word.name}', word.value, 'this command has no --config')
-      word = _checked_override(word)
+      _check_override(word)
       overrides.append(word)
     else:
       _check_flag(word, defined)
@@ -185,8 +185,8 @@ def _checked_file(value: str | None) -> str:
   return value
 
 
-def _checked_override(word: _Word) -> _Word:
-  """Returns an override of a field of the config; the field must exist and its value fit."""
+def _check_override(word: _Word) -> None:
+  """Checks an override of a field of the config; the field must exist and its value fit."""
   name = word.name.removeprefix(f'{CONFIG}.')
   section, _, field = name.partition('.')
   known = SCHEMA.get(section, {})
@@ -199,17 +199,12 @@ def _checked_override(word: _Word) -> _Word:
   value: Any = word.value
   kind = type(known[field].default)
   try:
-    if name in ('data.data_dir', 'data.name'):
-      value = expand_home(value)
     value = _PARSERS[kind].parse(value)
   except (ValueError, TypeError) as error:
-    if kind is str:
-      raise UserError(name, value, str(error)) from error
     raise UserError(
       name, value, f'must be of type {kind.__name__}; {known[field].allowed}'
     ) from error
   check_field(name, value, known[field])
-  return _Word(word.name, value if kind is str else word.value)
 
 
 def _near_fields(name: str) -> str:

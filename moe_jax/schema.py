@@ -107,9 +107,6 @@ def _any(default: Any, meaning: str) -> Field:
   return Field(default, meaning, f'must be {kind}', lambda v: True)
 
 
-# On a command line `~` is the home folder; elsewhere it would name a folder called `~`.
-_NO_HOME = '; a path that starts with ~ only on the command line'
-
 SCHEMA: dict[str, dict[str, Field]] = {
   'model': {
     'family': _one_of('decoder', ('decoder',), 'Architecture; one file of moe_jax/models each.'),
@@ -296,17 +293,9 @@ SCHEMA: dict[str, dict[str, Field]] = {
     ),
   },
   'data': {
-    'name': Field(
-      'tier1',
-      'tier1, tier2, tfds:NAME, or text:PATH (a folder of .txt or .jsonl).',
-      f'must be text{_NO_HOME}',
-      lambda v: not v.startswith('text:~'),
-    ),
+    'name': _any('tier1', 'tier1, tier2, tfds:NAME, or text:PATH (a folder of .txt or .jsonl).'),
     'data_dir': Field(
-      'runs/data',
-      'Where prepared data sets are kept.',
-      f'must be a path{_NO_HOME}',
-      lambda v: bool(v) and not v.startswith('~'),
+      'runs/data', 'Where prepared data sets are kept.', 'must be a path', lambda v: bool(v)
     ),
     'tokenizer': _one_of('bytes', ('bytes', 'bpe'), 'Bytes, or byte-level BPE trained on train.'),
     'vocab_size': _at_least(0, 0, 'Of the BPE, at least 512; 0 for bytes.'),

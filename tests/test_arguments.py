@@ -189,7 +189,6 @@ DEBUG = '--config=configs/debug.py'
     ([DEBUG, '--config.moe.every'], 'moe.every=None: must have a value'),
     ([DEBUG, '--config.moe.router=swich'], "moe.router='swich': must be one of base, dense"),
     ([DEBUG, '--config.optim.name=adam'], '; did you mean adamw?'),
-    ([DEBUG, '--config.data.data_dir=~nobody_here/x'], 'no such home folder'),
     (['--workdir=~nobody_here/x'], "--workdir='~nobody_here/x': no such home folder"),
     (['--config=configs/qickstart.py'], 'does not exist; did you mean configs/quickstart.py?'),
     (['--config=configs'], "--config='configs': must be a file, not a folder"),
@@ -204,11 +203,7 @@ def test_wrong_words(words, message):
 
 def test_home_folders_are_expanded(monkeypatch, tmp_path):
   monkeypatch.setenv('HOME', str(tmp_path))
-  words = [DEBUG, '--config.data.data_dir=~/data', '--config.data.name=text:~/books']
-  assert arguments.checked(words, _flags())[1:] == [
-    f'--config.data.data_dir={tmp_path}/data',
-    f'--config.data.name=text:{tmp_path}/books',
-  ]
+  assert arguments.SourceParser().parse('text:~/books') == f'text:{tmp_path}/books'
   assert arguments.PathParser().parse('~/run') == f'{tmp_path}/run'
   assert arguments.PathParser().parse('a/~/run') == 'a/~/run'
   (tmp_path / 'own.py').touch()

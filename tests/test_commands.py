@@ -57,7 +57,7 @@ def run(path, text, tmp_path_factory):
     ('moe.num_selected_experts=1', ('moe.renormalize=', 'before_drop')),
     ('moe.exchange=sparse', ("moe.exchange='sparse'", 'padded, ragged')),
     ('moe.exchange=ragged', ("moe.exchange='ragged'", 'must be padded on cpu')),
-    ('data.name=tier3', ("data.name='tier3'", 'tier1')),
+    ('data.name=tier3', ("data.name='tier3'", 'did you mean tier')),
     ('data.name=text:/nowhere', ("data.name='text:/nowhere'", 'does not exist')),
     ('data.name=tfds:no_such_data_set', ("data.name='tfds:no_such_data_set'",)),
     ('data.data_dir=', ('data.data_dir=', 'must be a path')),
@@ -112,6 +112,8 @@ def test_train_refuses_text(path, tmp_path, content, words):
   ('config', 'words'),
   [
     ('configs/presets/top_k.py:nonsense', ("--config='nonsense'", 'quickstart')),
+    ('configs/presets/top_k.py:quikstart', ('did you mean quickstart?',)),
+    ('configs/dense_matched.py:lm_smal', ('lm_smal', 'did you mean lm_small?')),
     ('configs/presets/none.py', ('configs/presets/none.py', 'does not exist')),
     ('configs/presets/soft.py', ("moe.router='soft'", 'not in a causal language model')),
   ],

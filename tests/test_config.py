@@ -132,13 +132,6 @@ def test_a_name_that_is_nearly_right_is_named():
   assert str(_error({'optim.name': 'adam'})).endswith('; did you mean adamw?')
 
 
-@pytest.mark.parametrize('field', ['data.data_dir', 'data.name'])
-def test_a_home_folder_in_a_config_is_refused(field):
-  """Nobody expands it there: it would name a folder called `~`."""
-  value = {'data.data_dir': '~/data', 'data.name': 'text:~/books'}[field]
-  assert _error({field: value}).value == value
-
-
 @pytest.mark.parametrize(
   ('room', 'name'),
   [

@@ -9,7 +9,7 @@ from typing import Any
 
 from configs import debug, lm_small, quickstart
 from moe_jax import routing
-from moe_jax.errors import UserError
+from moe_jax.errors import UserError, did_you_mean
 
 _BASES = {'': debug, 'debug': debug, 'quickstart': quickstart, 'lm_small': lm_small}
 # Of the field `moe`: all that decides where tokens go and what is added to the loss. What only some
@@ -56,7 +56,8 @@ def make(base: str, **choices: Any):
   """
   if base not in _BASES:
     known = ', '.join(name for name in _BASES if name)
-    raise UserError('--config', base, f'the argument must be one of {known}')
+    near = did_you_mean(base, _BASES)
+    raise UserError('--config', base, f'the argument must be one of {known}{near}')
   own = routing.ROUTERS[choices['router']].reads if 'router' in choices else ()
   missing = [name for name in (*SILENT, *own) if name not in choices]
   if missing:

@@ -107,7 +107,8 @@ def find_source(name: str, data_dir: str, fractions: Fractions) -> Source:
   raise errors.UserError(
     'data.name',
     name,
-    f'must be one of {", ".join(TIERS)}, tfds:NAME[/CONFIG][:VERSION], text:PATH',
+    f'must be one of {", ".join(TIERS)}, tfds:NAME[/CONFIG][:VERSION], text:PATH'
+    f'{errors.did_you_mean(name, TIERS)}',
   )
 
 
