@@ -174,7 +174,24 @@ def _run_unit(
   new = [t for t in unit if not _has_checkpoints(t, workdir)]
   if len(new) > 1 and not new[0].config.train.eval_every:
     _train_pack(new, workdir, progress)
-  return [_run_one(study, trial, workdir, progress, say) for trial in unit]
+  trained = [t for t in unit if _is_trained(t, workdir)]
+  evaluated = _evaluate_pack(study, trained, workdir, say) if len(trained) > 1 else {}
+  return [_run_one(study, t, workdir, progress, say, evaluated.get(t.id)) for t in unit]
+
+
+def _is_trained(trial: Trial, workdir: str) -> bool:
+  try:
+    return manifest.read(trial.folder(workdir))['status'] == 'finished'
+  except (UserError, DamagedError):
+    return False
+
+
+class _Evaluated(NamedTuple):
+  """A trial's evaluations by name, the seconds of each, and how many trials made them together."""
+
+  results: dict[str, Any]
+  seconds: dict[str, Any]
+  together: int = 1
 
 
 def _has_checkpoints(trial: Trial, workdir: str) -> bool:
@@ -233,9 +250,23 @@ def _cause_of_divergence(trial: Trial, workdir: str) -> str:
 
 
 def _run_one(
-  study: Study, trial: Trial, workdir: str, progress: '_Progress', say: Callable[[str], None]
+  study: Study,
+  trial: Trial,
+  workdir: str,
+  progress: '_Progress',
+  say: Callable[[str], None],
+  evaluated: _Evaluated | None,
 ) -> str:
-  """Trains and evaluates a trial, writes its outcome and returns its status."""
+  """Trains and evaluates a trial, writes its outcome and returns its status.
+
+  Args:
+    study: of the trial.
+    trial: claimed.
+    workdir: of the sweep.
+    progress: that is shown.
+    say: takes a line of text at a time.
+    evaluated: if it was trained and evaluated in a pack.
+  """
   name = f'{trial.id} {trial.arm}, seed {trial.seed}'
   facts: dict[str, Any] = {'study': study.name, 'arm': trial.arm, 'seed': trial.seed}
   note = _logger(trial, workdir)
@@ -249,9 +280,14 @@ def _run_one(
       done = train(trial.config, folder, listener)
       if not done.finished:
         raise Interrupted(done.interrupted_by or 0)
-      seconds = {'training': watch.seconds()}
-      evaluations, seconds['evaluation'] = _evaluate(study, trial, folder)
-      facts |= {'evaluations': evaluations, 'digests': outcome.digests(folder), 'seconds': seconds}
+      seconds: dict[str, Any] = {'training': watch.seconds()}
+      evaluated = evaluated or _evaluate(study, trial, folder)
+      facts |= {
+        'evaluations': evaluated.results,
+        'evaluated_together': evaluated.together,
+        'digests': outcome.digests(folder),
+        'seconds': seconds | {'evaluation': evaluated.seconds},
+      }
       status = FINISHED
   except DivergedError as error:
     status, reason = DIVERGED, error.cause
@@ -273,19 +309,18 @@ def _run_one(
   return status
 
 
-def _evaluate(study: Study, trial: Trial, folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Returns every evaluation of the study at the trial's last checkpoint, and its seconds."""
+def _evaluate(study: Study, trial: Trial, folder: str) -> _Evaluated:
+  """Returns every evaluation of the study at the trial's last checkpoint."""
   watch = Stopwatch()
-  seconds = {}
+  evaluated = _Evaluated({}, {})
   restored = restore_run(folder, trial.config.train.num_steps)
   dataset = dataset_of(trial.config)
-  results = {}
   for name in study.evaluations:
     config = config_for(trial.config, name)
     program = evaluation_program(config)
     model, step = eval_step(program, restored.mesh, restored.tokenizer.vocab_size)
     with jax.set_mesh(restored.mesh):
-      results[name] = evaluate.evaluate(
+      evaluated.results[name] = evaluate.evaluate(
         step,
         model,
         restored.params,
@@ -296,9 +331,52 @@ def _evaluate(study: Study, trial: Trial, folder: str) -> tuple[dict[str, Any], 
         batch_size=evaluate.batch_size_of(config, restored.mesh),
         on_batch=watch.counting(),
       )
-    seconds[name] = watch.seconds()
+    evaluated.seconds[name] = watch.seconds()
     watch = Stopwatch()
-  return results, seconds
+  return evaluated
+
+
+def _evaluate_pack(
+  study: Study, unit: list[Trial], workdir: str, say: Callable[[str], None]
+) -> dict[str, _Evaluated]:
+  """Returns the evaluations of trials of one program by id; {} if they must be evaluated alone."""
+  try:
+    return _evaluate_together(study, unit, workdir)
+  except Exception as error:
+    _stop_if_full(error, workdir)
+    # What is wrong with one alone shows when it is evaluated alone, which comes next.
+    say(
+      f'warning: evaluating {len(unit)} trials together failed, they are evaluated alone: '
+      f'{_one_line(error)}'
+    )
+    return {}
+
+
+def _evaluate_together(study: Study, unit: list[Trial], workdir: str) -> dict[str, _Evaluated]:
+  watch = Stopwatch()
+  evaluated = {trial.id: _Evaluated({}, {}, len(unit)) for trial in unit}
+  runs = [restore_run(str(t.folder(workdir)), t.config.train.num_steps) for t in unit]
+  mesh, vocab_size = runs[0].mesh, runs[0].tokenizer.vocab_size
+  dataset = dataset_of(unit[0].config)
+  for name in study.evaluations:
+    config = config_for(unit[0].config, name)
+    model, step = eval_step(evaluation_program(config), mesh, vocab_size, packed=True)
+    with jax.set_mesh(mesh):
+      results = evaluate.evaluate_packed(
+        step,
+        model,
+        [(run.params, run.router_state) for run in runs],
+        dataset,
+        split=study.split,
+        sequence_length=config.data.sequence_length,
+        batch_size=evaluate.batch_size_of(config, mesh),
+        on_batch=watch.counting(),
+      )
+    for trial, result in zip(unit, results, strict=True):
+      evaluated[trial.id].results[name] = result
+      evaluated[trial.id].seconds[name] = watch.seconds(len(unit))
+    watch = Stopwatch()
+  return evaluated
 
 
 def evaluation_program(config: ml_collections.ConfigDict) -> str:
@@ -310,12 +388,14 @@ def evaluation_program(config: ml_collections.ConfigDict) -> str:
 
 
 @functools.lru_cache(maxsize=4)
-def eval_step(program: str, mesh: Mesh, vocab_size: int) -> tuple[Decoder, evaluate.EvalStep]:
+def eval_step(
+  program: str, mesh: Mesh, vocab_size: int, packed: bool = False
+) -> tuple[Decoder, evaluate.EvalStep]:
   """Returns the model and the step of an `evaluation_program`, compiled once in a process."""
   config = config_lib.get_config()
   config.update(json.loads(program))
   model = build_model(config, mesh, vocab_size, 'eval')
-  return model, evaluate.make_eval_step(model)
+  return model, evaluate.make_eval_step(model, packed)
 
 
 class _Progress:

@@ -3,10 +3,11 @@
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
@@ -19,16 +20,21 @@ from moe_jax.train import metrics, routing_counts, specialization
 from moe_jax.train.cross_entropy import cross_entropy_sum
 from moe_jax.train.expert_similarity import expert_similarity
 from moe_jax.train.state import params_shardings
-from moe_jax.train.step import BATCH_FIELDS, Batch, over_scopes, put_batch
+from moe_jax.train.step import BATCH_FIELDS, Batch, over_scopes, packed_shardings, put_batch
 
 EvalStep = Callable[[Any, Any, dict[str, jax.Array], Any], tuple[jax.Array, jax.Array, Any, Any]]
 
 
-def make_eval_step(model: Decoder) -> EvalStep:
+def make_eval_step(model: Decoder, packed: bool = False) -> EvalStep:
   """Returns the compiled (params, router_state, batch, counts) -> sums over the batch, counts.
 
   The sums are nats, tokens and those of the routers. The counts are those of `new_counts(model)` to
   begin with, and of the batches so far; None where there is nothing to count.
+
+  Args:
+    model: in mode `eval`.
+    packed: whether all but the batch has a leading dimension of trials, each of which is evaluated
+      as if it were alone.
   """
   counted = routing_counts.saying_choices(model)
 
@@ -53,9 +59,12 @@ def make_eval_step(model: Decoder) -> EvalStep:
 
   by_sequence = {name: batch_sharding(model.mesh) for name in BATCH_FIELDS}
   everywhere, own = replicated(model.mesh), batch_sharding(model.mesh)
+  of_params = params_shardings(model)
+  if packed:
+    of_params, own = packed_shardings((of_params, own))
   return jax.jit(
-    step,
-    in_shardings=(params_shardings(model), everywhere, by_sequence, own),
+    jax.vmap(step, (0, 0, None, 0)) if packed else step,
+    in_shardings=(of_params, everywhere, by_sequence, own),
     out_shardings=(everywhere, everywhere, everywhere, own),
     donate_argnums=3,
   )
@@ -99,10 +108,98 @@ def evaluate(
   Raises:
     UserError: for an unknown or empty split.
   """
+  totals, counts = _run(
+    functools.partial(eval_step, params, router_state),
+    model,
+    routing_counts.new_counts(model),
+    dataset,
+    Rows(split, sequence_length, batch_size, max_batches),
+    on_batch,
+  )
+  return _result(split, totals, counts, params, model, with_matrices)
+
+
+def evaluate_packed(
+  eval_step: EvalStep,
+  model: Decoder,
+  weights: Sequence[tuple[Any, Any]],
+  dataset: Dataset,
+  *,
+  split: str,
+  sequence_length: int,
+  batch_size: int,
+  on_batch: Callable[[], None] = lambda: None,
+) -> list[dict[str, Any]]:
+  """Evaluates several trials of one program together; each gets what `evaluate` gives it alone.
+
+  That is, but for rounding. The devices hold all of them at a time, and their counts.
+
+  Args:
+    eval_step: from `make_eval_step(model, packed=True)`.
+    model: in mode `eval`, of each of them.
+    weights: (params, router_state) of each.
+    dataset: as in `evaluate`, and so are the others.
+    split: evaluated.
+    sequence_length: T.
+    batch_size: sequences in a batch.
+    on_batch: called after each batch.
+
+  Raises:
+    UserError: for an unknown or empty split.
+  """
+  of_params, own = packed_shardings((params_shardings(model), batch_sharding(model.mesh)))
+  stack = jax.jit(
+    lambda *trees: jax.tree.map(lambda *x: jnp.stack(x), *trees),
+    out_shardings=(of_params, replicated(model.mesh)),
+  )
+  counts = jax.tree.map(
+    lambda x: jnp.zeros((len(weights), *x.shape), x.dtype, device=own),
+    routing_counts.new_counts(model),
+  )
+  totals, counts = _run(
+    functools.partial(eval_step, *stack(*weights)),
+    model,
+    counts,
+    dataset,
+    Rows(split, sequence_length, batch_size),
+    on_batch,
+  )
+  results = []
+  for i, (params, _) in enumerate(weights):
+    own_totals = {
+      domain: (jax.tree.map(lambda x, i=i: x[i], total), num_bytes)
+      for domain, (total, num_bytes) in totals.items()
+    }
+    own_counts = jax.tree.map(lambda x, i=i: x[i], counts)
+    results.append(_result(split, own_totals, own_counts, params, model, with_matrices=False))
+  return results
+
+
+class Rows(NamedTuple):
+  """Rows of tokens to evaluate on, as the arguments of `evaluate` describe them."""
+
+  split: str
+  sequence_length: int
+  batch_size: int
+  max_batches: int = 0
+
+
+# {domain: ((nats, tokens, router sums) in float64, bytes of its documents)}.
+_Totals = dict[str, tuple[Any, int]]
+
+
+def _run(
+  eval_step: Callable[[Batch, Any], Any],
+  model: Decoder,
+  counts: Any,
+  dataset: Dataset,
+  rows: Rows,
+  on_batch: Callable[[], None],
+) -> tuple[_Totals, Any]:
+  """Returns the sums over each domain that has documents, and the counts of all of them."""
+  split, sequence_length, batch_size, max_batches = rows
   dataset.windows(split, sequence_length)
-  totals = []
-  counts = routing_counts.new_counts(model)
-  result: dict[str, Any] = {'split': split, 'domains': {}}
+  totals: _Totals = {}
   for domain in dataset.domains:
     if not dataset.num_documents(split, domain):
       continue
@@ -112,19 +209,27 @@ def evaluate(
     for batch in itertools.islice(batches, max_batches or None):
       # Fetched while the next batch is made and runs.
       before = running
-      *sums, counts = eval_step(params, router_state, batch, counts)
+      *sums, counts = eval_step(batch, counts)
       running = tuple(sums)
       total = _with(total, before)
       on_batch()
     total = _with(total, running)
-    num_bytes = 0 if max_batches else dataset.num_bytes(split, domain)
-    result['domains'][domain] = _summary(total, num_bytes, model)
-    totals.append((total, num_bytes))
-  pooled = functools.reduce(_add, (total for total, _ in totals))
-  result |= _summary(pooled, sum(count for _, count in totals), model)
+    totals[domain] = total, 0 if max_batches else dataset.num_bytes(split, domain)
+  return totals, counts
+
+
+def _result(
+  split: str, totals: _Totals, counts: Any, params: Any, model: Decoder, with_matrices: bool
+) -> dict[str, Any]:
+  """Returns what `evaluate` does, from the sums and counts of one trial."""
+  domains = {domain: _summary(*of_domain, model) for domain, of_domain in totals.items()}
+  pooled = functools.reduce(_add, (total for total, _ in totals.values()))
+  result: dict[str, Any] = {'split': split, 'domains': domains}
+  result |= _summary(pooled, sum(count for _, count in totals.values()), model)
   result |= expert_similarity(model, params)
   if counts is not None:
-    result |= _specialization(counts, [total for total, _ in totals], model, with_matrices)
+    of_domains = [total for total, _ in totals.values()]
+    result |= _specialization(counts, of_domains, model, with_matrices)
   return result
 
 

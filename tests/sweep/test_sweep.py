@@ -17,7 +17,7 @@ from moe_jax.results import summary
 from moe_jax.results.records import read_records, write_records
 from moe_jax.study import Comparison, Metric, Study, chain, point, product
 from moe_jax.sweep import collect, dry_run, evaluations, outcome, runner, trials
-from moe_jax.train import loop
+from moe_jax.train import evaluate, loop
 from moe_jax.train.metrics import read_metrics
 from tests import tiny
 
@@ -331,6 +331,28 @@ def test_another_split_is_evaluated_without_training(swept, tmp_path, monkeypatc
   assert [r.data['split'] for r in records] == ['valid'] * 2
 
 
+def test_trials_that_cannot_be_evaluated_together_are_evaluated_alone_and_it_is_said(
+  swept, tmp_path, monkeypatch
+):
+  study, workdir, *_ = swept
+  shutil.copytree(workdir, tmp_path / 'w')
+  other = dataclasses.replace(study, split='valid', arms=study.arms[:1])
+
+  def too_large(*args, **kwargs):
+    raise RuntimeError('out of memory')
+
+  monkeypatch.setattr(evaluate, 'evaluate_packed', too_large)
+  said = []
+  counts = runner.run(other, trials.trials_of(other), str(tmp_path / 'w'), said.append, pack=2)
+  assert counts.finished == 2
+  assert said[0] == (
+    'warning: evaluating 2 trials together failed, they are evaluated alone: '
+    'RuntimeError: out of memory'
+  )
+  ended = [outcome.read(tmp_path / 'w', t.id) for t in trials.trials_of(other)]
+  assert [of['evaluated_together'] for of in ended] == [1, 1]
+
+
 def test_what_was_not_run_or_not_finished_is_said(text, tmp_path):
   study = make_study(text)
   first = trials.trials_of(study)[0]
@@ -505,6 +527,11 @@ def test_a_packed_sweep_gives_the_records_of_one_that_is_not(swept, tmp_path):
     if t.arm != 'absent'
   ]
   assert packed == [5] * 6
+  # Two of the six diverged; what is left was evaluated together, too.
+  together = [
+    outcome.read(tmp_path, t.id).get('evaluated_together') for t in trials.trials_of(study)[:4]
+  ]
+  assert together == [4] * 4 and not [line for line in said if 'warning' in line]
   alone = collect.records_of(study, workdir)
   for one, other in zip(collect.records_of(study, tmp_path), alone, strict=True):
     assert (one.trial, one.status) == (other.trial, other.status)

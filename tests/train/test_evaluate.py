@@ -193,6 +193,30 @@ def test_matrices_are_left_out_unless_wanted(dataset, result):
   assert json.dumps(plain, allow_nan=False)
 
 
+def test_trials_evaluated_together_get_what_they_get_alone(dataset):
+  """On a mesh; tables of counts included."""
+  model, params = _model((2, 4))
+  sizes = {'split': 'test', 'sequence_length': LENGTH, 'batch_size': BATCH}
+  with jax.set_mesh(model.mesh):
+    new = jax.jit(lambda: init_params(model, jnp.int32(1)), out_shardings=params_shardings(model))
+    weights = [(params, {}), (new(), {})]
+    together = evaluate.evaluate_packed(
+      evaluate.make_eval_step(model, packed=True), model, weights, dataset, **sizes
+    )
+    alone = [
+      evaluate.evaluate(_step((2, 4)), model, *of_trial, dataset, **sizes) for of_trial in weights
+    ]
+  assert together[0]['router/load'] != together[1]['router/load']
+  for one, other in zip(together, alone, strict=True):
+    assert one.keys() == other.keys() and 'router/expert_token_mi' in one
+    assert one['domains'].keys() == other['domains'].keys()
+    pairs = [(one, other), *((one['domains'][d], other['domains'][d]) for d in one['domains'])]
+    for summary, wanted in pairs:
+      for name, value in wanted.items():
+        if name not in ('split', 'domains'):
+          np.testing.assert_allclose(summary[name], value, 1e-5, 1e-6, err_msg=name)
+
+
 def test_evaluation_is_not_random(dataset, result):
   assert _evaluate(dataset) == result
 
