@@ -19,7 +19,23 @@ _RESULTS = cli.define_path(
   'results', 'A results.jsonl of runs kept elsewhere: in place of --workdir, or beside it.'
 )
 _OUT = cli.define_path('out', 'Where the report is put.')
+_COLUMNS = flags.DEFINE_list(
+  'columns',
+  [],
+  'Columns of the tables, in order: seeds, metric, difference, parameters, active, '
+  'flops_per_token, tokens, tokens_per_expert, or paths of metrics, as '
+  'capacity/router/drop_share or dropless/router/max_violation/mean. By default all that is known '
+  'and differs between arms; table.csv always holds all.',
+)
+_WIDE_TABLE = flags.DEFINE_bool('wide_table', False, 'table.tex spans both columns of a page.')
 _FIGURES = flags.DEFINE_bool('figures', True, 'Draw figures too.')
+_THIN = flags.DEFINE_bool(
+  'thin',
+  False,
+  'Write what a repository should hold: results.jsonl of at most 300 kB with every final number '
+  'but fewer points of curves and loads, no page, and of the figures those that README.md in --out '
+  'shows. --out may be the folder of the study.',
+)
 
 
 def main() -> None:
@@ -35,9 +51,22 @@ def main() -> None:
       raise UserError('--workdir', workdir, 'does not exist')
   from moe_jax.sweep import report
 
-  report.report(study, _WORKDIR.value, _RESULTS.value, out, figures=_FIGURES.value)
+  report.report(
+    study,
+    _WORKDIR.value,
+    _RESULTS.value,
+    out,
+    figures=_FIGURES.value,
+    columns=_COLUMNS.value,
+    wide_table=_WIDE_TABLE.value,
+    thinned=_THIN.value,
+  )
   print((out / 'table.md').read_text(encoding='utf-8'))
-  print(f'report: {out / "index.html"}')
+  if _THIN.value:
+    size = (out / 'results.jsonl').stat().st_size
+    print(f'report: {out}, results.jsonl of {size / 1000:.0f} kB')
+  else:
+    print(f'report: {out / "index.html"}')
 
 
 if __name__ == '__main__':

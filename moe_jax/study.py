@@ -220,6 +220,9 @@ class Study:
     metrics: own numbers of a finished trial, {NAME: function}; they stand in tables as 'user/NAME'
       and may decide. They are computed again for every report, so that a changed function never
       mixes with values of an earlier one.
+    equivalence_margin: two arms whose metrics differ by less are as good as each other; fixed
+      before the runs, in the unit of the metric. Planned comparisons are then tested for
+      equivalence, too. None for no such test.
   """
 
   name: str
@@ -237,6 +240,7 @@ class Study:
   lines: str = ''
   scaling: bool = False
   metrics: Mapping[str, Callable[[FinishedTrial], float]] = dataclasses.field(default_factory=dict)
+  equivalence_margin: float | int | None = None
 
 
 def labels_of(study: Study) -> dict[str, str]:

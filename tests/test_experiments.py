@@ -1,6 +1,7 @@
 """The studies of the repository: every trial is valid, and arms start from the same place."""
 
 import functools
+import re
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from experiments.performance import tables
 from moe_jax.data import ByteTokenizer
 from moe_jax.models.build import build_model
 from moe_jax.parallel.mesh import make_mesh
+from moe_jax.results import thin
 from moe_jax.sweep import trials
 from moe_jax.train.state import init_params
 from tests import tiny
@@ -57,6 +59,20 @@ def test_the_performance_tables_are_those_of_the_committed_results():
   assert again == readme, 'run python -m experiments.performance.tables'
   shown = {name for _, name, _ in tables.SECTIONS}
   assert shown == {path.stem for path in (tables.FOLDER / 'results').iterdir()}
+
+
+@pytest.mark.parametrize('path', STUDIES, ids=lambda path: path.parent.name)
+def test_what_it_commits_is_small_and_shown(path):
+  folder = path.parent
+  results = folder / 'results.jsonl'
+  if results.exists():
+    assert results.stat().st_size <= thin.LIMIT
+  readme = folder / 'README.md'
+  shown = (
+    set(re.findall(r'\]\((figures/[^)]+)\)', readme.read_text())) if readme.exists() else set()
+  )
+  there = {file.relative_to(folder).as_posix() for file in folder.glob('figures/*')}
+  assert there == shown
 
 
 def start_of(overrides):

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -119,7 +120,7 @@ def check_records(study: Study, records: Sequence[Record]) -> None:
 
 
 def check_arms(study: Study) -> None:
-  """Checks that arms have names of their own, and that what is compared are arms.
+  """Checks that arms have names of their own, what is compared are arms, and the margin.
 
   Raises:
     UserError: naming the field.
@@ -130,6 +131,11 @@ def check_arms(study: Study) -> None:
       raise UserError('arm', name, f'stands {count} times in study {study.name}')
   if study.baseline and study.baseline not in names:
     raise UserError('study.baseline', study.baseline, f'must be one of {", ".join(names)}')
+  margin = study.equivalence_margin
+  if margin is not None and not (
+    isinstance(margin, int | float) and not isinstance(margin, bool) and 0 < margin < math.inf
+  ):
+    raise UserError('study.equivalence_margin', margin, 'must be a number above 0, or None')
   for comparison in study.comparisons:
     for name in comparison:
       if name not in names:

@@ -1,142 +1,191 @@
-"""Figures of the experts of one trial: their load over training, and by domain."""
+"""Figures of experts, each of all arms on one scale: load, load by domain, specialisation."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
-import matplotlib.colors
-import matplotlib.ticker
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moe_jax.results.panels import STYLE, by_arm, wrapped
+from moe_jax.results.names import metric_title
+from moe_jax.results.panels import (
+  by_arm,
+  mean_and_interval,
+  note,
+  set_title,
+  values_of,
+  wrapped,
+)
 from moe_jax.results.records import FINISHED, Record
-from moe_jax.study import Study
+from moe_jax.results.style import (
+  BALANCE,
+  COLORS,
+  DEAD,
+  LOAD_COLORS,
+  SEED,
+  STYLE,
+  load_bar,
+  load_norm,
+)
+from moe_jax.study import Study, labels_of
+
+_MOST_LAYERS = 4
+_MOST_ARMS = 12
+_MOST_COLUMNS = 3
+# From this load on, in units of 1/E, the scale is logarithmic above 1.
+_WIDE = 4.0
+SPECIALIZATION = (
+  'router/expert_domain_mi',
+  'router/expert_token_mi',
+  'router/domain_load_overlap',
+  'router/expert_similarity',
+  'router/coactivation',
+)
 
 
 @matplotlib.rc_context(STYLE)
-def load(
-  study: Study, records: Sequence[Record], arm: str, seed: int | None = None
-) -> Figure | None:
-  """Draws the load of each expert over training, a panel for each MoE layer.
+def load(study: Study, records: Sequence[Record]) -> Figure | None:
+  """Draws the load of every expert at the end of training: a row for each arm.
 
-  Colour is the share of assignments times the number of experts: 1 at balance.
-
-  Args:
-    study: of the records.
-    records: of all trials.
-    arm: drawn.
-    seed: drawn, as experts of different seeds have nothing to do with each other; by default the
-      first of a finished trial, else the first with a load.
+  A point is an expert of one seed, in units of 1/E; a cross at 0 is an expert without any
+  assignment. A panel for each MoE layer, of more than 4 the first, the last and two between.
   """
-  record = _one_trial(study, records, arm, seed, lambda r: len(r.load) > 1)
-  if record is None:
+  arms = {
+    arm: loads
+    for arm, trials in by_arm(study, records).items()
+    if (loads := [r.load[-1][1] for r in trials if r.status == FINISHED and r.load])
+  }
+  if not arms:
     return None
-  steps = np.array([step for step, _ in record.load])
-  load_SLE = np.array([load for _, load in record.load], np.float64)
-  num_layers, num_experts = load_SLE.shape[1:]
-  columns = min(num_layers, 3)
-  rows = -(-num_layers // columns)
-  figure = Figure(figsize=(1.5 + 3 * columns, 0.8 + 2.2 * rows), layout='constrained')
-  panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-  relative_SLE = load_SLE * num_experts
-  highest = max(2.0, float(np.quantile(relative_SLE, 0.995)))
-  norm = matplotlib.colors.TwoSlopeNorm(1, 0, highest)
-  for layer, axes in enumerate(panels.flat):
-    if layer >= num_layers:
-      axes.set_visible(False)
-      continue
-    image = axes.pcolormesh(
-      steps,
-      np.arange(num_experts),
-      relative_SLE[:, layer].T,
-      cmap='RdBu_r',
-      norm=norm,
-      shading='nearest',
-      rasterized=True,
-    )
-    axes.set_title(f'MoE layer {layer}', fontsize='medium')
-    axes.grid(False)
-    axes.yaxis.get_major_locator().set_params(integer=True)
-    if layer % columns == 0:
-      axes.set_ylabel('expert')
-    if layer + columns >= num_layers:
-      axes.set_xlabel('optimizer step')
-      axes.tick_params(labelbottom=True)
-  extend = 'max' if relative_SLE.max() > highest else 'neither'
-  bar = figure.colorbar(
-    image, ax=panels, label='load x experts (1: balance)', extend=extend, aspect=30
+  num_layers = max(len(load) for loads in arms.values() for load in loads)
+  layers = np.unique(np.linspace(0, num_layers - 1, min(num_layers, _MOST_LAYERS)).round())
+  labels = _labels(study, arms)
+  figure = Figure(figsize=(1.8 + 2.3 * len(layers), 0.9 + 0.28 * len(arms)), layout='constrained')
+  panels = figure.subplots(1, len(layers), squeeze=False, sharex=True, sharey=True)[0]
+  highest = 0.0
+  for layer, axes in zip(layers.astype(int), panels, strict=True):
+    for row, loads in enumerate(arms.values()):
+      for seed, of_layers in enumerate(loads):
+        if layer < len(of_layers):
+          relative_E = np.asarray(of_layers[layer], np.float64) * len(of_layers[layer])
+          highest = max(highest, float(relative_E.max()))
+          # Seeds of an arm below each other, so that they are told apart.
+          y = row + 0.5 * ((seed + 0.5) / len(loads) - 0.5)
+          _strip(axes, relative_E, y)
+    axes.axvline(1, **BALANCE)
+    axes.set_title(f'MoE layer {layer}', fontsize='small')
+  if highest > _WIDE:
+    panels[0].set_xscale('symlog', linthresh=1, linscale=0.7)
+    ticks = [0, 0.5, *(2.0**power for power in range(int(np.log2(highest)) + 1))]
+    panels[0].set_xticks(ticks, [f'{tick:g}' for tick in ticks])
+    panels[0].set_xticks([], minor=True)
+  panels[0].set_yticks(range(len(arms)), labels, fontsize='small')
+  panels[0].set_ylim(len(arms) - 0.5, -0.5)
+  figure.supxlabel('load of an expert at the last step, in units of 1/E', fontsize='medium')
+  set_title(figure, study, 'load of experts; cross: no assignment')
+  return figure
+
+
+def _strip(axes: Axes, relative_E: np.ndarray, y: float) -> None:
+  some = relative_E[relative_E > 0]
+  axes.plot(some, np.full(len(some), y), **SEED | {'markersize': 2.2}, color=COLORS[0], alpha=0.6)
+  dead = int((relative_E == 0).sum())
+  if dead:
+    axes.plot(np.zeros(dead), np.full(dead, y), **DEAD | {'markersize': 4}, clip_on=False)
+
+
+@matplotlib.rc_context(STYLE)
+def domain_load(study: Study, records: Sequence[Record]) -> Figure | None:
+  """Draws the load of each expert in each domain, in the last MoE layer: a panel for each arm.
+
+  Of the first finished seed, as experts of different seeds have nothing to do with each other;
+  experts are ordered by the domain that loads them most. Of more than 12 arms the first ones.
+  """
+  found = {}
+  for arm, trials in by_arm(study, records).items():
+    record = next((r for r in trials if r.status == FINISHED and _loads(r)[1]), None)
+    if record and len(found) < _MOST_ARMS:
+      found[arm] = (record.seed, *_loads(record))
+  if not found:
+    return None
+  maps = {}
+  for arm, (_, _, loads) in found.items():
+    load_NE = np.array([load[-1] for load in loads.values()], np.float64)
+    order = np.lexsort((-load_NE.max(0), load_NE.argmax(0)))
+    maps[arm] = load_NE[:, order] * load_NE.shape[1]
+  columns = min(_MOST_COLUMNS, len(found))
+  rows = -(-len(found) // columns)
+  domains = max(len(load_NE) for load_NE in maps.values())
+  figure = Figure(
+    figsize=(1.6 + 2.3 * columns, 0.8 + rows * (0.45 + 0.16 * domains)), layout='constrained'
   )
-  above = np.asarray(matplotlib.ticker.MaxNLocator(3).tick_values(1, highest))
-  bar.set_ticks([0, 0.5, 1, *above[(above > 0.8 + 0.2 * highest) & (above <= highest)]])
-  _title(figure, record)
+  panels = figure.subplots(rows, columns, squeeze=False)
+  norm = load_norm(maps.values())
+  labels = labels_of(study)
+  for index, (axes, (arm, load_NE)) in enumerate(zip(panels.flat, maps.items(), strict=False)):
+    image = axes.imshow(load_NE, aspect='auto', cmap=LOAD_COLORS, norm=norm, rasterized=True)
+    axes.set_title(wrapped(labels.get(arm, arm), 30), fontsize='small', loc='left')
+    names = [wrapped(name, 18) for name in found[arm][2]] if index % columns == 0 else []
+    axes.set_yticks(range(len(names)), names, fontsize='small')
+    axes.set_xticks([])
+    axes.grid(False)
+  for axes in list(panels.flat)[len(maps) :]:
+    axes.set_visible(False)
+  assert norm.vmax is not None
+  exceeded = any(bool((load_NE > norm.vmax).any()) for load_NE in maps.values())
+  load_bar(figure, image, panels, exceeded, aspect=30)
+  seeds = ', '.join(str(seed) for seed in sorted({seed for seed, _, _ in found.values()}))
+  evaluations = ', '.join(sorted({evaluation for _, evaluation, _ in found.values()}))
+  set_title(
+    figure, study, f'load of experts (across) by domain, last layer, seed {seeds} ({evaluations})'
+  )
   return figure
 
 
 @matplotlib.rc_context(STYLE)
-def specialization(
-  study: Study,
-  records: Sequence[Record],
-  arm: str,
-  seed: int | None = None,
-  evaluation: str = '',
-  all_layers: bool = False,
-) -> Figure | None:
-  """Draws the share of each domain's assignments that each expert gets.
-
-  Args:
-    study: of the records.
-    records: of all trials.
-    arm: drawn.
-    seed: drawn; as in `load`.
-    evaluation: whose loads; the first that has them by default.
-    all_layers: a panel for each MoE layer, not only for the last one.
-  """
-  record = _one_trial(study, records, arm, seed, lambda r: bool(_loads(r, evaluation)[1]))
-  if record is None:
+def specialization(study: Study, records: Sequence[Record]) -> Figure | None:
+  """Draws each measure of specialisation: mean over layers, with interval and seeds, by arm."""
+  evaluations = [study.metric.name.partition('/')[0], *study.evaluations]
+  known = {name for record in records for name in record.metrics}
+  evaluation = next((e for e in evaluations if f'{e}/{SPECIALIZATION[0]}' in known), None)
+  if evaluation is None:
     return None
-  evaluation, loads = _loads(record, evaluation)
-  load_NLE = np.array(list(loads.values()), np.float64)
-  num_layers, num_experts = load_NLE.shape[1:]
-  layers = range(num_layers) if all_layers else range(num_layers - 1, num_layers)
-  width = min(10.0, 3 + 0.15 * num_experts)
-  height = 0.9 + len(layers) * (0.5 + 0.25 * len(loads))
-  figure = Figure(figsize=(max(width, 5), height), layout='constrained')
-  panels = figure.subplots(len(layers), 1, squeeze=False, sharex=True)[:, 0]
-  highest = load_NLE[:, layers].max()
-  for layer, axes in zip(layers, panels, strict=True):
-    image = axes.imshow(
-      load_NLE[:, layer], aspect='auto', cmap='viridis', vmin=0, vmax=highest, rasterized=True
-    )
-    axes.set_title(f'MoE layer {layer}', fontsize='medium')
-    axes.set_yticks(range(len(loads)), [wrapped(domain) for domain in loads])
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(False)
-  panels[-1].set_xlabel('expert')
-  figure.colorbar(image, ax=panels, label="share of a domain's\nassignments")
-  _title(figure, record, f'; {evaluation} evaluation, {study.split} split')
+  names = [f'{evaluation}/{path}' for path in SPECIALIZATION if f'{evaluation}/{path}' in known]
+  arms = {
+    arm: values
+    for arm, trials in by_arm(study, records).items()
+    if any(values := {name: values_of(trials, f'{name}/mean') for name in names})
+    and any(values.values())
+  }
+  if not arms:
+    return None
+  labels = _labels(study, arms)
+  figure = Figure(figsize=(1.6 + 1.7 * len(names), 1.0 + 0.26 * len(arms)), layout='constrained')
+  panels = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
+  for axes, name in zip(panels, names, strict=True):
+    for row, values in enumerate(arms.values()):
+      if values[name]:
+        mean, half = mean_and_interval(values[name])
+        axes.errorbar(mean, row, xerr=half, marker='o', markersize=4, capsize=3, color=COLORS[0])
+        axes.plot(values[name], [row] * len(values[name]), **SEED, color=COLORS[0])
+    axes.set_xlabel(wrapped(metric_title(name), 20), fontsize='small')
+  panels[0].set_yticks(range(len(arms)), labels, fontsize='small')
+  panels[0].set_ylim(len(arms) - 0.5, -0.5)
+  set_title(figure, study, f'specialisation, mean over layers ({evaluation}, {study.split} split)')
+  note(figure, records)
   return figure
 
 
-def _loads(record: Record, evaluation: str) -> tuple[str, dict[str, Any]]:
+def _labels(study: Study, arms: Any) -> list[str]:
+  labels = labels_of(study)
+  return [wrapped(labels.get(arm, arm), 30) for arm in arms]
+
+
+def _loads(record: Record) -> tuple[str, dict[str, Any]]:
   """Returns an evaluation with the [L][E] load of each of its domains; {} if it has none."""
-  for name in [evaluation] if evaluation else record.domains:
-    found = record.domains.get(name, {}).items()
-    loads = {domain: m['router/load'] for domain, m in found if 'router/load' in m}
+  for name, domains in record.domains.items():
+    loads = {domain: m['router/load'] for domain, m in domains.items() if 'router/load' in m}
     if loads:
       return name, loads
-  return evaluation, {}
-
-
-def _one_trial(
-  study: Study, records: Sequence[Record], arm: str, seed: int | None, has: Any
-) -> Record | None:
-  trials = [r for r in by_arm(study, records).get(arm, []) if has(r) and seed in (None, r.seed)]
-  return min(trials, key=lambda r: r.status != FINISHED, default=None)
-
-
-def _title(figure: Figure, record: Record, rest: str = '') -> None:
-  ending = '' if record.status == FINISHED else f', {record.status} at step {record.step:,}'
-  text = f'{record.arm}, seed {record.seed}{ending}{rest}'
-  # About 13 characters fit in an inch.
-  figure.suptitle(wrapped(text, int(13 * figure.get_figwidth())), fontsize='medium')
+  return '', {}

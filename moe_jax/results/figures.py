@@ -5,9 +5,8 @@ Student's t over seeds.
 """
 
 import pathlib
-import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import matplotlib
@@ -16,7 +15,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moe_jax.results.expert_figures import load, specialization
+from moe_jax.results.expert_figures import domain_load, load, specialization
+from moe_jax.results.loss_figure import loss_curves
+from moe_jax.results.names import deciding_title
 from moe_jax.results.panels import (
   STYLE,
   by_arm,
@@ -25,17 +26,16 @@ from moe_jax.results.panels import (
   make_panels,
   mean_and_interval,
   note,
+  set_title,
   styles,
   values_of,
   wrapped,
 )
 from moe_jax.results.records import FINISHED, Record
-from moe_jax.study import Study
+from moe_jax.study import Study, labels_of
 
-# Of arms that get figures of their own.
-_MOST_ARMS = 12
-# The first part of training, where all losses fall alike, does not set the scale.
-_WARMUP_SHARE = 0.1
+# Of files: the same records give the same bytes.
+_METADATA: dict[str, dict[str, Any]] = {'.pdf': {'CreationDate': None}, '.png': {'Software': None}}
 
 # How the value of one seed is marked beside the mean.
 _SINGLE_SEED: dict[str, Any] = {
@@ -49,119 +49,38 @@ _SINGLE_SEED: dict[str, Any] = {
 
 
 def save_all(
-  study: Study, records: Sequence[Record], out: str | pathlib.Path
+  study: Study,
+  records: Sequence[Record],
+  out: str | pathlib.Path,
+  *,
+  only: Collection[str] | None = None,
 ) -> list[pathlib.Path]:
   """Writes each figure that the records carry as PDF and PNG, and returns the paths.
 
-  The same records give the same bytes. Load and specialization are drawn for the first 12 arms
-  that have them.
+  The same records give the same bytes.
+
+  Args:
+    study: of the records.
+    records: of all trials.
+    out: directory; made if a figure is written.
+    only: names of files, as 'loss.png'; all by default.
   """
   out = pathlib.Path(out)
-  out.mkdir(parents=True, exist_ok=True)
   paths: list[pathlib.Path] = []
-  for name, figure in _all_figures(study, records):
-    for suffix, metadata in (('.pdf', {'CreationDate': None}), ('.png', {'Software': None})):
+  for name, draw in _FIGURES.items():
+    suffixes = [s for s in _METADATA if only is None or name + s in only]
+    figure = draw(study, records) if suffixes else None
+    if figure is None:
+      continue
+    out.mkdir(parents=True, exist_ok=True)
+    for suffix in suffixes:
       path = out / (name + suffix)
       with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         # A box stands for what the font lacks, once for each size of text.
         warnings.filterwarnings('ignore', r'Glyph \d+ .* missing from font')
-        figure.savefig(path, dpi=150, metadata=metadata)
+        figure.savefig(path, dpi=150, metadata=_METADATA[suffix])
       paths.append(path)
   return paths
-
-
-def _all_figures(study: Study, records: Sequence[Record]) -> Iterator[tuple[str, Figure]]:
-  for name, draw in (
-    ('loss', loss_curves),
-    ('metric', metric),
-    ('drop_share', drop_share),
-    ('iso_flops', iso_flops),
-  ):
-    figure = draw(study, records)
-    if figure is not None:
-      yield name, figure
-  for name, draw_arm in (('load', load), ('specialization', specialization)):
-    taken: set[str] = set()
-    for arm in by_arm(study, records):
-      figure = draw_arm(study, records, arm) if len(taken) < _MOST_ARMS else None
-      if figure is not None:
-        stem = _file_name(f'{name}_{arm}', taken)
-        taken.add(stem)
-        yield stem, figure
-
-
-def _file_name(text: str, taken: set[str]) -> str:
-  """Returns a name of letters, digits, '-' and '_' that is not taken."""
-  # 100 characters: file systems allow 255 bytes.
-  stem = re.sub(r'[^A-Za-z0-9_]+', '-', text).strip('-')[:100]
-  number, name = 2, stem
-  while name.lower() in {other.lower() for other in taken}:
-    name, number = f'{stem}-{number}', number + 1
-  return name
-
-
-@matplotlib.rc_context(STYLE)
-def loss_curves(study: Study, records: Sequence[Record]) -> Figure | None:
-  """Draws the training loss of each arm: mean and interval over finished trials.
-
-  Trials that are not finished are dotted, with a cross at their last step.
-  """
-  arms = {
-    arm: [r for r in trials if len(_curve(r))] for arm, trials in by_arm(study, records).items()
-  }
-  arms = {arm: trials for arm, trials in arms.items() if trials}
-  if not arms:
-    return None
-  # Strangers to the means set the scale only if there are none.
-  means = {
-    arm: _mean_curve(curves)
-    for arm, trials in arms.items()
-    if (curves := [_curve(r) for r in trials if r.status == FINISHED])
-  }
-  means = {arm: mean for arm, mean in means.items() if len(mean[0])}
-  low, high = _loss_range(
-    [(steps, mean) for steps, mean, _ in means.values()]
-    or [tuple(_curve(r).T) for trials in arms.values() for r in trials]
-  )
-  figure, panels = make_panels(list(arms))
-  for axes, names in panels:
-    for arm, style in zip(names, styles(), strict=False):
-      axes.plot([], [], label=wrapped(arm), **style)
-      if arm in means:
-        steps, mean, half = means[arm]
-        axes.plot(steps, mean, **style)
-        axes.fill_between(steps, mean - half, mean + half, color=style['color'], alpha=0.2, lw=0)
-      for curve in [_curve(r) for r in arms[arm] if r.status != FINISHED]:
-        axes.plot(*curve.T, color=style['color'], lw=0.8, ls=':')
-        # At the edge if the loss left the panel.
-        end = curve[-1:, 0], np.clip(curve[-1:, 1], low, high)
-        axes.plot(*end, color=style['color'], ls='none', marker='x', clip_on=False)
-  panels[0][0].set_ylim(low, high)
-  label_panels(panels, 'optimizer step', 'training loss (nats per token)')
-  note(figure, [r for trials in arms.values() for r in trials], 'dotted, ')
-  return figure
-
-
-def _curve(record: Record) -> np.ndarray:
-  """Returns [step, loss] as an array, without what is not finite."""
-  curve = np.array(record.curve, np.float64).reshape(-1, 2)
-  return curve[np.isfinite(curve).all(1)]
-
-
-def _mean_curve(curves: list[np.ndarray]) -> tuple[Any, Any, Any]:
-  """Returns steps, mean and half interval at the steps that all curves have."""
-  losses = [dict(curve) for curve in curves]
-  steps = np.array(sorted(set.intersection(*(set(loss) for loss in losses))))
-  mean, half = mean_and_interval([[loss[step] for step in steps] for loss in losses])
-  return steps, mean, half
-
-
-def _loss_range(curves: list[tuple[Any, Any]]) -> tuple[float, float]:
-  """Returns the bounds of an axis for the losses after the start."""
-  last = max(steps[-1] for steps, _ in curves if len(steps))
-  values = np.concatenate([losses[steps >= _WARMUP_SHARE * last] for steps, losses in curves])
-  margin = 0.05 * (values.max() - values.min()) or 0.1
-  return values.min() - margin, values.max() + margin
 
 
 @matplotlib.rc_context(STYLE)
@@ -186,7 +105,9 @@ def metric(study: Study, records: Sequence[Record]) -> Figure | None:
   }
   placed = {arm: pair for arm, pair in arms.items() if arm not in level}
   if not study.x or not placed:
-    return _dots(study, records, {arm: {'': v} for arm, (_, v) in arms.items()}, _label(study))
+    figure = _dots(study, records, {arm: {'': v} for arm, (_, v) in arms.items()}, _label(study))
+    set_title(figure, study, deciding_title(study.metric))
+    return figure
   # In the study's order of values even where the first arm with one has not finished.
   order = [arm.changes.get(study.lines) for arm in study.arms]
   order += [field_of(record, study.lines) for record, _ in placed.values()]
@@ -196,12 +117,14 @@ def metric(study: Study, records: Sequence[Record]) -> Figure | None:
     placed.items(), key=lambda item: order.index(field_of(item[1][0], study.lines))
   ):
     lines.setdefault(keys[arm], []).append((field_of(record, study.x), values))
-  figure, panels = make_panels(list(lines) + sorted(level, key=list(arms).index))
+  labels = {arm: arm for arm in arms} | labels_of(study)
+  levels = {labels[arm]: arms[arm][1] for arm in arms if arm in level}
+  figure, panels = make_panels([*lines, *levels])
   position = _Positions([x for points in lines.values() for x, _ in points])
   for axes, names in panels:
     for index, (name, style) in enumerate(zip(names, styles(), strict=False)):
-      if name in level:
-        _level_line(axes, name, arms[name][1], style)
+      if name in levels:
+        _level_line(axes, name, levels[name], style)
         continue
       points = sorted((position(x), values) for x, values in lines[name])
       # Apart by 3 points each, whatever the scale: error bars of lines would hide each other.
@@ -210,6 +133,7 @@ def metric(study: Study, records: Sequence[Record]) -> Figure | None:
       _points(axes, points, name, style, axes.transData + apart)
     position.set_axis(axes)
   label_panels(panels, study.x, _label(study))
+  set_title(figure, study, deciding_title(study.metric))
   note(figure, records)
   return figure
 
@@ -226,7 +150,7 @@ def _line_keys(study: Study, arms: dict[str, Record]) -> dict[str, str]:
         fields.append(field)
   return {
     arm: ', '.join(f'{field.rpartition(".")[2]}={field_of(record, field)}' for field in fields)
-    or study.metric.unit
+    or deciding_title(study.metric)
     for arm, record in arms.items()
   }
 
@@ -323,6 +247,7 @@ def drop_share(study: Study, records: Sequence[Record]) -> Figure | None:
   label = f'share of assignments dropped ({", ".join(shown)}; {study.split} split)'
   figure = _dots(study, records, arms, label)
   figure.axes[0].set_xlim(left=0)
+  set_title(figure, study, 'share of assignments dropped')
   return figure
 
 
@@ -331,7 +256,8 @@ def _dots(
 ) -> Figure:
   """Draws means, intervals and seeds, arms below each other; a colour for each kind of value."""
   kinds = list(dict.fromkeys(kind for values in arms.values() for kind in values))
-  names = [wrapped(arm) for arm in arms]
+  labels = labels_of(study)
+  names = [wrapped(labels.get(arm, arm)) for arm in arms]
   row_height = 0.14 + 0.16 * max(name.count('\n') + 1 for name in names)
   figure = Figure(figsize=(6.5, 1.2 + row_height * len(arms)), layout='constrained')
   axes = figure.subplots()
@@ -393,10 +319,22 @@ def iso_flops(study: Study, records: Sequence[Record]) -> Figure | None:
       axes.plot(*zip(*sorted(best.items()), strict=True), label=name, marker='o', ms=4, **style)
     axes.set_xscale('log')
   label_panels(panels, 'total parameters', _label(study))
+  set_title(figure, study, f'{deciding_title(study.metric)} at equal training FLOPs')
   note(figure, records)
   return figure
 
 
 def _label(study: Study) -> str:
-  evaluation = study.metric.name.rpartition('/')[0]
-  return f'{study.metric.unit} ({evaluation}, {study.split} split)'
+  evaluation = study.metric.name.partition('/')[0]
+  return f'{deciding_title(study.metric)} ({evaluation}, {study.split} split)'
+
+
+_FIGURES: dict[str, Callable[[Study, Sequence[Record]], Figure | None]] = {
+  'loss': loss_curves,
+  'metric': metric,
+  'drop_share': drop_share,
+  'iso_flops': iso_flops,
+  'load': load,
+  'specialization': specialization,
+  'domain_load': domain_load,
+}

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from moe_jax.results import tables
-from moe_jax.results.markup import escape_latex
+from moe_jax.results.markup import break_latex, escape_latex
 from moe_jax.results.statistics import LEVEL
 from moe_jax.results.summary import SIGNIFICANCE, Summary
 
@@ -14,6 +14,10 @@ TITLE = 'moe_jax'
 AUTHOR = 'The moe_jax maintainers'
 VERSION = '0.1.0'
 LICENSE = 'Apache-2.0'
+# Where the software is; '' while CITATION.cff names no address.
+URL = ''
+# Digits of a commit in running text; the whole of it stands in the entry's own field.
+_SHORT = 12
 
 
 def methods(summary: Summary) -> str:
@@ -27,27 +31,33 @@ def methods(summary: Summary) -> str:
     *_on_statistics(summary),
     *_on_provenance(summary),
   ]
-  return escape_latex(' '.join(sentences)) + '\n'
+  # Hashes and fields are long words for a narrow column.
+  return f'{{\\emergencystretch=3em\n{break_latex(" ".join(sentences))}\\par}}\n'
 
 
 def bibtex(summary: Summary) -> str:
   """Returns an entry for this software at the commits that finished trials ran.
 
-  Of type `misc`, which every BibTeX style knows.
+  Of type `misc`, which every BibTeX style knows; styles print the note, tools read the rest. Year
+  and month are those of the last commit.
   """
-  commits = summary.provenance.commits
-  note = f'Git {_count_noun("commit", commits)} {", ".join(commits) or "unknown"}'
-  if summary.provenance.dirty:
+  of = summary.provenance
+  dated = [
+    f'{commit[:_SHORT]} ({of.dates[commit]})' if commit in of.dates else commit[:_SHORT]
+    for commit in of.commits
+  ]
+  note = f'Version {VERSION}, Git {_count_noun("commit", dated)} {", ".join(dated) or "unknown"}'
+  if of.dirty:
     note += ', with uncommitted changes'
-  return (
-    f'@misc{{{TITLE},\n'
-    f'  author = {{{{{escape_latex(AUTHOR)}}}}},\n'
-    f'  title = {{{{{escape_latex(TITLE)}}}}},\n'
-    f'  version = {{{escape_latex(VERSION)}}},\n'
-    f'  license = {{{escape_latex(LICENSE)}}},\n'
-    f'  note = {{{escape_latex(note)}}},\n'
-    '}\n'
-  )
+  fields = {'author': f'{{{escape_latex(AUTHOR)}}}', 'title': f'{{{escape_latex(TITLE)}}}'}
+  last = max(of.dates.values(), default='')
+  if last:
+    fields |= {'year': last[:4], 'month': str(int(last[5:7])), 'date': last}
+  fields |= {'version': VERSION} | ({'url': URL} if URL else {})
+  fields |= {'license': LICENSE, 'commit': ', '.join(of.commits) or 'unknown'}
+  fields['note'] = break_latex(note)
+  lines = [f'  {name} = {{{value}}},' for name, value in fields.items()]
+  return '\n'.join([f'@misc{{{TITLE},', *lines, '}']) + '\n'
 
 
 def _on_models(summary: Summary) -> list[str]:
@@ -129,7 +139,8 @@ def _on_provenance(summary: Summary) -> list[str]:
   of = summary.provenance
   if not of.commits:
     return []
-  sentence = f'Trials ran {TITLE} at {_count_noun("commit", of.commits)} {", ".join(of.commits)}'
+  commits = ', '.join(commit[:_SHORT] for commit in of.commits)
+  sentence = f'Trials ran {TITLE} at {_count_noun("commit", of.commits)} {commits}'
   sentence += ' with uncommitted changes' if of.dirty else ''
   sentence += f', on {" and ".join(of.devices)}' if of.devices else ''
   if of.packs:

@@ -39,6 +39,8 @@ def write_page(
   comparisons: Sequence[Sequence[str]] = (),
   notes: Sequence[str] = (),
   warnings: Sequence[str] = (),
+  *,
+  figures: Mapping[str, Any] | None = None,
 ) -> pathlib.Path:
   """Writes the page, whole or not at all, and returns its path.
 
@@ -54,11 +56,12 @@ def write_page(
     comparisons: planned ones: the header of their table, then a row for each.
     notes: how the numbers were made.
     warnings: what a reader should know of them.
+    figures: from `page_figures.content`; none by default.
   """
   if 'arm' not in columns or any('arm' not in row for row in rows):
     raise ValueError('columns and rows must have an arm')
   style = _read('page.css')
-  script = f"'use strict';\n{_read('curves.js')}\n{_read('page.js')}"
+  script = f"'use strict';\n{_read('curves.js')}\n{_read('figures.js')}\n{_read('page.js')}"
   parts = {
     'title': html.escape(study.name),
     'style': style,
@@ -68,6 +71,8 @@ def write_page(
     'data': _embedded(
       _content(study, records, columns, rows)
       | {'comparisons': comparisons, 'notes': notes, 'warnings': warnings}
+      | {'panels': [], 'loads': [], 'seeds': [], 'labels': {}}
+      | _plain(figures or {})
     ),
   }
   # In one pass, so that nothing is replaced in what was put in.

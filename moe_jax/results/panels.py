@@ -1,5 +1,6 @@
 """What the figures of a study share: colours, panels, labels, and the values of its trials."""
 
+import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,6 +18,8 @@ from moe_jax.study import Study
 
 # More cannot be told apart; further ones get a panel of their own.
 _MOST_IN_PANEL = 12
+
+_OVER_LAYERS = {'mean': np.mean, 'max': np.max}
 
 Trials = list[Record]
 
@@ -40,7 +43,26 @@ def mean_and_interval(values: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
 
 def values_of(trials: Trials, name: str) -> list[float]:
   """Returns a metric of the finished trials that have it."""
-  return [r.metrics[name] for r in trials if r.status == FINISHED and name in r.metrics]
+  values = (number_of(r, name) for r in trials if r.status == FINISHED)
+  return [value for value in values if value is not None]
+
+
+def number_of(record: Record, name: str) -> float | None:
+  """Returns a number by its path: as it stands in the record, or 'NAME/mean', 'NAME/max' of a list.
+
+  None if the record has no such finite number.
+  """
+  value: Any = record.metrics.get(name)
+  stem, _, statistic = name.rpartition('/')
+  layers = record.metrics.get(stem)
+  is_list = isinstance(layers, list) and layers and all(map(_is_number, layers))
+  if value is None and statistic in _OVER_LAYERS and is_list:
+    value = float(_OVER_LAYERS[statistic](layers))
+  return float(value) if _is_number(value) and math.isfinite(value) else None
+
+
+def _is_number(value: Any) -> bool:
+  return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def field_of(record: Record, field: str) -> Any:
@@ -91,6 +113,13 @@ def label_panels(panels: list[tuple[Axes, list[str]]], x: str, y: str) -> None:
       borderaxespad=0,
     )
   panels[-1][0].set_xlabel(x)
+
+
+def set_title(figure: Figure, study: Study, text: str) -> None:
+  """Heads a figure with the study and what is shown of it."""
+  # About 13 characters fit in an inch.
+  width = int(13 * figure.get_figwidth())
+  figure.suptitle(wrapped(f'{study.name}: {text}', width), fontsize='medium')
 
 
 def note(figure: Figure, records: Sequence[Record], shown: str = '') -> None:

@@ -37,6 +37,7 @@ class Record:
     data: name, fingerprint and tokenizer of the text, and the split that was evaluated; {} if it
       never began.
     git_commit: of the checkout it ran in; None if unknown.
+    git_date: day of that commit, 'YYYY-MM-DD'; '' if unknown, as in results of earlier versions.
     git_dirty: whether that had uncommitted changes.
     devices: platform, kind and count, and the precision of matrix products ('default' or as JAX
       names it; results of earlier versions lack it).
@@ -68,6 +69,7 @@ class Record:
   config: dict[str, Any] = dataclasses.field(default_factory=dict)
   data: dict[str, Any] = dataclasses.field(default_factory=dict)
   git_commit: str | None = None
+  git_date: str = ''
   git_dirty: bool | None = None
   devices: dict[str, Any] = dataclasses.field(default_factory=dict)
   pack: int | None = None
@@ -89,17 +91,81 @@ class Record:
       raise ValueError(f'status={self.status!r}: must be one of {STATUSES}')
 
 
-def write_records(path: str | pathlib.Path, records: Iterable[Record]) -> None:
-  """Writes results.jsonl, whole or not at all, each record with its digest."""
+# Stands in every line.
+_ALWAYS = ('trial', 'arm', 'seed', 'status', 'config')
+
+
+def write_records(
+  path: str | pathlib.Path, records: Iterable[Record], *, compact: bool = False
+) -> None:
+  """Writes results.jsonl, whole or not at all, each record with its digest.
+
+  Args:
+    path: of the file.
+    records: one for each line.
+    compact: as in `encode_records`.
+  """
   path = pathlib.Path(path)
   temporary = path.with_suffix('.tmp')
-  lines = [
-    json.dumps({'digest': _digest(values), **values}, sort_keys=True)
-    # As they come back from JSON, in which tuples are lists and keys are text.
-    for values in (json.loads(json.dumps(dataclasses.asdict(record))) for record in records)
-  ]
-  temporary.write_text(''.join(f'{line}\n' for line in lines), encoding='utf-8')
+  temporary.write_bytes(encode_records(records, compact=compact))
   temporary.replace(path)
+
+
+def encode_records(records: Iterable[Record], *, compact: bool = False) -> bytes:
+  """Returns the content of results.jsonl.
+
+  Args:
+    records: one for each line.
+    compact: without values that are defaults of `Record`; and a line may say `config_from` in place
+      of `config`, the number of an earlier line, and the fields in which its config differs from
+      that line's. Digests are of the values with the config.
+  """
+  lines: list[str] = []
+  configs: dict[int, dict[str, Any]] = {}
+  separators = (',', ':') if compact else None
+  defaults = json.loads(json.dumps(dataclasses.asdict(Record('', '', 0, FINISHED))))
+  for record in records:
+    # As it comes back from JSON, in which tuples are lists and keys are text.
+    values = json.loads(json.dumps(dataclasses.asdict(record)))
+    if compact:
+      values = {
+        name: value for name, value in values.items() if name in _ALWAYS or value != defaults[name]
+      }
+    content = {'digest': _digest(values), **values}
+    if compact:
+      content = _share_config(content, configs)
+      if 'config' in content:
+        configs[len(lines) + 1] = content['config']
+    lines.append(json.dumps(content, sort_keys=True, separators=separators))
+  return ''.join(f'{line}\n' for line in lines).encode()
+
+
+def _share_config(values: dict[str, Any], configs: dict[int, dict[str, Any]]) -> dict[str, Any]:
+  config = values['config']
+  for number, other in configs.items():
+    if {room: set(fields) for room, fields in config.items()} != {
+      room: set(fields) for room, fields in other.items()
+    }:
+      continue
+    changed = {
+      room: {name: value for name, value in fields.items() if value != other[room][name]}
+      for room, fields in config.items()
+    }
+    changed = {room: fields for room, fields in changed.items() if fields}
+    rest = {name: value for name, value in values.items() if name != 'config'}
+    return rest | {'config_from': {'line': number, 'changed': changed}}
+  return values
+
+
+def _whole(values: dict[str, Any], configs: dict[int, dict[str, Any]]) -> dict[str, Any]:
+  """Returns the values of a line with the config that it takes from an earlier one."""
+  source = values.pop('config_from', None)
+  if source is None:
+    return values
+  config = {room: dict(fields) for room, fields in configs[source['line']].items()}
+  for room, fields in source['changed'].items():
+    config[room].update(fields)
+  return values | {'config': config}
 
 
 def read_records(path: str | os.PathLike) -> list[Record]:
@@ -110,7 +176,8 @@ def read_records(path: str | os.PathLike) -> list[Record]:
   Raises:
     DamagedError: naming the first line that is no record, or for a file without any.
   """
-  records = []
+  records: list[Record] = []
+  configs: dict[int, dict[str, Any]] = {}
   try:
     lines = pathlib.Path(path).read_text(encoding='utf-8').splitlines()
   except UnicodeDecodeError as error:
@@ -119,8 +186,10 @@ def read_records(path: str | os.PathLike) -> list[Record]:
     try:
       values = json.loads(line)
       digest = values.pop('digest', None)
+      values = _whole(values, configs)
       record = Record(**values)
-    except (ValueError, TypeError, AttributeError) as error:
+      configs[number] = record.config
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
       raise DamagedError(f'{path}:{number} is no record of a trial, or cut short') from error
     if digest != _digest(values):
       reason = f'{path}:{number} is not what was written: its digest differs'

@@ -13,6 +13,8 @@ import scipy.stats
 from numpy.typing import ArrayLike
 
 LEVEL = 0.95
+# Of the interval that lies within the margin exactly if both one-sided tests at 5% reject.
+EQUIVALENCE_LEVEL = 0.9
 NUM_RESAMPLES = 10_000
 
 
@@ -45,12 +47,16 @@ class Difference(NamedTuple):
     bootstrap: of the same, by `bootstrap_interval`; it decides nothing.
     p_value: of the two-sided paired t-test; NaN where there is none.
     unpaired: seeds that only one of the two has; they count for nothing here.
+    within: the interval of the mean difference at `EQUIVALENCE_LEVEL`.
+    equivalence_p_value: of two one-sided tests against a margin; NaN where there is none.
   """
 
   interval: Interval
   bootstrap: Interval
   p_value: float
   unpaired: tuple[int, ...]
+  within: Interval = Interval(math.nan, math.nan, math.nan, 0)
+  equivalence_p_value: float = math.nan
 
 
 def mean_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
@@ -115,6 +121,8 @@ def paired_difference(
   baseline: Mapping[int, float],
   level: float = LEVEL,
   num_resamples: int = NUM_RESAMPLES,
+  *,
+  margin: float | None = None,
 ) -> Difference:
   """Returns the mean of arm minus baseline over the seeds of both.
 
@@ -127,15 +135,19 @@ def paired_difference(
     baseline: value by seed.
     level: of both intervals.
     num_resamples: of the bootstrap.
+    margin: differences below it in size count as equivalent; None for no such test.
   """
   seeds = sorted(arm.keys() & baseline.keys())
   differences = [arm[seed] - baseline[seed] for seed in seeds]
   largest = max((max(abs(arm[s]), abs(baseline[s])) for s in seeds), default=0.0)
+  rounding = 4 * float(np.finfo(np.float64).eps) * largest
   return Difference(
     mean_interval(differences, level),
     bootstrap_interval(differences, level, num_resamples=num_resamples),
-    _p_value(differences, rounding=4 * float(np.finfo(np.float64).eps) * largest),
+    _p_value(differences, rounding),
     tuple(sorted(arm.keys() ^ baseline.keys())),
+    mean_interval(differences, EQUIVALENCE_LEVEL),
+    math.nan if margin is None else _equivalence_p_value(differences, margin, rounding),
   )
 
 
@@ -165,6 +177,24 @@ def _p_value(differences: Sequence[float], rounding: float) -> float:
   if deviation <= rounding:
     return 1.0 if abs(mean) <= rounding else math.nan
   return float(2 * scipy.stats.t.sf(abs(mean) / (deviation / math.sqrt(num)), num - 1))
+
+
+def _equivalence_p_value(differences: Sequence[float], margin: float, rounding: float) -> float:
+  """Returns the larger p-value of two one-sided t-tests, that the mean is -margin, and margin.
+
+  Below 0.05 exactly if the interval at `EQUIVALENCE_LEVEL` lies within (-margin, margin). NaN where
+  the differences do not vary, as they are then no draws.
+
+  Source: Schuirmann 1987, A comparison of the two one-sided tests procedure and the power approach
+  for assessing the equivalence of average bioavailability.
+  """
+  num = len(differences)
+  if num < 2:
+    return math.nan
+  mean, deviation = float(np.mean(differences)), float(np.std(differences, ddof=1))
+  if deviation <= rounding:
+    return math.nan
+  return float(scipy.stats.t.cdf((abs(mean) - margin) / (deviation / math.sqrt(num)), num - 1))
 
 
 def _without_limits(values: Sequence[float]) -> Interval:

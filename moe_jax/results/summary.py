@@ -29,13 +29,26 @@ SIGNIFICANCE = 0.05
 # Seeds below which a summary warns: the quantile of t falls from 12.7 with 2 to 4.3 with 3.
 MIN_SEEDS = 3
 
-# What a planned comparison says of its arm. Open: the interval is all that can be said. Untested:
+# What a planned comparison says of its arm. Better or worse: the difference is significant.
+# Equivalent: it is significantly below the margin of the study; both may hold, of a difference that
+# is there and does not matter. Undecided: neither, the interval is all that can be said. Untested:
 # fewer than 2 pairs, or differences that do not vary.
 BETTER = 'better'
 WORSE = 'worse'
-OPEN = 'open'
+EQUIVALENT = 'equivalent'
+BETTER_BUT_EQUIVALENT = f'{BETTER}, {EQUIVALENT}'
+WORSE_BUT_EQUIVALENT = f'{WORSE}, {EQUIVALENT}'
+UNDECIDED = 'undecided'
 UNTESTED = 'untested'
-VERDICTS = (BETTER, WORSE, OPEN, UNTESTED)
+VERDICTS = (
+  BETTER,
+  WORSE,
+  EQUIVALENT,
+  BETTER_BUT_EQUIVALENT,
+  WORSE_BUT_EQUIVALENT,
+  UNDECIDED,
+  UNTESTED,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +118,10 @@ class ComparisonSummary:
     baseline: subtracted.
     difference: in the unit of the metric.
     adjusted_p_value: Holm's, over all planned comparisons.
-    verdict: of `VERDICTS`; the arm is better or worse if that is below `SIGNIFICANCE`.
+    verdict: of `VERDICTS`; the arm is better or worse if that is below `SIGNIFICANCE`, equivalent
+      if `adjusted_equivalence_p_value` is.
+    adjusted_equivalence_p_value: Holm's over all planned comparisons of the tests of equivalence;
+      NaN without a margin.
   """
 
   arm: str
@@ -113,6 +129,7 @@ class ComparisonSummary:
   difference: Difference
   adjusted_p_value: float
   verdict: str
+  adjusted_equivalence_p_value: float = math.nan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +138,7 @@ class Provenance:
 
   Attributes:
     commits: of the checkouts, sorted; 'unknown' for a trial without.
+    dates: of these commits, where known: {commit: 'YYYY-MM-DD'}.
     dirty: whether one had uncommitted changes.
     devices: as 'COUNT x KIND (PLATFORM)', sorted; with the precision of products where it was set.
     packs: how many trials trained as one program, each number once; 1 or unknown left out.
@@ -136,6 +154,7 @@ class Provenance:
   data: tuple[dict[str, Any], ...]
   config: dict[str, Any]
   not_causal: dict[str, str]
+  dates: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,22 +282,38 @@ def _expert_share(config: dict[str, Any]) -> float:
 
 
 def _compare(study: Study, values: dict[str, dict[int, float]]) -> tuple[ComparisonSummary, ...]:
-  differences = [paired_difference(values[c.arm], values[c.baseline]) for c in study.comparisons]
+  differences = [
+    paired_difference(values[c.arm], values[c.baseline], margin=study.equivalence_margin)
+    for c in study.comparisons
+  ]
   adjusted = holm([difference.p_value for difference in differences])
+  equivalence = holm([difference.equivalence_p_value for difference in differences])
   return tuple(
     ComparisonSummary(
-      comparison.arm, comparison.baseline, difference, p, _verdict(study.metric, difference, p)
+      comparison.arm,
+      comparison.baseline,
+      difference,
+      p,
+      _verdict(study.metric, difference, p, q),
+      q,
     )
-    for comparison, difference, p in zip(study.comparisons, differences, adjusted, strict=True)
+    for comparison, difference, p, q in zip(
+      study.comparisons, differences, adjusted, equivalence, strict=True
+    )
   )
 
 
-def _verdict(metric: Metric, difference: Difference, adjusted_p_value: float) -> str:
-  if math.isnan(adjusted_p_value):
+def _verdict(
+  metric: Metric, difference: Difference, adjusted_p: float, adjusted_equivalence_p: float
+) -> str:
+  if math.isnan(adjusted_p):
     return UNTESTED
-  if adjusted_p_value >= SIGNIFICANCE:
-    return OPEN
-  return BETTER if (difference.interval.mean < 0) == metric.lower_is_better else WORSE
+  equivalent = adjusted_equivalence_p < SIGNIFICANCE
+  if adjusted_p >= SIGNIFICANCE:
+    return EQUIVALENT if equivalent else UNDECIDED
+  if (difference.interval.mean < 0) == metric.lower_is_better:
+    return BETTER_BUT_EQUIVALENT if equivalent else BETTER
+  return WORSE_BUT_EQUIVALENT if equivalent else WORSE
 
 
 def _provenance(records: Sequence[Record], by_arm: dict[str, list[Record]]) -> Provenance:
@@ -307,6 +342,7 @@ def _provenance(records: Sequence[Record], by_arm: dict[str, list[Record]]) -> P
       if all(name in config and config[name] == value for config in configs)
     },
     not_causal=not_causal,
+    dates={r.git_commit: r.git_date for r in finished if r.git_commit and r.git_date},
   )
 
 

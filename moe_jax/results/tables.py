@@ -1,112 +1,235 @@
-"""A summary as tables in Markdown, LaTeX and CSV.
+"""A summary as tables: which columns, their cells in plain text, and as Markdown and CSV.
 
 Numbers are the mean and half the width of its interval, rounded to two digits of the latter.
-Whatever is not averaged is listed below the table with its reason.
+Columns that are the same for every arm are said below the table. Whatever is not averaged is listed
+there with its reason.
 """
 
 import csv
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from moe_jax.errors import UserError
-from moe_jax.results.markup import escape_latex, escape_markdown, latex_number, one_line
-from moe_jax.results.statistics import LEVEL, Difference, Interval
+from moe_jax.results.markup import escape_markdown
+from moe_jax.results.names import deciding_title, metric_titles, unit_of
+from moe_jax.results.statistics import EQUIVALENCE_LEVEL, LEVEL, Difference, Interval
 from moe_jax.results.summary import SIGNIFICANCE, Absent, ArmSummary, Summary
 
 _SCALES = ((1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k'))
-# Characters of a row in LaTeX, which \small fits on a page of text, and of a name in a title.
-_WIDEST = 88
 _LONGEST_BASELINE = 20
 # Half widths below come of rounding.
 _MOST_DECIMALS = 12
 _NOTHING = Interval(math.nan, math.nan, math.nan, 0)
+NOTHING = '-'
+
+# Next to the metric that decides, where an arm has them: of the evaluation at the capacity of
+# training, else of that of the metric.
+_FURTHER = (
+  'router/drop_share',
+  'router/max_violation/mean',
+  'router/dead_experts/mean',
+  'router/expert_domain_mi/mean',
+  'router/expert_token_mi/mean',
+  'bits_per_byte',
+)
+# What columns are called that are no metrics, with their titles.
+SEEDS, METRIC, DIFFERENCE = 'seeds', 'metric', 'difference'
+_COUNTS = {
+  'parameters': 'parameters',
+  'active': 'active',
+  'flops_per_token': 'FLOPs / token',
+  'tokens': 'tokens',
+  'tokens_per_expert': 'tokens / expert',
+}
 
 
-class _Style(NamedTuple):
-  """How a format writes words, numbers as '-1.2 ± 0.1', and what is not there."""
+class Column(NamedTuple):
+  """A column of the table of arms.
 
-  text: Callable[[str], str]
-  number: Callable[[str], str]
-  nothing: str
+  Attributes:
+    key: as in `--columns`: 'seeds', 'metric', 'difference', a count, or the path of a metric.
+    title: its head.
+    cells: of the arms that are run, in the order of the study: what is shown, plain.
+    values: of the same, to sort by.
+  """
 
-
-class _Table(NamedTuple):
-  """Cells as a format writes them; the first `num_left` columns are words."""
-
-  header: list[str]
-  rows: list[list[str]]
-  num_left: int
-
-
-_PLAIN = _Style(one_line, lambda text: text, '-')
+  key: str
+  title: str
+  cells: tuple[str, ...]
+  values: tuple[float | int | None, ...]
 
 
-def markdown(summary: Summary, metrics: Mapping[str, str] | None = None) -> str:
+def shown_arms(summary: Summary) -> list[ArmSummary]:
+  """Returns the arms that have a row: those that the study runs."""
+  return [arm for arm in summary.arms if not arm.dropped]
+
+
+def columns(summary: Summary, keys: Sequence[str] = ()) -> list[Column]:
+  """Returns the columns of the table of arms.
+
+  Args:
+    summary: of a study.
+    keys: what they show, as in `Column.key`; all that are known by default, without those that are
+      the same for every arm.
+
+  Raises:
+    UserError: for a key that is none.
+  """
+  if keys:
+    return _made(summary, list(keys))
+  every = _made(summary, _default_keys(summary))
+  return [column for column in every if column.key in (METRIC, DIFFERENCE) or _varies(column)]
+
+
+def constants(summary: Summary) -> list[Column]:
+  """Returns the columns that `columns` leaves out, with the same value for every arm."""
+  every = _made(summary, _default_keys(summary))
+  same = [c for c in every if c.key not in (METRIC, DIFFERENCE) and not _varies(c)]
+  return [column for column in same if set(column.cells) - {NOTHING}]
+
+
+def said_once(column: Column) -> str:
+  """Returns title and value of a column of `constants`."""
+  return f'{column.title} {next(cell for cell in column.cells if cell != NOTHING)}'
+
+
+def _varies(column: Column) -> bool:
+  # An arm that never began has no counts, which makes those of the others no less alike.
+  nothing = {NOTHING} if column.key in _COUNTS else set()
+  return len(set(column.cells) - nothing) > 1
+
+
+def further_evaluation(summary: Summary) -> str:
+  """Returns the evaluation that further metrics are of by default; '' if no arm has one."""
+  known = {name.partition('/')[0] for arm in summary.arms for name in arm.metrics}
+  for evaluation in ('capacity', summary.study.metric.name.partition('/')[0]):
+    if evaluation in known:
+      return evaluation
+  return min(known, default='')
+
+
+def _default_keys(summary: Summary) -> list[str]:
+  known = {name for arm in summary.arms for name in arm.metrics}
+  further = (f'{further_evaluation(summary)}/{path}' for path in _FURTHER)
+  return [
+    SEEDS,
+    METRIC,
+    *([DIFFERENCE] if summary.study.baseline else []),
+    *(name for name in further if name in known and name != summary.study.metric.name),
+    *_COUNTS,
+  ]
+
+
+def _made(summary: Summary, keys: Sequence[str]) -> list[Column]:
+  known = {name for arm in summary.arms for name in arm.metrics}
+  possible = [SEEDS, METRIC, DIFFERENCE, *_COUNTS, *sorted(known)]
+  if not summary.study.baseline:
+    possible.remove(DIFFERENCE)
+  for key in keys:
+    if key not in possible:
+      raise UserError('--columns', key, f'must be among {", ".join(possible)}')
+  titles = metric_titles([summary.study.metric.name, *(key for key in keys if key in known)])
+  return [_column(summary, key, titles) for key in keys]
+
+
+def _column(summary: Summary, key: str, titles: dict[str, str]) -> Column:
+  arms = shown_arms(summary)
+  if key == SEEDS:
+    cells = tuple(_averaged(arm) for arm in arms)
+    return Column(key, 'seeds', cells, tuple(len(arm.values) for arm in arms))
+  if key in _COUNTS:
+    counts = tuple(_count_of(arm, key) for arm in arms)
+    return Column(
+      key, _COUNTS[key], tuple(NOTHING if n is None else count(n) for n in counts), counts
+    )
+  if key == METRIC:
+    title, sign = deciding_title(summary.study.metric), ''
+    intervals: list[Interval | None] = [arm.interval for arm in arms]
+  elif key == DIFFERENCE:
+    short = len(summary.study.baseline) <= _LONGEST_BASELINE
+    title, sign = f'minus {summary.study.baseline if short else "baseline"}', '+'
+    intervals = [arm.difference.interval if arm.difference else None for arm in arms]
+  else:
+    title, sign = titles[key], ''
+    intervals = [arm.metrics.get(key) for arm in arms]
+  values = tuple(None if i is None or math.isnan(i.mean) else i.mean for i in intervals)
+  return Column(key, title, tuple(interval(i, sign) for i in intervals), values)
+
+
+def _averaged(arm: ArmSummary) -> str:
+  num, absent = len(arm.values), len(arm.absent)
+  return f'{num} of {num + absent}' if absent else str(num)
+
+
+def _count_of(arm: ArmSummary, key: str) -> int | float | None:
+  return {
+    'parameters': arm.parameters.get('total'),
+    'active': arm.parameters.get('active'),
+    'flops_per_token': arm.flops_per_token,
+    'tokens': arm.tokens,
+    'tokens_per_expert': arm.tokens_per_expert,
+  }[key]
+
+
+def markdown(summary: Summary, keys: Sequence[str] = ()) -> str:
   """Returns the tables of arms and of planned comparisons, what is not in them, and warnings.
 
   Args:
     summary: of a study.
-    metrics: further columns: names as in `ArmSummary.metrics`, with their titles.
+    keys: of `columns`.
 
   Raises:
-    UserError: for a metric that no arm has.
+    UserError: for a column that there is not.
   """
-  style = _Style(escape_markdown, lambda text: text, '-')
-  parts = [f'{style.text(summary.study.question)}\n']
-  for table in _tables(summary, style, metrics or {}):
-    rule = ['---'] * table.num_left + ['---:'] * (len(table.header) - table.num_left)
-    rows = [table.header, rule, *table.rows]
-    parts.append(''.join(f'| {" | ".join(row)} |\n' for row in rows))
-  parts.append(' '.join(style.text(sentence) for sentence in notes(summary)) + '\n')
-  for title, items in _lists(summary) + [('Warnings', summary.warnings)]:
+  parts = [f'{escape_markdown(summary.study.question)}\n']
+  shown = columns(summary, keys)
+  rows = [['arm', *(column.title for column in shown)]]
+  names = [arm.name for arm in shown_arms(summary)]
+  rows += [list(row) for row in zip(names, *(column.cells for column in shown), strict=True)]
+  parts.append(_markdown_table(rows, 1))
+  if summary.comparisons:
+    parts.append(_markdown_table(comparisons(summary), 3))
+  parts.append(' '.join(escape_markdown(sentence) for sentence in notes(summary, keys)) + '\n')
+  for title, items in [*not_averaged(summary), ('Warnings', summary.warnings)]:
     if items:
-      lines = ''.join(f'- {style.text(item)}\n' for item in items)
+      lines = ''.join(f'- {escape_markdown(item)}\n' for item in items)
       parts.append(f'{title}:\n\n{lines}')
   return '\n'.join(parts)
 
 
-def latex(summary: Summary, metrics: Mapping[str, str] | None = None) -> str:
-  r"""Returns the same as tabulars with the rules of booktabs, to \input into a table.
-
-  A table wider than a page of text goes on in a second one, which names the arms again. Warnings
-  are comments: they are for the author to deal with.
-
-  Args:
-    summary: of a study.
-    metrics: further columns: names as in `ArmSummary.metrics`, with their titles.
-
-  Raises:
-    UserError: for a metric that no arm has.
-  """
-  style = _Style(escape_latex, latex_number, '--')
-  head = [f'% {one_line(summary.study.question)}', r'% Needs \usepackage{booktabs}.']
-  head += [f'% Warning: {one_line(warning)}' for warning in summary.warnings]
-  parts = []
-  plain = _tables(summary, _PLAIN, metrics or {})
-  tables = zip(_tables(summary, style, metrics or {}), plain, strict=True)
-  for table in [part for whole, shown in tables for part in _split(whole, shown)]:
-    columns = 'l' * table.num_left + 'r' * (len(table.header) - table.num_left)
-    header, *rows = [' & '.join(row) + r' \\' for row in [table.header, *table.rows]]
-    lines = [rf'\begin{{tabular}}{{{columns}}}', r'\toprule', header, r'\midrule', *rows]
-    parts.append('\n'.join([*lines, r'\bottomrule', r'\end{tabular}']))
-  parts.append(' '.join(style.text(sentence) for sentence in notes(summary)))
-  body = '\n\n\\medskip\\noindent\n'.join(parts) + '\n'
-  for title, items in _lists(summary):
-    if items:
-      listed = ''.join(f'\\item {style.text(item)}\n' for item in items)
-      body += f'\n\\medskip\\noindent\n{title}:\n'
-      body += f'\\begin{{itemize}}\n{listed}\\end{{itemize}}\n'
-  return '\n'.join(head) + '\n' + body
+def _markdown_table(rows: list[list[str]], num_left: int) -> str:
+  header, *others = [[escape_markdown(cell) for cell in row] for row in rows]
+  rule = ['---'] * num_left + ['---:'] * (len(header) - num_left)
+  return ''.join(f'| {" | ".join(row)} |\n' for row in [header, rule, *others])
 
 
 def comparisons(summary: Summary) -> list[list[str]]:
   """Returns the table of planned comparisons as plain text, its header first; [] without any."""
   if not summary.comparisons:
     return []
-  table = _comparisons_table(summary, _PLAIN)
-  return [table.header, *table.rows]
+  margin = summary.study.equivalence_margin is not None
+  rows = [
+    ['arm', 'minus', 'verdict', 'pairs', deciding_title(summary.study.metric), 'p', 'adjusted p']
+  ]
+  if margin:
+    rows[0] += [f'{EQUIVALENCE_LEVEL:.0%} interval', 'adjusted p of equivalence']
+  for comparison in summary.comparisons:
+    difference = comparison.difference
+    row = [
+      comparison.arm,
+      comparison.baseline,
+      comparison.verdict,
+      str(difference.interval.num),
+      interval(difference.interval, '+'),
+      p_value(difference.p_value),
+      p_value(comparison.adjusted_p_value),
+    ]
+    if margin:
+      row += [limits(difference.within), p_value(comparison.adjusted_equivalence_p_value)]
+    rows.append(row)
+  return rows
 
 
 def csv_text(summary: Summary) -> str:
@@ -120,98 +243,28 @@ def csv_text(summary: Summary) -> str:
   return file.getvalue()
 
 
-def _tables(summary: Summary, style: _Style, metrics: Mapping[str, str]) -> list[_Table]:
-  tables = [_arms_table(summary, style, metrics)]
-  if summary.comparisons:
-    tables.append(_comparisons_table(summary, style))
-  return tables
-
-
-def _arms_table(summary: Summary, style: _Style, metrics: Mapping[str, str]) -> _Table:
-  known = sorted({name for arm in summary.arms for name in arm.metrics})
-  for name in metrics:
-    if name not in known:
-      raise UserError('metrics', name, f'must be one of {", ".join(known) or "none"}')
-  study = summary.study
-  header = ['arm', 'averaged', study.metric.unit]
-  if study.baseline:
-    short = len(study.baseline) <= _LONGEST_BASELINE
-    header.append(f'minus {study.baseline}' if short else 'minus baseline')
-  header += ['parameters', 'active', 'FLOPs / token', 'tokens', 'tokens / expert']
-  header += metrics.values()
-  rows = []
-  for arm in summary.arms:
-    if arm.dropped:
-      continue
-    cells = [style.text(arm.name), f'{len(arm.values)} of {len(arm.values) + len(arm.absent)}']
-    cells.append(_interval(arm.interval, style))
-    if study.baseline:
-      difference = arm.difference
-      cells.append(_interval(difference.interval if difference else None, style, '+'))
-    counts: list[int | float | None] = [
-      arm.parameters.get('total'),
-      arm.parameters.get('active'),
-      arm.flops_per_token,
-    ]
-    counts += [arm.tokens, arm.tokens_per_expert]
-    cells += [style.nothing if n is None else count(n) for n in counts]
-    cells += [_interval(arm.metrics.get(name), style) for name in metrics]
-    rows.append(cells)
-  return _Table([style.text(name) for name in header], rows, 1)
-
-
-def _split(table: _Table, shown: _Table) -> list[_Table]:
-  """Returns the table in parts that are not too wide, each with the columns of words.
-
-  Args:
-    table: as the format writes it.
-    shown: the same as a reader will see it.
-  """
-  widths = [2 + max(map(len, cells)) for cells in zip(shown.header, *shown.rows, strict=True)]
-  left = list(range(table.num_left))
-  parts, width = [list(left)], sum(widths[: table.num_left])
-  for column in range(table.num_left, len(widths)):
-    if width + widths[column] > _WIDEST and len(parts[-1]) > len(left):
-      parts.append(list(left))
-      width = sum(widths[: table.num_left])
-    parts[-1].append(column)
-    width += widths[column]
-  return [
-    _Table(
-      [table.header[i] for i in part], [[row[i] for i in part] for row in table.rows], len(left)
-    )
-    for part in parts
-  ]
-
-
-def _comparisons_table(summary: Summary, style: _Style) -> _Table:
-  header = ['arm', 'minus', 'verdict', 'pairs', summary.study.metric.unit, 'p', 'adjusted p']
-  rows = []
-  for comparison in summary.comparisons:
-    difference = comparison.difference
-    rows.append(
-      [
-        style.text(comparison.arm),
-        style.text(comparison.baseline),
-        comparison.verdict,
-        str(difference.interval.num),
-        _interval(difference.interval, style, '+'),
-        _p_value(difference.p_value, style),
-        _p_value(comparison.adjusted_p_value, style),
-      ]
-    )
-  return _Table([style.text(name) for name in header], rows, 3)
-
-
-def _interval(interval: Interval | None, style: _Style, sign: str = '') -> str:
+def interval(of: Interval | None, sign: str = '') -> str:
   """Returns the mean and half the width of the interval; the mean alone of a single value."""
-  if interval is None or math.isnan(interval.mean):
-    return style.nothing
-  mean, half = interval.mean, interval.half_width
+  if of is None or math.isnan(of.mean):
+    return NOTHING
+  mean, half = of.mean, of.half_width
   if math.isnan(half) or half == 0:
-    return style.number(f'{mean:{sign}.4g}' + (' ± 0' if half == 0 else ''))
-  decimals = min(max(1 - math.floor(math.log10(half)), 0), _MOST_DECIMALS)
-  return style.number(f'{mean:{sign}z.{decimals}f} ± {half:.{decimals}f}')
+    return f'{mean:{sign}.4g}' + (' ± 0' if half == 0 else '')
+  decimals = _decimals(half)
+  return f'{mean:{sign}z.{decimals}f} ± {half:.{decimals}f}'
+
+
+def limits(of: Interval) -> str:
+  """Returns the limits of an interval with their signs, to two digits of its half width."""
+  half = of.half_width
+  if math.isnan(half):
+    return NOTHING
+  decimals = _decimals(half) if half else 4
+  return f'[{of.low:+z.{decimals}f}, {of.high:+z.{decimals}f}]'
+
+
+def _decimals(half: float) -> int:
+  return min(max(1 - math.floor(math.log10(half)), 0), _MOST_DECIMALS)
 
 
 def count(number: int | float) -> str:
@@ -223,13 +276,14 @@ def count(number: int | float) -> str:
   return f'{number:.3g}'
 
 
-def _p_value(p: float, style: _Style) -> str:
+def p_value(p: float) -> str:
+  """Returns three decimals, or '<0.001'."""
   if math.isnan(p):
-    return style.nothing
-  return style.number('<0.001' if p < 0.001 else f'{p:.3f}')
+    return NOTHING
+  return '<0.001' if p < 0.001 else f'{p:.3f}'
 
 
-def notes(summary: Summary) -> list[str]:
+def notes(summary: Summary, keys: Sequence[str] = ()) -> list[str]:
   """Returns what must be said of the tables, a sentence or two each, as plain text."""
   study = summary.study
   said = [
@@ -244,12 +298,23 @@ def notes(summary: Summary) -> list[str]:
     said.append(
       'Planned comparisons: two-sided paired t-test, adjusted by Holm for '
       f'{len(study.comparisons)}; the arm is better or worse if the adjusted p is below '
-      f'{SIGNIFICANCE}, open if not, untested with fewer than 2 pairs or equal differences.'
+      f'{SIGNIFICANCE}, undecided if not, untested with fewer than 2 pairs or equal differences.'
     )
+  if study.comparisons and study.equivalence_margin is not None:
+    said.append(
+      f'Equivalent: the difference is below {study.equivalence_margin:g} in size by two one-sided '
+      f'paired t-tests, adjusted by Holm, whose larger p is below {SIGNIFICANCE}; unadjusted, that '
+      f'is a {EQUIVALENCE_LEVEL:.0%} interval within the margin.'
+    )
+  evaluation = further_evaluation(summary)
+  if any(c.key.startswith(f'{evaluation}/') for c in columns(summary, keys)) and not keys:
+    said.append(f'Further metrics are of the {evaluation} evaluation, means over layers.')
+  if not keys and (same := constants(summary)):
+    said.append(f'The same for all arms: {", ".join(map(said_once, same))}.')
   return said
 
 
-def _lists(summary: Summary) -> list[tuple[str, Sequence[str]]]:
+def not_averaged(summary: Summary) -> list[tuple[str, Sequence[str]]]:
   """Returns what the tables do not average, by title."""
   absent = [f'{arm.name}, {_absent(trial)}' for arm in summary.arms for trial in arm.absent]
   dropped = [f'{arm.name}: {arm.dropped}' for arm in summary.arms if arm.dropped]
@@ -266,9 +331,9 @@ def metric(summary: Summary) -> str:
   """Returns the metric that decides, its unit, split and direction."""
   study = summary.study
   better = 'lower' if study.metric.lower_is_better else 'higher'
-  return (
-    f'{study.metric.name} in {study.metric.unit} on the {study.split} split ({better} is better)'
-  )
+  unit = unit_of(study.metric)
+  said = f'{study.metric.name} in {unit}' if unit else study.metric.name
+  return f'{said} on the {study.split} split ({better} is better)'
 
 
 def _csv_row(summary: Summary, arm: ArmSummary, names: Sequence[str]) -> dict[str, Any]:

@@ -1,8 +1,11 @@
 """What became of the trials of a study, read from disk: one record for each."""
 
 import dataclasses
+import functools
 import os
 import pathlib
+import re
+import subprocess
 from collections.abc import Mapping
 from typing import Any
 
@@ -189,6 +192,7 @@ def _of_manifest(trial: Trial, facts: dict[str, Any]) -> dict[str, Any]:
     'config': facts['config'],
     'data': {key: facts['data'].get(key) for key in ('name', 'fingerprint', 'tokenizer')},
     'git_commit': facts['git_commit'],
+    'git_date': _date_of(facts['git_commit']),
     'git_dirty': facts['git_dirty'],
     'devices': facts['devices'],
     'pack': facts.get('pack', 1),
@@ -197,6 +201,19 @@ def _of_manifest(trial: Trial, facts: dict[str, Any]) -> dict[str, Any]:
     'flops_per_token': facts['training_flops_per_token'],
     'tokens': facts['step'] * data.batch_size * data.sequence_length,
   }
+
+
+@functools.cache
+def _date_of(commit: str | None) -> str:
+  """Returns the day of a commit as this checkout knows it; '' without one."""
+  if not commit or not re.fullmatch('[0-9a-f]+', commit):
+    return ''
+  words = ['git', '-C', str(pathlib.Path(__file__).parent), 'show', '-s', '--format=%cs', commit]
+  try:
+    done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
+  except (OSError, subprocess.TimeoutExpired):
+    return ''
+  return done.stdout.strip() if done.returncode == 0 else ''
 
 
 def _environment(devices: dict[str, Any]) -> str:

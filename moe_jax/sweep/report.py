@@ -1,31 +1,31 @@
 """From the records of a study to its report: tables, figures, a page, text for a paper."""
 
+import os
 import pathlib
-from collections.abc import Iterable
-from typing import Any
+import re
+from collections.abc import Collection, Sequence
 
 from moe_jax.errors import UserError
 from moe_jax.results import figures as figures_lib
-from moe_jax.results import methods, scaling, tables
+from moe_jax.results import latex, methods, page_figures, scaling, tables, thin
 from moe_jax.results.page import Cell, write_page
 from moe_jax.results.records import DIVERGED, FINISHED, Record, read_records, write_records
-from moe_jax.results.statistics import Interval
-from moe_jax.results.summary import ArmSummary, Summary, summarize
+from moe_jax.results.summary import Summary, summarize
 from moe_jax.study import Study
 from moe_jax.sweep.collect import as_asked, id_today, known_records, records_of
 from moe_jax.sweep.trials import load_study, trials_of
 
-# Beside the metric that decides, where an arm has them: names as in `ArmSummary.metrics`.
-COLUMNS = {
-  'capacity/bits_per_byte': 'bits per byte at capacity',
-  'capacity/router/drop_share': 'drop share',
-  'capacity/router/max_violation/mean': 'MaxVio',
-  'capacity/router/dead_experts/mean': 'dead experts',
-}
-
 
 def report(
-  study_file: str, workdir: str | None, results: str | None, out: pathlib.Path, *, figures: bool
+  study_file: str,
+  workdir: str | None,
+  results: str | None,
+  out: pathlib.Path,
+  *,
+  figures: bool,
+  columns: Sequence[str] = (),
+  wide_table: bool = False,
+  thinned: bool = False,
 ) -> Summary:
   """Writes results.jsonl, tables, figures, index.html, methods.tex and cite.bib.
 
@@ -35,36 +35,71 @@ def report(
     results: a results.jsonl of runs kept elsewhere: in place of the sweep's, or beside them.
     out: where the report is put.
     figures: whether to draw figures too.
+    columns: of the tables, as `tables.columns` takes them.
+    wide_table: table.tex spans both columns of a page.
+    thinned: for a repository: small results, no page, the figures that OUT/README.md shows.
 
   Raises:
     UserError: if the runs must not be compared, or there are none.
   """
   study = load_study(study_file)
   records = _records(study, study_file, workdir, results)
-  _check_out(out)
+  _check_out(study, out, study_file if thinned else '')
+  if thinned:
+    records = thin.thin(records, study.metric.name)
   try:
     out.mkdir(parents=True, exist_ok=True)
-    _refuse_early(study, records, out)
-    write_records(out / 'results.jsonl', records)
-    return write_report(study, records, out, figures)
+    _refuse_early(study, records, out, columns)
+    write_records(out / 'results.jsonl', records, compact=thinned)
+    drawn = _shown_in_readme(out) if thinned and figures else figures
+    return write_report(
+      study, records, out, drawn, columns=columns, wide_table=wide_table, with_page=not thinned
+    )
   except OSError as error:
     raise UserError('--out', str(out), f'cannot be written: {error.strerror}') from error
 
 
-def _refuse_early(study: Study, records: list[Record], out: pathlib.Path) -> None:
+def _shown_in_readme(out: pathlib.Path) -> frozenset[str]:
+  """Returns the names of the figures that OUT/README.md shows."""
+  try:
+    text = (out / 'README.md').read_text(encoding='utf-8')
+  except FileNotFoundError:
+    return frozenset()
+  return frozenset(re.findall(r'\(figures/([\w.-]+)\)', text))
+
+
+def _refuse_early(
+  study: Study, records: list[Record], out: pathlib.Path, columns: Sequence[str]
+) -> None:
   """Ends before an earlier report is touched; without one, what was found is kept."""
   try:
-    summarize(study, records)
+    tables.columns(summarize(study, records), columns)
   except UserError:
     if not (out / 'results.jsonl').exists():
       write_records(out / 'results.jsonl', records)
     raise
 
 
-def _check_out(out: pathlib.Path) -> None:
-  """Checks that nothing but an earlier report is overwritten."""
-  if out.is_dir() and any(out.iterdir()) and not (out / 'results.jsonl').exists():
-    raise UserError('--out', str(out), 'holds other files; name a new folder, or one of a report')
+def _check_out(study: Study, out: pathlib.Path, thinned_study: str) -> None:
+  """Checks that nothing but an earlier report is overwritten, and no results by fewer.
+
+  Args:
+    study: reported.
+    out: where the report is put.
+    thinned_study: file of the study, whose folder may take thinned results; '' for whole ones.
+  """
+  results = out / 'results.jsonl'
+  if not results.exists():
+    folder = os.path.dirname(os.path.realpath(thinned_study)) if thinned_study else ''
+    if out.is_dir() and any(out.iterdir()) and os.path.realpath(out) != folder:
+      raise UserError('--out', str(out), 'holds other files; name a new folder, or one of a report')
+  elif thinned_study and not thin.is_thin(read_records(results), study.metric.name):
+    raise UserError(
+      '--out',
+      str(out),
+      'holds results of which --thin would leave something out; move its results.jsonl elsewhere, '
+      'and name it by --results',
+    )
 
 
 def _records(
@@ -95,21 +130,33 @@ def _of_this_study(study: Study, records: list[Record], path: str) -> list[Recor
 
 
 def write_report(
-  study: Study, records: list[Record], out: pathlib.Path, with_figures: bool
+  study: Study,
+  records: list[Record],
+  out: pathlib.Path,
+  figures_drawn: bool | Collection[str] = True,
+  *,
+  columns: Sequence[str] = (),
+  wide_table: bool = False,
+  with_page: bool = True,
 ) -> Summary:
   """Writes everything but results.jsonl, and returns what tables are made of.
+
+  Args:
+    study: of the records.
+    records: of all trials.
+    out: directory, which is there.
+    figures_drawn: all, none, or files by their names.
+    columns: of the tables, as `tables.columns` takes them.
+    wide_table: table.tex spans both columns of a page.
+    with_page: writes index.html, too.
 
   Raises:
     UserError: if the runs must not be compared.
   """
   summary = summarize(study, records)
-  known = {name for arm in summary.arms for name in arm.metrics}
-  columns = {
-    name: title for name, title in COLUMNS.items() if name in known and name != study.metric.name
-  }
   for name, text in (
     ('table.md', tables.markdown(summary, columns)),
-    ('table.tex', tables.latex(summary, columns)),
+    ('table.tex', latex.latex(summary, columns, wide=wide_table)),
     ('table.csv', tables.csv_text(summary)),
     ('methods.tex', methods.methods(summary)),
     ('cite.bib', methods.bibtex(summary)),
@@ -118,51 +165,31 @@ def write_report(
   if study.scaling:
     text = scaling.markdown(study, scaling.fit(study, records))
     (out / 'scaling.md').write_text(text, encoding='utf-8')
-  if with_figures:
-    figures_lib.save_all(study, records, out / 'figures')
-  titles = {
-    'arm': 'arm',
-    'metric': f'{study.metric.name}, {study.metric.unit}',
-    'difference': f'minus {study.baseline}' if study.baseline else '',
-    'seeds': 'seeds',
-    **columns,
-    'active': 'active parameters',
-    'total': 'parameters',
-    'per_expert': 'tokens per expert',
-  }
-  titles = {key: title for key, title in titles.items() if title}
-  rows = [_row(arm, columns) for arm in summary.arms if not arm.dropped]
-  write_page(
-    study,
-    records,
-    titles,
-    rows,
-    out / 'index.html',
-    tables.comparisons(summary),
-    tables.notes(summary),
-    summary.warnings,
-  )
+  if figures_drawn:
+    only = None if figures_drawn is True else figures_drawn
+    figures_lib.save_all(study, records, out / 'figures', only=only)
+  if with_page:
+    _write_page(summary, records, out / 'index.html', columns)
   return summary
 
 
-def _row(arm: ArmSummary, columns: Iterable[str]) -> dict[str, Any]:
-  """Returns what the page's table says of an arm."""
-  row: dict[str, Any] = {
-    'arm': arm.name,
-    'metric': _cell(arm.interval),
-    'difference': _cell(arm.difference.interval if arm.difference else None, '+'),
-    'seeds': len(arm.values),
-    'active': arm.parameters.get('active'),
-    'total': arm.parameters.get('total'),
-    'per_expert': arm.tokens_per_expert,
-  }
-  return row | {name: _cell(arm.metrics.get(name)) for name in columns}
-
-
-def _cell(interval: Interval | None, sign: str = '') -> Cell:
-  if interval is None or not interval.num:
-    return Cell('-', None)
-  text = f'{interval.mean:{sign}.4f}'
-  if interval.num > 1:
-    text += f' [{interval.low:{sign}.4f}, {interval.high:{sign}.4f}]'
-  return Cell(text, interval.mean)
+def _write_page(
+  summary: Summary, records: list[Record], path: pathlib.Path, columns: Sequence[str]
+) -> None:
+  shown = tables.columns(summary, columns)
+  titles = {'arm': 'arm'} | {column.key: column.title for column in shown}
+  rows = [
+    {'arm': arm.name} | {c.key: Cell(c.cells[row], c.values[row]) for c in shown}
+    for row, arm in enumerate(tables.shown_arms(summary))
+  ]
+  write_page(
+    summary.study,
+    records,
+    titles,
+    rows,
+    path,
+    tables.comparisons(summary),
+    tables.notes(summary, columns),
+    summary.warnings,
+    figures=page_figures.content(summary, records),
+  )

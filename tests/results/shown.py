@@ -6,13 +6,18 @@ from moe_jax.results import markup
 
 # What the tables may use: anything else would have come out of a name.
 _COMMANDS = {
-  'toprule', 'midrule', 'bottomrule', 'medskip', 'noindent', 'item', 'pm', 'ensuremath', 'times',
+  'toprule', 'midrule', 'bottomrule', 'medskip', 'par', 'pm', 'ensuremath', 'times', 'centering',
+  'emergencystretch', 'caption', 'label', 'footnotesize', 'setlength', 'tabcolsep', 'allowbreak',
   'textbackslash', 'textasciicircum', 'textasciitilde', 'textless', 'textgreater', 'textbar',
   'textquotedblright', 'textquoteleft',
 }  # fmt: skip
 _SHOWN = {latex: char for char, latex in markup.LATEX.items()} | {'-{}': '-'}
+# Columns that wrap their words.
+_WRAPPED = r'>{\raggedright\arraybackslash\hspace{0pt}}'
 _TOKEN = re.compile(
-  r'\\begin\{(?P<begin>\w+)\}(?:\{(?P<columns>[lr]+)\})?|\\end\{(?P<end>\w+)\}'
+  r'\\begin\{(?P<begin>\w+\*?)\}(?:\[tb\])?'
+  r'(?:\{\\linewidth\})?(?:\{(?:@\{\})?(?P<columns>[lrpX]+)(?:@\{\})?\})?'
+  r'|\\end\{(?P<end>\w+\*?)\}'
   r'|\\(?P<command>[a-zA-Z]+)|(?P<row>\\\\)|\\(?P<escaped>[&%$#_{}])|(?P<char>.)',
   re.DOTALL,
 )
@@ -25,14 +30,18 @@ def check_latex(text: str) -> list[list[str]]:
   and special characters are escaped.
   """
   text = re.sub('^%.*\n', '', text, flags=re.MULTILINE)
+  # As wide as they are, they are one column each.
+  text = re.sub(r'p\{\d+pt\}', 'p', text.replace(_WRAPPED, ''))
+  text = re.sub(r'\\label\{tab:[\w-]+\}', '', text)
   environments, depth, math_mode, columns, rows = [], 0, False, 0, []
   cells, cell = [], ''
   for token in _TOKEN.finditer(text):
     kind, value = token.lastgroup, token.group()
     after = text[token.end() :].lstrip()
     if kind in ('begin', 'columns'):
-      assert depth == 0 and not math_mode and token['begin'] in ('tabular', 'itemize')
-      assert (token['begin'] == 'tabular') == bool(token['columns'])
+      assert depth == 0 and not math_mode
+      assert token['begin'] in ('table', 'table*', 'tabular', 'tabularx')
+      assert token['begin'].startswith('tabular') == bool(token['columns'])
       environments.append(token['begin'])
       columns, cells, cell = len(token['columns'] or ''), [], ''
       continue
@@ -42,7 +51,6 @@ def check_latex(text: str) -> list[list[str]]:
       columns = 0
     elif kind == 'command':
       assert token['command'] in _COMMANDS, value
-      assert token['command'] != 'item' or (environments[-1:] == ['itemize'] and after[:1] != '[')
     elif kind == 'row':
       assert columns and depth == 0 and not math_mode and after[:1] not in ('[', '*'), value
       rows.append([latex_shown(re.sub(r'\\\w+rule', '', c).strip()) for c in [*cells, cell]])
@@ -50,7 +58,9 @@ def check_latex(text: str) -> list[list[str]]:
       cells, cell = [], ''
       continue
     elif kind == 'char':
-      assert value not in '#%_^~|"`\\', (value, after[:20])
+      assert value not in '#%^~|"`\\', (value, after[:20])
+      # Half the width of an interval is a subscript.
+      assert value != '_' or (math_mode and after[0] == '{'), after[:20]
       assert value not in '<>' or math_mode, (value, after[:20])
       assert value.isascii() or markup.is_plain(value), value
       depth += {'{': 1, '}': -1}.get(value, 0)
@@ -69,6 +79,7 @@ def latex_shown(latex: str) -> str:
   """Returns what LaTeX shows of escaped text; numbers in dollars stay."""
   if re.fullmatch(r'\$[^$\\]*(\\pm[^$\\]*)?\$', latex):
     return latex
+  latex = latex.replace(r'\allowbreak{}', '')
   longest_first = sorted(_SHOWN, key=len, reverse=True)
   return re.sub('|'.join(map(re.escape, longest_first)), lambda m: _SHOWN[m.group()], latex)
 

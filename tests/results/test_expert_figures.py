@@ -1,52 +1,105 @@
-"""Figures of the experts of one trial: what each shows."""
+"""Figures of experts: all arms on one scale, each seed and dead expert to be seen."""
 
 import dataclasses
 
 import numpy as np
+import pytest
 
 from moe_jax.results import expert_figures
+from moe_jax.results.records import FINISHED
+from moe_jax.study import labels_of
 from tests.results import example
 
 STUDY, RECORDS = example.study(), example.records()
 MOE = [arm.name for arm in STUDY.arms if not arm.dropped and arm.name != 'dense']
+LABELS = [labels_of(STUDY)[arm] for arm in MOE]
 
 
-def test_load_is_relative_to_balance():
-  arm = example.TOP_1.format(4)
-  figure = expert_figures.load(STUDY, RECORDS, arm)
-  # Seed 0 of this arm is unfinished.
-  assert figure.get_suptitle().replace('\n', ' ') == f'{arm}, seed 1'
-  record = next(r for r in RECORDS if (r.arm, r.seed) == (arm, 1))
-  panels, bar = figure.axes[:2], figure.axes[2]
-  assert bar.get_ylabel() == 'load x experts (1: balance)'
-  for layer, axes in enumerate(panels):
-    (mesh,) = axes.collections
-    shares = np.array([load for _, load in record.load])[:, layer]
-    np.testing.assert_allclose(mesh.get_array(), 4 * shares.T)
-    assert mesh.norm(1.0) == 0.5
-    assert axes.get_title() == f'MoE layer {layer}'
-  title = expert_figures.load(STUDY, RECORDS, arm, seed=0).get_suptitle().replace('\n', ' ')
-  assert title == f'{arm}, seed 0, unfinished at step 700'
+def _title(figure):
+  return figure.get_suptitle().replace('\n', ' ')
 
 
-def test_many_layers_wrap(tmp_path):
-  record = next(r for r in RECORDS if r.arm == MOE[0])
-  record = dataclasses.replace(record, load=[[step, load[:1] * 7] for step, load in record.load])
-  figure = expert_figures.load(STUDY, [record], MOE[0])
-  figure.savefig(tmp_path / 'load.png')
-  assert len([axes for axes in figure.axes[:9] if axes.get_visible()]) == 7
+def _labels(axes):
+  return [text.get_text().replace('\n', ' ') for text in axes.get_yticklabels()]
 
 
-def test_specialization_is_of_the_last_or_all_layers():
-  arm = example.TOP_2.format(16)
-  record = next(r for r in RECORDS if (r.arm, r.seed) == (arm, 0))
-  last = expert_figures.specialization(STUDY, RECORDS, arm)
-  every = expert_figures.specialization(STUDY, RECORDS, arm, evaluation='dropless', all_layers=True)
-  assert [axes.get_title() for axes in last.axes[:-1]] == ['MoE layer 1']
-  assert [axes.get_title() for axes in every.axes[:-1]] == ['MoE layer 0', 'MoE layer 1']
-  for figure, evaluation in ((last, 'capacity'), (every, 'dropless')):
-    assert f'{evaluation} evaluation, test split' in figure.get_suptitle().replace('\n', ' ')
-    (image,) = figure.axes[-2].images
-    loads = [record.domains[evaluation][domain]['router/load'][1] for domain in example.DOMAINS]
-    np.testing.assert_allclose(image.get_array(), loads)
-    assert tuple(t.get_text() for t in figure.axes[-2].get_yticklabels()) == example.DOMAINS
+def test_load_shows_every_expert_of_every_seed():
+  figure = expert_figures.load(STUDY, RECORDS)
+  assert _title(figure) == 'expert_count: load of experts; cross: no assignment'
+  assert [axes.get_title() for axes in figure.axes] == ['MoE layer 0', 'MoE layer 1']
+  assert _labels(figure.axes[0]) == LABELS
+  for layer, axes in enumerate(figure.axes):
+    points = np.concatenate([line.get_xdata() for line in axes.lines if line.get_marker() == 'o'])
+    loads = [
+      np.array(record.load[-1][1][layer]) * len(record.load[-1][1][layer])
+      for record in RECORDS
+      if record.status == FINISHED and record.load
+    ]
+    np.testing.assert_allclose(np.sort(points), np.sort(np.concatenate(loads)))
+    # Balance is marked.
+    assert [1, 1] in [list(line.get_xdata()) for line in axes.lines]
+
+
+def test_a_dead_expert_is_a_cross():
+  record = next(r for r in RECORDS if r.arm == MOE[0] and r.status == FINISHED)
+  record = dataclasses.replace(record, load=[[1000, [[0.0, 0.5, 0.5, 0.0]]]])
+  (axes,) = expert_figures.load(STUDY, [record]).axes
+  (crosses,) = [line for line in axes.lines if line.get_marker() == 'x']
+  assert crosses.get_xdata().tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(('num_layers', 'shown'), [(3, [0, 1, 2]), (7, [0, 2, 4, 6])])
+def test_of_many_layers_four_are_shown(num_layers, shown):
+  record = next(r for r in RECORDS if r.arm == MOE[0] and r.status == FINISHED)
+  record = dataclasses.replace(record, load=[[1, record.load[-1][1][:1] * num_layers]])
+  titles = [axes.get_title() for axes in expert_figures.load(STUDY, [record]).axes]
+  assert titles == [f'MoE layer {layer}' for layer in shown]
+
+
+def test_load_by_domain_has_one_scale_and_loses_no_expert():
+  figure = expert_figures.domain_load(STUDY, RECORDS)
+  panels = [axes for axes in figure.axes if axes.get_visible() and axes.images]
+  titles = [axes.get_title(loc='left').replace('\n', ' ') for axes in panels]
+  assert titles == LABELS
+  norms = {id(axes.images[0].norm) for axes in panels}
+  assert len(norms) == 1
+  for axes, arm in zip(panels, MOE, strict=True):
+    record = next(r for r in RECORDS if r.arm == arm and r.status == FINISHED)
+    loads = [
+      np.array(record.domains['capacity'][domain]['router/load'][-1]) for domain in example.DOMAINS
+    ]
+    image = np.asarray(axes.images[0].get_array())
+    np.testing.assert_allclose(np.sort(image), np.sort(np.array(loads) * len(loads[0])))
+    # Experts stand by the domain that loads them most.
+    assert (np.diff(image.argmax(0)) >= 0).all()
+  assert tuple(_labels(panels[0])) == example.DOMAINS
+  assert 'last layer' in _title(figure)
+
+
+def test_specialization_is_drawn_of_what_there_is():
+  paths = ('expert_domain_mi', 'coactivation')
+  records = [
+    dataclasses.replace(
+      record,
+      metrics=record.metrics
+      | {f'dropless/router/{path}': [0.1 * record.seed, 0.3] for path in paths},
+    )
+    if record.status == FINISHED and record.arm != 'dense'
+    else record
+    for record in RECORDS
+  ]
+  figure = expert_figures.specialization(STUDY, records)
+  assert [axes.get_xlabel().replace('\n', ' ') for axes in figure.axes] == [
+    'expert-domain MI, bits',
+    'coactivation',
+  ]
+  axes = figure.axes[0]
+  assert _labels(axes) == LABELS
+  whole = MOE.index(example.TOP_2.format(4))
+  seeds = [
+    line
+    for line in axes.lines
+    if len(line.get_xdata()) > 1 and line.get_marker() == 'o' and line.get_ydata()[0] == whole
+  ]
+  # Means over layers 0.15, 0.2 and 0.25.
+  np.testing.assert_allclose(seeds[0].get_xdata(), [0.15, 0.2, 0.25])

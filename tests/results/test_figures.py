@@ -5,16 +5,18 @@ import dataclasses
 import numpy as np
 import pytest
 
-from moe_jax.results import expert_figures, figures, panels
+from moe_jax.results import expert_figures, figures, loss_figure
 from moe_jax.results.records import FINISHED
-from moe_jax.study import Metric
+from moe_jax.study import Metric, labels_of
 from tests.results import example
 
 STUDY, RECORDS = example.study(), example.records()
 MOE = [arm.name for arm in STUDY.arms if not arm.dropped and arm.name != 'dense']
+LABELS = [labels_of(STUDY)[arm] for arm in MOE]
 # With a trial that failed and one that diverged.
 FEW = [record for record in RECORDS if record.arm in ('dense', *MOE[3:5])]
-DRAWINGS = (figures.loss_curves, figures.metric, figures.drop_share, figures.iso_flops)
+OF_EXPERTS = (expert_figures.load, expert_figures.domain_load, expert_figures.specialization)
+DRAWINGS = (loss_figure.loss_curves, figures.metric, figures.drop_share, figures.iso_flops)
 
 
 def _bare(**changes):
@@ -70,31 +72,30 @@ def test_files_are_the_same_each_time(tmp_path):
     'metric',
     'drop_share',
     'iso_flops',
-    'load_num_experts-16-num_selected_experts-2',
-    'load_num_experts-64-num_selected_experts-1',
-    'specialization_num_experts-16-num_selected_experts-2',
-    'specialization_num_experts-64-num_selected_experts-1',
+    'load',
+    'domain_load',
   ]
 
 
-def test_names_of_arms_become_names_of_files(tmp_path):
+def test_only_what_is_asked_for_is_written(tmp_path):
+  paths = figures.save_all(STUDY, FEW, tmp_path, only={'metric.png', 'other.png'})
+  assert [path.name for path in paths] == ['metric.png']
+  assert [path.name for path in tmp_path.iterdir()] == ['metric.png']
+
+
+def test_names_of_arms_are_no_formulas(tmp_path):
   names = {MOE[0]: '../a/$b$ <i>', MOE[1]: '../a/$B$ <i>', MOE[2]: r'$\frac{'}
   records = [dataclasses.replace(r, arm=names[r.arm]) for r in RECORDS if r.arm in names]
-  paths = figures.save_all(dataclasses.replace(STUDY, arms=()), records, tmp_path)
-  assert all(path.parent == tmp_path and path.exists() for path in paths)
-  assert len({path.name.lower() for path in paths}) == len(paths)
-  assert {'load_-a-b-i.png', 'load_-a-B-i-2.png'} <= {path.name for path in paths}
+  assert figures.save_all(dataclasses.replace(STUDY, arms=(), baseline=''), records, tmp_path)
 
 
 def test_nothing_is_drawn_of_what_records_lack(tmp_path):
   for records in ([], _bare()):
-    assert [draw(STUDY, records) for draw in DRAWINGS] == [None] * 4
-    assert expert_figures.load(STUDY, records, MOE[0]) is None
-    assert expert_figures.specialization(STUDY, records, MOE[0]) is None
-    assert figures.save_all(STUDY, records, tmp_path) == []
-  assert expert_figures.load(STUDY, RECORDS, 'dense') is None
-  assert expert_figures.specialization(STUDY, RECORDS, 'dense') is None
-  assert expert_figures.load(STUDY, RECORDS, MOE[0], seed=7) is None
+    assert [draw(STUDY, records) for draw in DRAWINGS + OF_EXPERTS] == [None] * 7
+    assert figures.save_all(STUDY, records, tmp_path / 'none') == []
+  assert not (tmp_path / 'none').exists()
+  dense = [record for record in RECORDS if record.arm == 'dense']
+  assert [draw(STUDY, dense) for draw in OF_EXPERTS] == [None] * 3
 
 
 @pytest.mark.parametrize('seeds', [(0,), (2,)])
@@ -110,44 +111,6 @@ def test_trials_that_never_finish_are_drawn_all_the_same(tmp_path):
   paths = figures.save_all(STUDY, records[:6], tmp_path)
   assert 'loss.png' in [path.name for path in paths]
   assert 'metric.png' not in [path.name for path in paths]
-
-
-def test_loss_curves_average_finished_trials_only():
-  figure = figures.loss_curves(STUDY, RECORDS)
-  (axes,) = figure.axes
-  assert _legend(axes) == ['dense', *MOE]
-  assert axes.get_xlabel() == 'optimizer step'
-  assert axes.get_ylabel() == 'training loss (nats per token)'
-  arm = example.TOP_1.format(64)
-  color = _line(axes, arm).get_color()
-  drawn = [line for line in axes.lines if line.get_color() == color and len(line.get_xdata()) > 1]
-  mean, lost = drawn
-  curves = [np.array(r.curve) for r in RECORDS if r.arm == arm and r.status == FINISHED]
-  np.testing.assert_allclose(mean.get_ydata(), np.mean(curves, 0)[:, 1])
-  assert lost.get_linestyle() == ':' and len(lost.get_xdata()) == 16
-  assert len(axes.collections) == 7
-  assert _note(figure) == 'dotted, not in the means: 1 diverged, 1 unfinished'
-  # A diverged trial does not set the scale.
-  assert axes.get_ylim()[1] < 4
-
-
-def test_loss_is_averaged_at_steps_that_all_seeds_have():
-  trials = [record for record in RECORDS if record.arm == 'dense']
-  trials[1] = dataclasses.replace(trials[1], curve=trials[1].curve[::3])
-  (axes,) = figures.loss_curves(STUDY, trials).axes
-  steps = [step for step, _ in trials[1].curve]
-  assert axes.lines[1].get_xdata().tolist() == steps
-
-
-def test_many_arms_get_panels_of_twelve():
-  study, records = _crossed()
-  figure = figures.loss_curves(study, records)
-  legends = [_legend(axes) for axes in figure.axes]
-  assert [len(legend) for legend in legends] == [12, 12, 11]
-  assert sum(legends, []) == list(panels.by_arm(study, records))
-  for axes in figure.axes:
-    styles = {(line.get_color(), line.get_linestyle()) for line in axes.get_legend().get_lines()}
-    assert len(styles) == len(axes.get_legend().get_lines())
 
 
 def test_metric_has_a_line_for_each_value_and_a_level_for_the_dense_arm():
@@ -216,7 +179,7 @@ def test_x_may_hold_zero_names_or_nothing():
   ]
   (axes,) = figures.metric(dataclasses.replace(STUDY, x='', lines=''), RECORDS).axes
   labels = [text.get_text().replace('\n', ' ') for text in axes.get_yticklabels()]
-  assert labels == ['dense', *MOE]
+  assert labels == ['dense', *LABELS]
   assert axes.get_xlabel() == 'bits per byte (dropless, test split)'
 
 

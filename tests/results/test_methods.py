@@ -18,7 +18,8 @@ def broken():
 
 def test_methods_say_what_was_done(broken):
   text = methods.methods(broken)
-  assert shown.check_latex(text) == [] and text.count('\n') == 1
+  assert shown.check_latex(text) == [] and text.count('\n') == 2
+  text = text.replace(r'\allowbreak{}', '')
   for words in (
     'my\\_study (4 arms): Is 50\\% of',
     '2 blocks, width 128, 4 heads; they have 1.2M parameters, of which 400k',
@@ -29,7 +30,7 @@ def test_methods_say_what_was_done(broken):
     '2 planned comparisons: mean difference paired by seed',
     # dense 3, hostile 2, single 1.
     '6 of 12 trials have no value and are in no mean (1 diverged, 2 missing, 3 failed)',
-    f'moe\\_jax at commit {made.COMMIT}, on 8 x cpu (cpu).',
+    f'moe\\_jax at commit {made.COMMIT[:12]}, on 8 x cpu (cpu).',
   ):
     assert words in text, (words, text)
   assert 'uncommitted' not in text and 'causal' not in text
@@ -48,14 +49,15 @@ def test_methods_say_what_is_wrong():
     for seed, commit in enumerate(['a1', 'b2'])
   ]
   made_of = summary.summarize(made.make_study(['dense'], seeds=(0, 1)), records)
-  text = methods.methods(made_of)
+  text = methods.methods(made_of).replace(r'\allowbreak{}', '')
   assert (
     'dense is not causal: a token can depend on later ones (moe.router=expert\\_choice)' in text
   )
   assert 'commits a1, b2 with uncommitted changes' in text
   assert 'Arms differ' not in text and 'planned' not in text and 'no value' not in text
-  note = 'note = {Git commits a1, b2, with uncommitted changes}'
-  assert note in methods.bibtex(made_of)
+  text = methods.bibtex(made_of)
+  assert 'note = {Version 0.1.0, Git commits a1, b2, with uncommitted changes}' in text
+  assert 'year' not in text
 
 
 def test_bibtex_is_what_citation_says(broken):
@@ -66,4 +68,19 @@ def test_bibtex_is_what_citation_says(broken):
   assert len(re.findall(r'^  - name:', citation, re.MULTILINE)) == 1
   text = methods.bibtex(broken)
   assert text.startswith('@misc{moe_jax,\n') and text.count('{') == text.count('}')
-  assert 'author = {{The moe\\_jax maintainers}}' in text and f'Git commit {made.COMMIT}' in text
+  assert 'author = {{The moe\\_jax maintainers}}' in text and f'commit = {{{made.COMMIT}}}' in text
+  address = of.get('repository-code', of.get('url', ''))
+  assert address == methods.URL and (f'url = {{{address}}}' in text) == bool(address)
+
+
+def test_bibtex_is_of_the_day_of_the_last_commit():
+  records = [
+    made.make_record('dense', seed, git_commit=commit, git_date=date)
+    for seed, (commit, date) in enumerate(
+      [('b' * 40, '2026-11-30'), ('a' * 40, '2026-12-01'), ('c' * 40, '')]
+    )
+  ]
+  text = methods.bibtex(summary.summarize(made.make_study(['dense']), records))
+  assert '  year = {2026},\n  month = {12},\n  date = {2026-12-01},\n' in text
+  dated = f'{"a" * 12} (2026-12-01), {"b" * 12} (2026-11-30), {"c" * 12}'
+  assert f'Git commits {dated}}}' in text.replace(r'\allowbreak{}', '')

@@ -26,7 +26,8 @@ def test_every_field_is_written(tmp_path):
   record = records.Record(
     trial='id', arm='a', seed=3, status=records.DIVERGED, reason='loss is nan', step=7, num_steps=9,
     changes={'moe.num_experts': 4}, config={'moe': {'num_experts': 4}}, data={'name': 'tier1'},
-    git_commit='c', git_dirty=True, devices={'count': 8}, pack=2, mesh={'data': 2},
+    git_commit='c', git_date='2026-11-30', git_dirty=True, devices={'count': 8}, pack=2,
+    mesh={'data': 2},
     parameters={'total': 5}, flops_per_token=6, tokens=11, metrics={'x/y': 1.5},
     label='a', metric_errors={'user/z': 'why'}, metric_sources={'user/z': 'digest'},
     domains={'x': {'d': {'y': 1.0}}}, curve=[[1, 2.0]], load=[[1, [[0.5, 0.5]]]], command='python',

@@ -236,3 +236,42 @@ def _check_share(happened, expected):
   """Checks a share against the 4 standard errors within which a binomial one falls."""
   error = math.sqrt(expected * (1 - expected) / len(happened))
   assert abs(np.mean(happened) - expected) < 4 * error, (np.mean(happened), expected, error)
+
+
+def test_equivalence_by_hand():
+  # Differences 0.1, 0.2, 0.3, 0.0, 0.15: mean 0.15, deviations -0.05, 0.05, 0.15, -0.15, 0 with
+  # squares 0.0025 + 0.0025 + 0.0225 + 0.0225 = 0.05: variance 0.05 / 4, standard error
+  # sqrt(0.0125 / 5) = 0.05. The quantile of t at 0.95 with 4 degrees of freedom is 2.13185, so the
+  # 90% interval is 0.15 -+ 0.10659.
+  arm, baseline = [1.1, 1.2, 1.3, 1.0, 1.15], dict.fromkeys(range(5), 1.0)
+  within = statistics.paired_difference(_by_seed(arm), baseline, margin=0.26)
+  np.testing.assert_allclose(within.within, [0.15, 0.15 - 0.10659, 0.15 + 0.10659, 5], atol=1e-5)
+  # Against 0.26 t = -0.11 / 0.05 = -2.2, against -0.26 t = 8.2: the larger p-value is the former's.
+  np.testing.assert_allclose(within.equivalence_p_value, scipy.stats.t.sf(2.2, 4))
+  assert within.equivalence_p_value < 0.05
+  # The interval ends at 0.25659: a margin below it is not shown.
+  beyond = statistics.paired_difference(_by_seed(arm), baseline, margin=0.25)
+  np.testing.assert_allclose(beyond.equivalence_p_value, scipy.stats.t.sf(2.0, 4))
+  assert beyond.equivalence_p_value > 0.05
+  # The same downwards, and nothing without a margin.
+  mirrored = statistics.paired_difference(baseline, _by_seed(arm), margin=0.26)
+  np.testing.assert_allclose(mirrored.equivalence_p_value, within.equivalence_p_value)
+  assert math.isnan(statistics.paired_difference(_by_seed(arm), baseline).equivalence_p_value)
+
+
+@pytest.mark.parametrize('margin', [0.05, 0.3, 1.0, 2.0])
+def test_equivalence_against_two_tests_of_scipy(margin):
+  arm, baseline = np.random.default_rng(4).normal(size=(2, 7))
+  above = scipy.stats.ttest_1samp(arm - baseline, -margin, alternative='greater').pvalue
+  below = scipy.stats.ttest_1samp(arm - baseline, margin, alternative='less').pvalue
+  ours = statistics.paired_difference(_by_seed(arm), _by_seed(baseline), margin=margin)
+  np.testing.assert_allclose(ours.equivalence_p_value, max(above, below))
+  inside = -margin < ours.within.low and ours.within.high < margin
+  assert (ours.equivalence_p_value < 0.05) == inside
+
+
+def test_no_equivalence_is_shown_by_one_pair_or_by_differences_that_do_not_vary():
+  for arm in ([1.0], [1.5, 1.5, 1.5]):
+    baseline = dict.fromkeys(range(len(arm)), 1.0)
+    difference = statistics.paired_difference(_by_seed(arm), baseline, margin=9.0)
+    assert math.isnan(difference.equivalence_p_value)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from moe_jax.errors import UserError
 from moe_jax.results import summary
 from moe_jax.results.records import DIVERGED, FAILED, FINISHED, MISSING, UNFINISHED
 from moe_jax.study import Comparison, Metric, Point
@@ -163,7 +164,7 @@ def test_verdicts():
   study = made.make_study(tuple(values), comparisons=comparisons)
   result = summary.summarize(study, made.make_records(values))
   verdicts = [comparison.verdict for comparison in result.comparisons]
-  assert verdicts == [summary.BETTER, summary.WORSE, summary.OPEN, summary.UNTESTED]
+  assert verdicts == [summary.BETTER, summary.WORSE, summary.UNDECIDED, summary.UNTESTED]
   # Holm's over 4, the untested one included.
   low, high, noisy, shifted = result.comparisons
   np.testing.assert_allclose(low.adjusted_p_value, 4 * low.difference.p_value)
@@ -173,7 +174,7 @@ def test_verdicts():
     tuple(values), comparisons=comparisons, metric=Metric(made.METRIC, 'points', False)
   )
   verdicts = [c.verdict for c in summary.summarize(higher, made.make_records(values)).comparisons]
-  assert verdicts == [summary.WORSE, summary.BETTER, summary.OPEN, summary.UNTESTED]
+  assert verdicts == [summary.WORSE, summary.BETTER, summary.UNDECIDED, summary.UNTESTED]
 
 
 def test_a_verdict_takes_the_adjusted_p_value():
@@ -184,7 +185,48 @@ def test_a_verdict_takes_the_adjusted_p_value():
   two = made.make_study(
     tuple(values), comparisons=(Comparison('moe', 'dense'), Comparison('other', 'dense'))
   )
-  assert summary.summarize(two, made.make_records(values)).comparisons[0].verdict == summary.OPEN
+  assert (
+    summary.summarize(two, made.make_records(values)).comparisons[0].verdict == summary.UNDECIDED
+  )
+
+
+def test_verdicts_of_equivalence():
+  # To dense: 0.001 -+ 0.0012 (deviation 0.0005): not told apart; 0.01 with deviation 0.0001: told
+  # apart; 0.5: beyond the margin; 0.05 with deviation 0.1: the interval reaches beyond it.
+  values = {
+    'dense': [3.0, 4.0, 5.0],
+    'same': [3.0005, 4.0015, 5.0],
+    'close': [3.0099, 4.01, 5.0101],
+    'far': [3.49, 4.5, 5.51],
+    'noisy': [2.95, 4.05, 5.15],
+  }
+  comparisons = tuple(Comparison(arm, 'dense') for arm in list(values)[1:])
+  study = made.make_study(tuple(values), comparisons=comparisons, equivalence_margin=0.1)
+  result = summary.summarize(study, made.make_records(values))
+  assert [comparison.verdict for comparison in result.comparisons] == [
+    summary.EQUIVALENT,
+    summary.WORSE_BUT_EQUIVALENT,
+    summary.WORSE,
+    summary.UNDECIDED,
+  ]
+  # Holm's over 4: the smallest p-value is that of `close`.
+  close = result.comparisons[1]
+  np.testing.assert_allclose(
+    close.adjusted_equivalence_p_value, 4 * close.difference.equivalence_p_value
+  )
+  without = summary.summarize(replace(study, equivalence_margin=None), made.make_records(values))
+  assert [comparison.verdict for comparison in without.comparisons] == [
+    summary.UNDECIDED,
+    summary.WORSE,
+    summary.WORSE,
+    summary.UNDECIDED,
+  ]
+
+
+@pytest.mark.parametrize('margin', [0, -0.1, math.nan, math.inf, True])
+def test_a_margin_is_a_number_above_0(margin):
+  with pytest.raises(UserError, match='study.equivalence_margin='):
+    summary.summarize(made.make_study(equivalence_margin=margin), [])
 
 
 @pytest.mark.parametrize(

@@ -1,21 +1,18 @@
 """Tables of hand-made studies: numbers as they must read, and names that no format can break."""
 
 import csv
+import dataclasses
 import io
 import math
 import re
-import shutil
-import subprocess
 
 import pytest
 
 from moe_jax.errors import UserError
-from moe_jax.results import markup, methods, summary, tables
+from moe_jax.results import latex, methods, summary, tables
 from moe_jax.results.statistics import Interval
-from moe_jax.study import Comparison
+from moe_jax.study import Comparison, Metric
 from tests.results import made, shown
-
-NUMBER = tables._Style(str, str, '-')
 
 
 @pytest.fixture(scope='module')
@@ -28,12 +25,12 @@ def test_arms_in_markdown():
   study = made.make_study(baseline='dense', comparisons=(Comparison('moe', 'dense'),))
   text = tables.markdown(summary.summarize(study, made.make_records(values)))
   # Half widths: 4.30265 * 2 / sqrt(3) = 4.968 and half of it. Tokens of an expert: 2 of 8.
-  rest = '1.2M | 400k | 2.4M | 800k | 200k |\n'
-  assert f'\n| dense | 3 of 3 | 5.0 ± 5.0 | - | {rest}' in text
-  assert f'\n| moe | 3 of 3 | 3.0 ± 2.5 | -2.0 ± 2.5 | {rest}' in text
+  assert '\n| dense | 5.0 ± 5.0 | - |\n' in text
+  assert '\n| moe | 3.0 ± 2.5 | -2.0 ± 2.5 |\n' in text
+  assert 'FLOPs / token 2.4M, tokens 800k, tokens / expert 200k.' in text
   # p = 1 - sqrt(12 / 14).
-  assert '\n| moe | dense | open | 3 | -2.0 ± 2.5 | 0.074 | 0.074 |\n' in text
-  assert text.startswith('Does it help?\n\n| arm | averaged | bits per byte | minus dense |')
+  assert '\n| moe | dense | undecided | 3 | -2.0 ± 2.5 | 0.074 | 0.074 |\n' in text
+  assert text.startswith('Does it help?\n\n| arm | bits per byte | minus dense |')
   assert 'dropless/bits\\_per\\_byte in bits per byte on the test split (lower is better)' in text
   for title in ('Trials without', 'Arms that were not run', 'Warnings'):
     assert title not in text
@@ -42,8 +39,8 @@ def test_arms_in_markdown():
 def test_nothing_is_left_out_of_markdown(broken):
   text = tables.markdown(broken)
   for row in shown.markdown_rows(text):
-    assert len(row) in (9, 7)
-  names = [row[0] for row in shown.markdown_rows(text) if len(row) == 9][2:]
+    assert len(row) in (5, 7)
+  names = [row[0] for row in shown.markdown_rows(text) if len(row) == 5][2:]
   assert names == ['dense', made.HOSTILE, 'single', 'dead']
   plain = shown.markdown_shown(text)
   assert f'- {made.HOSTILE}, seed 2: diverged at step 40 of 100: loss is nan: x_1 ^ ' in plain
@@ -51,72 +48,76 @@ def test_nothing_is_left_out_of_markdown(broken):
   assert plain.count('- dead, seed ') == 3 and '- [none] \\: K_2 > E & more\n' in plain
   for warning in broken.warnings:
     assert f'- {warning}\n' in plain
-  assert '| single | 1 of 3 | 1.235 | -0.8654 |' in text
-  assert '| dead | 0 of 3 | - | - | 1.2M | 400k | 2.4M | - | - |' in text
+  assert '| single | 1 of 3 | 1.235 | -0.8654 | - |' in text
+  assert '| dead | 0 of 3 | - | - | - |' in text
+  # Dead has no tokens, and those of the others are the same.
+  same = 'parameters 1.2M, active 400k, FLOPs / token 2.4M, tokens 800k, tokens / expert 200k'
+  assert f'The same for all arms: {same}.' in text
   # Differences -0.5 and -0.48: t = 0.49 / 0.01, p = 2 / pi * atan(1 / 49) = 0.0130. Holm's over
   # both, also where nothing is paired and there is no p-value.
   assert re.search(r'\| dense \| better \| 2 \| -0.49 ± 0.13 \| 0.013 \| 0.026 \|\n', text)
   assert re.search(r'\| dead \| .* \| untested \| 0 \| - \| - \| - \|\n', text)
 
 
-def test_nothing_is_left_out_of_latex(broken):
-  text = tables.latex(broken)
-  cells = shown.check_latex(text)
-  arms, planned = _joined(cells)
-  assert list(arms) == ['arm', 'dense', made.HOSTILE, 'single', 'dead']
-  assert [len(row) for row in arms.values()] == [8] * 5
-  assert [row[:2] for row in planned.values()] == [
-    ['minus', 'verdict'],
-    ['dense', 'better'],
-    [made.HOSTILE, 'untested'],
-  ]
-  assert list(planned) == ['arm', made.HOSTILE, 'dead']
-  assert arms['single'][:3] == ['1 of 3', '$1.235$', '$-0.8654$']
-  assert arms['dense'][1] == r'$2.10 \pm 0.25$'
-  items = [shown.latex_shown(item) for item in re.findall(r'^\\item (.*)$', text, re.MULTILINE)]
-  assert items[0] == (
-    f'{made.HOSTILE}, seed 2: diverged at step 40 of 100: loss is nan: x_1 ^ \\end{{tabular}} & %'
-  )
-  assert items[1] == 'single, seed 0: missing: no record'
-  assert items[3] == 'dead, seed 0: failed at step 100 of 100: [U+03BB][U+0000]é'
-  assert items[-1] == '[none] \\: K_2 > E & more' and len(items) == 7
-  comments = [line for line in text.split('\n') if line.startswith('%')]
-  assert comments[2:] == [f'% Warning: {warning}' for warning in broken.warnings]
+def test_columns_that_are_the_same_for_all_arms_are_said_below():
+  values = {'dense': [3.0, 5.0, 7.0], 'moe': [2.0, 3.0, 4.0]}
+  records = made.make_records(values)
+  of = summary.summarize(made.make_study(), records)
+  assert [column.key for column in tables.columns(of)] == ['metric']
+  same = 'seeds 3, parameters 1.2M, active 400k, FLOPs / token 2.4M, tokens 800k'
+  assert f'The same for all arms: {same}, tokens / expert 200k.' in tables.markdown(of)
+  # One arm of another size, with one seed less.
+  other = [dataclasses.replace(r, parameters={'total': 7, 'active': 7}) for r in records[3:5]]
+  of = summary.summarize(made.make_study(), records[:3] + other)
+  assert [column.key for column in tables.columns(of)] == [
+    'seeds', 'metric', 'parameters', 'active'
+  ]  # fmt: skip
+  assert '| 2 of 3 | 2.5 ± 6.4 | 7 | 7 |' in tables.markdown(of)
 
 
-def test_a_wide_latex_table_goes_on_in_a_second_one(broken):
-  text = tables.latex(broken)
-  assert text.count(r'\begin{tabular}') > 2
-  for row in shown.check_latex(text):
-    # With the two characters between columns. Beside names that long one column is not too many.
-    width = sum(len(cell.strip('$').replace(r'\pm', '±')) + 2 for cell in row)
-    assert width <= 88 or len(row) in (2, 4)
-  # An arm of a short name needs one.
-  narrow = made.make_study()
-  assert tables.latex(summary.summarize(narrow, [])).count(r'\begin{tabular}') == 2
-
-
-def _joined(cells: list[list[str]]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-  """Returns cells beside the name of an arm, of all parts: of arms, of planned comparisons."""
-  arms: dict[str, list[str]] = {}
-  planned: dict[str, list[str]] = {}
-  first = cells.index(next(row for row in cells if row[:2] == ['arm', 'minus']))
-  for number, (name, *others) in enumerate(cells):
-    (arms if number < first else planned).setdefault(name, []).extend(others)
-  return arms, planned
-
-
-def test_further_columns(broken):
-  name = 'capacity/router/drop_share'
-  row = shown.markdown_rows(tables.markdown(broken, {name: 'drops'}))[3]
+def test_columns_are_those_that_are_asked_for(broken):
+  drops = 'capacity/router/drop_share'
+  rows = shown.markdown_rows(tables.markdown(broken, [drops, 'tokens', 'metric']))
+  assert rows[0] == ['arm', 'drop share', 'tokens', 'bits per byte']
   # 0.25 and 0.5: deviation 0.177, standard error 0.125, half width 12.7062 * 0.125.
-  assert row[0] == made.HOSTILE and row[9] == '0.4 ± 1.6'
-  cells = shown.check_latex(tables.latex(broken, {name: 'drops'}))
-  arms, _ = _joined(cells)
-  assert [row[-1] for row in arms.values()][:3] == ['drops', '--', r'$0.4 \pm 1.6$']
-  for table in (tables.markdown, tables.latex):
-    with pytest.raises(UserError, match='metrics=.*capacity/router/drop_share'):
-      table(broken, {'capacity/drop_share': 'drops'})
+  assert rows[3] == [made.HOSTILE, '0.4 ± 1.6', '800k', '1.56 ± 0.76']
+  for key in ('capacity/drop_share', 'arm', ''):
+    with pytest.raises(UserError, match='--columns=.*capacity/router/drop_share'):
+      tables.columns(broken, [key])
+  with pytest.raises(UserError, match='--columns='):
+    tables.columns(summary.summarize(made.make_study(), []), ['difference'])
+
+
+def test_a_metric_by_its_path_is_named_with_its_own_unit():
+  name = 'dropless/router/max_violation/mean'
+  records = [
+    dataclasses.replace(
+      record,
+      metrics={name: 0.5 + record.seed, 'capacity/router/max_violation': [1.0, 2.0]},
+    )
+    for record in made.make_records({'dense': [1.0, 2.0, 3.0]})
+  ]
+  study = made.make_study(['dense'], metric=Metric(name))
+  of = summary.summarize(study, records)
+  (column,) = tables.columns(of, ['metric'])
+  assert column.title == 'MaxVio'
+  assert tables.notes(of)[0].startswith(f'{name} on the test split (lower is better)')
+  both = tables.columns(of, ['metric', 'capacity/router/max_violation/max'])
+  assert [c.title for c in both] == ['MaxVio', 'MaxVio, max of layers']
+  study = made.make_study(['dense'], metric=Metric(name, 'of the mean load'))
+  (column,) = tables.columns(summary.summarize(study, records), ['metric'])
+  assert column.title == 'MaxVio (of the mean load)'
+
+
+def test_comparisons_show_the_margin():
+  values = {'dense': [3.0, 4.0, 5.0], 'moe': [3.0005, 4.0015, 5.0]}
+  study = made.make_study(comparisons=(Comparison('moe', 'dense'),), equivalence_margin=0.1)
+  of = summary.summarize(study, made.make_records(values))
+  header, row = tables.comparisons(of)
+  assert header[-2:] == ['90% interval', 'adjusted p of equivalence']
+  # Mean 0.0006667, deviation 0.000764, standard error 0.000441; t of 0.95 is 2.920.
+  assert row[2] == 'equivalent' and row[-2:] == ['[-0.0006, +0.0020]', '<0.001']
+  assert 'below 0.1 in size' in tables.markdown(of)
 
 
 @pytest.mark.parametrize(
@@ -140,10 +141,10 @@ def test_digits_come_from_the_interval(mean, half, text):
   if half == 1e-17:
     interval = Interval(0.0, -half, half, 3)
     text = text.replace('2.0', '0.0')
-  assert tables._interval(interval, NUMBER) == text
+  assert tables.interval(interval) == text
   if not math.isnan(mean):
     sign = '' if text.startswith('-') else '+'
-    assert tables._interval(interval, NUMBER, '+') == sign + text
+    assert tables.interval(interval, '+') == sign + text
 
 
 @pytest.mark.parametrize(
@@ -161,7 +162,7 @@ def test_counts(number, text):
   ('p', 'text'), [(math.nan, '-'), (0.0004, '<0.001'), (0.0123, '0.012'), (1.0, '1.000')]
 )
 def test_p_values(p, text):
-  assert tables._p_value(p, NUMBER) == text
+  assert tables.p_value(p) == text
 
 
 def test_csv_has_every_arm_and_every_digit(broken):
@@ -190,39 +191,9 @@ def test_csv_has_every_arm_and_every_digit(broken):
 
 def test_a_study_without_records():
   empty = summary.summarize(made.make_study(), [])
-  shown.check_latex(tables.latex(empty))
+  shown.check_latex(latex.latex(empty))
   shown.check_latex(methods.methods(empty))
   assert tables.markdown(empty).count('missing: no record') == 6
   assert tables.csv_text(empty).count('\n') == 3
-  assert 'note = {Git commit unknown}' in methods.bibtex(empty)
+  assert 'commit = {unknown}' in methods.bibtex(empty)
   assert tables.csv_text(summary.summarize(made.make_study(()), [])) == 'arm\n'
-
-
-@pytest.mark.slow
-def test_compilers_at_hand_take_it(broken, tmp_path):
-  # In addition to the checks above, which need none.
-  document = '\n'.join(
-    [
-      r'\documentclass{article}',
-      r'\usepackage{booktabs}',
-      r'\begin{document}',
-      r'\begin{table}',
-      tables.latex(broken, {'capacity/router/drop_share': 'drops'}),
-      r'\end{table}',
-      methods.methods(broken),
-      # Everything of ASCII, and the accents that are let through.
-      markup.escape_latex(''.join(map(chr, range(0x180)))),
-      r'\end{document}',
-    ]
-  )
-  (tmp_path / 'paper.tex').write_text(document, encoding='utf-8')
-  options = {
-    'pdflatex': ['-halt-on-error', '-interaction=nonstopmode', '-draftmode'],
-    'tectonic': [],
-  }
-  for compiler, flags in options.items():
-    if shutil.which(compiler):
-      done = subprocess.run(
-        [compiler, *flags, 'paper.tex'], cwd=tmp_path, capture_output=True, timeout=300, check=False
-      )
-      assert done.returncode == 0, done.stdout[-2000:]

@@ -90,6 +90,7 @@ function drawCurves() {
     const path = make('path',
       {class: `curve ${arm.style} ${odd ? 'odd' : ''}`, d: `M${line.join('L')}`});
     inner.append(path);
+    if (!odd && averaged(arm)) path.classList.add('faint');
     if (odd || points.length === 1) {
       const [cx, cy] = places.at(-1);
       svg.append(make('path', {class: `cross ${arm.style}`,
@@ -97,6 +98,13 @@ function drawCurves() {
     }
     return {arm, record, points, places, path};
   });
+  for (const arm of arms.values()) {
+    const points = arm.shown ? meanCurve(arm, log) : [];
+    if (points.length) {
+      const line = points.map(([step, loss]) => `${x(step).toFixed(1)} ${y(loss).toFixed(1)}`);
+      inner.append(make('path', {class: `mean ${arm.style}`, d: `M${line.join('L')}`}));
+    }
+  }
   svg.addEventListener('pointermove', event => point(nearest(svg, event, width)));
   svg.addEventListener('pointerleave', leave);
   svg.addEventListener('blur', leave);
@@ -111,6 +119,20 @@ function drawCurves() {
   });
   svg.append(make('circle', {id: 'dot', class: 'dot', r: 3.5, cx: -9, cy: -9}));
   plot.replaceChildren(svg);
+}
+
+// Means are over the same seeds for every arm; one that lacks a seed has none.
+function averaged(arm) {
+  return seeds.length > 1 && seeds.every(seed =>
+    arm.trials.some(r => r.seed === seed && r.status === FINISHED && r.curve.length));
+}
+
+function meanCurve(arm, log) {
+  if (!averaged(arm)) return [];
+  const losses = seeds.map(seed => new Map(arm.trials.find(r => r.seed === seed).curve));
+  return [...losses[0].keys()].filter(step => (!log || step > 0)
+    && losses.every(loss => Number.isFinite(loss.get(step)))).map(step =>
+    [step, losses.reduce((sum, loss) => sum + loss.get(step), 0) / losses.length]);
 }
 
 // Returns {curve, index} of the drawn point nearest to the pointer, null if it is far from all.

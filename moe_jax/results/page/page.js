@@ -1,12 +1,12 @@
 // Draws the page from the JSON in #data. All text from records is set as textContent.
-const {study, columns, rows, records, comparisons, notes, warnings} = JSON.parse(document.getElementById('data').textContent);
+const {study, columns, rows, records, comparisons, notes, warnings, panels, loads, seeds, labels} = JSON.parse(document.getElementById('data').textContent);
 const FINISHED = 'finished';
 const STATUSES = [FINISHED, 'diverged', 'failed', 'unfinished', 'missing', 'damaged'];
 const COLORS = 7;
 const byId = id => document.getElementById(id);
 
 function make(tag, attributes = {}, ...children) {
-  const svg = ['svg', 'line', 'path', 'text', 'g', 'circle', 'rect'].includes(tag);
+  const svg = ['svg', 'line', 'path', 'text', 'g', 'circle', 'rect', 'title'].includes(tag);
   const element = svg
     ? document.createElementNS('http://www.w3.org/2000/svg', tag) : document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
@@ -80,6 +80,12 @@ function drawArms() {
       make('svg', {class: `swatch ${arm.style}`, viewBox: '0 0 29 10', 'aria-hidden': 'true'},
         make('line', {x1: 0, x2: 29, y1: 5, y2: 5, class: arm.style})),
       make('span', {}, arm.name));
+    const only = make('button', {type: 'button', class: 'only', 'aria-label': `only ${arm.name}`}, 'only');
+    only.addEventListener('click', () => {
+      for (const other of arms.values()) other.shown = other.box.checked = other === arm;
+      update();
+    });
+    arm.label.append(only);
     byId('arms').append(arm.label);
   }
   const found = () => [...arms.values()].filter(arm => !arm.label.hidden);
@@ -126,14 +132,16 @@ function drawTable() {
     return head;
   });
   tableRows = rows.map(row => {
-    const cells = columns.map(([key]) => {
+    const cells = columns.map(([key, label]) => {
       const value = row[key];
-      if (key === 'arm') return make('td', {}, make('a', {href: link(row.arm)}, show(value)));
+      if (key === 'arm') {
+        return make('td', {class: 'arm'}, make('a', {href: link(row.arm)}, show(value)));
+      }
       const number = typeof orderOf(value) === 'number';
-      return make('td', {class: number ? 'number' : null, title: number ? orderOf(value) : null},
-        isCell(value) ? value.text : show(value));
+      return make('td', {class: number ? 'number' : null, title: number ? orderOf(value) : null,
+        'data-label': label}, isCell(value) ? value.text : show(value));
     });
-    cells.push(make('td', {}, statuses(arms.get(row.arm).trials)));
+    cells.push(make('td', {'data-label': 'trials'}, statuses(arms.get(row.arm).trials)));
     return {row, element: make('tr', {}, ...cells)};
   });
   byId('table').append(make('thead', {}, make('tr', {}, ...heads)),
@@ -145,7 +153,8 @@ function drawNotes() {
   if (head) {
     const heads = head.map(title => make('th', {scope: 'col'}, title));
     byId('planned').append(make('thead', {}, make('tr', {}, ...heads)), make('tbody', {},
-      ...planned.map(row => make('tr', {}, ...row.map(cell => make('td', {}, cell))))));
+      ...planned.map(row => make('tr', {}, ...row.map((cell, column) => make('td',
+        column ? {'data-label': head[column]} : {class: 'arm'}, cell))))));
   }
   byId('planned').closest('section').hidden = !head;
   byId('notes').append(...notes.map(note => make('li', {class: 'quiet'}, note)),
@@ -292,7 +301,9 @@ function update() {
   byId('shown').textContent = `${shown} of ${arms.size} shown`;
   for (const {row, element} of tableRows) element.hidden = !arms.get(row.arm).shown;
   for (const arm of arms.values()) arm.details.hidden = !arm.shown;
+  drawFigures();
   drawCurves();
+  fitTables();
 }
 
 drawHead();
@@ -307,6 +318,7 @@ new ResizeObserver(() => {
   if (byId('plot').clientWidth === width) return;
   width = byId('plot').clientWidth;
   drawCurves();
+  fitTables();
 }).observe(byId('plot'));
 addEventListener('hashchange', follow);
 // The address that is already there changes nothing, but is followed all the same.
