@@ -169,6 +169,39 @@ def test_results_alone_give_the_same_report(swept, tmp_path):
   assert tiny.snapshot(tmp_path / 'one') == tiny.snapshot(tmp_path / 'two')
 
 
+def test_thin_results_stand_in_the_folder_of_a_study(swept, tmp_path):
+  study, workdir = swept
+  folder = tmp_path / 'study'
+  folder.mkdir()
+  (folder / 'study.py').write_text(study.read_text())
+  (folder / 'README.md').write_text('![what decides](figures/metric.png)')
+  assert report(folder / 'study.py', workdir, tmp_path / 'whole').code == 0
+  thin = report(folder / 'study.py', workdir, folder, '--thin')
+  assert thin.code == 0, thin.err
+  there = {path.relative_to(folder).as_posix() for path in folder.rglob('*') if path.is_file()}
+  assert there == {
+    *('README.md', 'study.py', 'results.jsonl', 'figures/metric.png', 'cite.bib', 'methods.tex'),
+    *('table.csv', 'table.md', 'table.tex'),
+  }
+  assert (folder / 'table.csv').read_text() == (tmp_path / 'whole' / 'table.csv').read_text()
+  # From its own results again; and whole results are not overwritten by fewer.
+  results = f'--results={folder / "results.jsonl"}', f'--out={folder}', '--thin'
+  assert tiny.command('report', f'--study={folder / "study.py"}', *results).code == 0
+  refused = report(study, workdir, tmp_path / 'whole', '--thin')
+  refused.assert_error('--out=', '--thin would leave something out')
+
+
+def test_columns_are_chosen(swept, tmp_path):
+  study, workdir = swept
+  columns = '--columns=metric,capacity/router/max_violation/max,tokens'
+  result = report(study, workdir, tmp_path / 'r', columns, '--wide_table', '--nofigures')
+  assert result.code == 0, result.err
+  assert '| arm | bits per byte | MaxVio, max of layers | tokens |' in result.out
+  assert r'\begin{table*}' in (tmp_path / 'r' / 'table.tex').read_text()
+  wrong = report(study, workdir, tmp_path / 'w', '--columns=metrik', '--nofigures')
+  wrong.assert_error("--columns='metrik'", 'must be among seeds, metric')
+
+
 def test_what_was_tampered_with_is_named_and_not_averaged(swept, tmp_path):
   study, workdir = swept
   log = next(p for p in workdir.glob('trials/*/metrics.jsonl') if p.stat().st_size)

@@ -102,7 +102,7 @@ def domain_load(study: Study, records: Sequence[Record]) -> Figure | None:
   Of the first finished seed, as experts of different seeds have nothing to do with each other;
   experts are ordered by the domain that loads them most. Of more than 12 arms the first ones.
   """
-  found = {}
+  found: dict[str, tuple[int, str, dict[str, Any]]] = {}
   for arm, trials in by_arm(study, records).items():
     record = next((r for r in trials if r.status == FINISHED and _loads(r)[1]), None)
     if record and len(found) < _MOST_ARMS:

@@ -85,7 +85,7 @@ def _environment(caption: str, label: str, tabulars: Sequence[str], wide: bool) 
   body = '\\par\\medskip\n'.join(tabulars)
   return (
     f'\\begin{{{name}}}[tb]\n\\centering\\emergencystretch=3em\n'
-    f'\\caption{{{break_latex(caption)}}}\n\\label{{tab:{label}}}\n'
+    f'\\caption{{{break_latex(caption)}}}\n\\label{{tab:{label}}}\\smallskip\n'
     f'\\footnotesize\\setlength{{\\tabcolsep}}{{{_SPACE / 2:g}pt}}\n{body}\\end{{{name}}}\n'
   )
 

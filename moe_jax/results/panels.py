@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from moe_jax.study import Study
 # More cannot be told apart; further ones get a panel of their own.
 _MOST_IN_PANEL = 12
 
-_OVER_LAYERS = {'mean': np.mean, 'max': np.max}
+_OVER_LAYERS: dict[str, Callable[[list], Any]] = {'mean': np.mean, 'max': np.max}
 
 Trials = list[Record]
 

@@ -6,7 +6,8 @@ from moe_jax.results import markup
 
 # What the tables may use: anything else would have come out of a name.
 _COMMANDS = {
-  'toprule', 'midrule', 'bottomrule', 'medskip', 'par', 'pm', 'ensuremath', 'times', 'centering',
+  'toprule', 'midrule', 'bottomrule', 'smallskip', 'medskip', 'par', 'pm', 'ensuremath', 'times',
+  'centering',
   'emergencystretch', 'caption', 'label', 'footnotesize', 'setlength', 'tabcolsep', 'allowbreak',
   'textbackslash', 'textasciicircum', 'textasciitilde', 'textless', 'textgreater', 'textbar',
   'textquotedblright', 'textquoteleft',

@@ -27,7 +27,7 @@ def _planned(text):
 def test_one_table_of_arms_and_one_of_comparisons(broken):
   text = latex.latex(broken)
   assert text.count(r'\begin{table}[tb]') == text.count(r'\caption{') == 2
-  labels = re.findall(r'\\label\{(.*)\}', text)
+  labels = re.findall(r'\\label\{(.*?)\}', text)
   assert labels == ['tab:my-study', 'tab:my-study-comparisons']
   arms, planned = _planned(text)
   # Heads of more than one line stand in rows of their own.

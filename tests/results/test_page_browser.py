@@ -1,5 +1,6 @@
 """The page of a study in a real browser, without a network."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
+from moe_jax.results import page_figures, summary
 from moe_jax.results.page import write_page
 from moe_jax.results.records import FINISHED
 from tests.results import example
@@ -54,7 +56,11 @@ def browser(tmp_path_factory):
 @pytest.fixture(scope='module')
 def address(tmp_path_factory):
   path = tmp_path_factory.mktemp('page') / 'index.html'
-  write_page(example.study(), example.records(), *example.table(), path)
+  of = summary.summarize(
+    dataclasses.replace(example.study(), may_differ=('compute',)), example.records()
+  )
+  figures = page_figures.content(of, example.records())
+  write_page(example.study(), example.records(), *example.table(), path, figures=figures)
   return path.as_uri()
 
 
@@ -246,6 +252,57 @@ def test_logarithmic_axes_and_a_narrow_window(page):
     assert page.execute_script('return document.documentElement.scrollWidth') <= 360
   finally:
     page.execute_cdp_cmd('Emulation.clearDeviceMetricsOverride', {})
+
+
+@pytest.mark.parametrize('width', [400, 1000, 1400])
+def test_no_table_is_cut(page, width):
+  page.execute_cdp_cmd(
+    'Emulation.setDeviceMetricsOverride',
+    {'width': width, 'height': 900, 'deviceScaleFactor': 1, 'mobile': False},
+  )
+  try:
+    _wait(page, lambda: page.execute_script('return innerWidth') == width)
+    _wait(page, lambda: abs(_width(page) - page.execute_script('return plot.clientWidth')) < 2)
+    cut = page.execute_script("""
+      return [...document.querySelectorAll('.wide')].filter(
+        place => place.scrollWidth > place.clientWidth).length""")
+    assert cut == 0
+    # A card names what it shows, and keeps it.
+    cards = page.execute_script("return document.querySelector('.wide').className")
+    assert ('cards' in cards) == (width == 400)
+    label = page.execute_script("""
+      return getComputedStyle(document.querySelector('#table tbody td:nth-child(2)'),
+        '::before').content""")
+    assert label == ('"mean (bits per byte)"' if width == 400 else 'none')
+    text = _one(page, '#table tbody').text
+    assert all(arm.name in text for arm in example.study().arms if not arm.dropped)
+  finally:
+    page.execute_cdp_cmd('Emulation.clearDeviceMetricsOverride', {})
+
+
+def test_figures_show_means_intervals_and_seeds_of_the_arms_chosen(page):
+  panels = _all(page, '#panels figure')
+  titles = [panel.find_element(By.TAG_NAME, 'strong').text for panel in panels]
+  assert titles == [
+    'bits per byte',
+    'drop share',
+    'load of experts, MoE layer 0',
+    'load of experts, MoE layer 1',
+  ]
+  finished = [r for r in example.records() if r.status == FINISHED]
+  assert len(panels[0].find_elements(By.CSS_SELECTOR, '.seed')) == len(finished)
+  assert len(panels[0].find_elements(By.CSS_SELECTOR, '.interval')) == 7
+  assert len(panels[2].find_elements(By.CSS_SELECTOR, '.mean')) == 6
+  # Thick means of the seeds that all arms but those that lost one have.
+  assert len(_all(page, '#plot path.mean')) == 4
+  arm = example.TOP_2.format(64)
+  only = _one(page, f'[aria-label="only {arm}"]')
+  page.execute_script('arguments[0].scrollIntoView()', only)
+  only.click()
+  assert _one(page, '#shown').text == '1 of 7 shown'
+  assert len(_all(page, '#panels figure')) == 4
+  assert len(_all(page, '#panels .interval')) == 2 and len(_all(page, '.curve')) == 3
+  assert _all(page, '#panels text')[-3].text
 
 
 def _width(page):

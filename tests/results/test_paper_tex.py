@@ -49,7 +49,7 @@ def test_a_paper_takes_it_without_an_overfull_box(options, tmp_path):
     every = [column.key for column in tables.columns(of)]
     for text in (latex.latex(of), latex.latex(of, every), latex.latex(of, every, wide=True)):
       # The same table more than once: its label would be, too.
-      parts += [re.sub(r'\\label\{.*\}', '', text), r'\clearpage']
+      parts += [re.sub(r'\\label\{.*?\}', '', text), r'\clearpage']
     parts.append(methods.methods(of))
   # Everything of ASCII, and the accents that are let through.
   every_char = markup.break_latex(' '.join(map(chr, range(0x180))))
