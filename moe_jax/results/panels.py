@@ -54,7 +54,7 @@ def number_of(record: Record, name: str) -> float | None:
   """
   value: Any = record.metrics.get(name)
   stem, _, statistic = name.rpartition('/')
-  layers = record.metrics.get(stem)
+  layers: Any = record.metrics.get(stem)
   is_list = isinstance(layers, list) and layers and all(map(_is_number, layers))
   if value is None and statistic in _OVER_LAYERS and is_list:
     value = float(_OVER_LAYERS[statistic](layers))
