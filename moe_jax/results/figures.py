@@ -32,20 +32,11 @@ from moe_jax.results.panels import (
   wrapped,
 )
 from moe_jax.results.records import FINISHED, Record
+from moe_jax.results.style import SEED
 from moe_jax.study import Study, labels_of
 
 # Of files: the same records give the same bytes.
 _METADATA: dict[str, dict[str, Any]] = {'.pdf': {'CreationDate': None}, '.png': {'Software': None}}
-
-# How the value of one seed is marked beside the mean.
-_SINGLE_SEED: dict[str, Any] = {
-  'ls': 'none',
-  'marker': 'o',
-  'markersize': 3,
-  'markerfacecolor': 'white',
-  'markeredgewidth': 0.7,
-  'zorder': 3,
-}
 
 
 def save_all(
@@ -207,7 +198,7 @@ def _points(axes: Axes, points: Any, label: str, style: dict[str, Any], transfor
       values,
       color=style['color'],
       transform=transform,
-      **_SINGLE_SEED,
+      **SEED,
     )
   # What is drawn under a transform of its own does not enter the limits by itself.
   ends = [
@@ -272,7 +263,7 @@ def _dots(
         values,
         [y] * len(values),
         color=style['color'],
-        **_SINGLE_SEED,
+        **SEED,
       )
     axes.plot([], [], marker='o', markersize=4, label=kind, color=style['color'])
   axes.set_yticks(range(len(arms)), names, fontsize='small')
