@@ -1,6 +1,7 @@
 """What a run shows while it runs: lines, and a bar with the numbers of the last step."""
 
 import sys
+import time
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ class ProgressBar:
   def __init__(self, num_steps: int, step: int, shown: bool = True):
     """Shows `step` of `num_steps` as done; only the first process shows anything."""
     self._terminal = sys.stderr.isatty()
+    self._paused = time.time()
     self._bar = tqdm.tqdm(
       total=num_steps,
       initial=step,
@@ -35,9 +37,15 @@ class ProgressBar:
 
   def show_phase(self, phase: str) -> None:
     """Shows what the run is doing; the time left is judged by training alone."""
+    if self._bar.disable:
+      return
     self._bar.set_description_str('' if phase == TRAINING else phase, refresh=self._terminal)
+    now = time.time()
     if phase == TRAINING:
-      self._bar.unpause()
+      # As if the clock of the bar had stood still; `unpause` would count from the last refresh.
+      self._bar.start_t += now - self._paused
+      self._bar.last_print_t += now - self._paused
+    self._paused = now
 
   def update(self, step: int, record: dict[str, Any], rate: float) -> None:
     """Shows a step that has ended, and tokens per second."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moe_jax.train import loop, manifest, profile, timing
+from moe_jax.train import loop, manifest, profile, progress, timing
 from moe_jax.train.metrics import read_metrics
 from moe_jax.train.state import TrainState
 from tests import tiny
@@ -207,3 +207,17 @@ def test_a_phase_within_another_has_its_own_time():
   assert phases == ['saving', 'evaluating', 'saving', 'preparing']
   assert timer.take('saving') == {}
   assert timer.seconds()['preparing'] == 1 + 18
+
+
+def test_the_time_left_is_judged_without_pauses(monkeypatch):
+  bar = progress.ProgressBar(10, 0)
+  start, shown = bar._bar.start_t, bar._bar.last_print_t
+  clock = iter([100.0, 130.0, 150.0, 157.0])
+  monkeypatch.setattr(progress, 'time', types.SimpleNamespace(time=lambda: next(clock)))
+  for phase in ('compiling', 'training', 'saving', 'training'):
+    bar.show_phase(phase)
+  # Paused 100-130 and 150-157.
+  assert bar._bar.start_t == pytest.approx(start + 37)
+  assert bar._bar.last_print_t == pytest.approx(shown + 37)
+  bar.close()
+  bar.show_phase('saving')
