@@ -176,7 +176,8 @@ def write_report(
 def _write_page(
   summary: Summary, records: list[Record], path: pathlib.Path, columns: Sequence[str]
 ) -> None:
-  shown = tables.columns(summary, columns)
+  # The page has a column of trials by status of its own.
+  shown = [c for c in tables.columns(summary, columns) if columns or c.key != tables.SEEDS]
   titles = {'arm': 'arm'} | {column.key: column.title for column in shown}
   rows = [
     {'arm': arm.name} | {c.key: Cell(c.cells[row], c.values[row]) for c in shown}

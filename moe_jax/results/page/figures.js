@@ -83,10 +83,12 @@ function shortened(arm, most) {
   return label.length <= most ? label : `${label.slice(0, most - 1)}\u2026`;
 }
 
-// A table that is wider than its place becomes a list of cards: nothing of it is cut.
+// A table that is wider than its place gets smaller, or becomes a list of cards: nothing is cut.
 function fitTables() {
   for (const place of document.querySelectorAll('.wide')) {
-    place.classList.remove('cards');
-    place.classList.toggle('cards', place.scrollWidth > place.clientWidth);
+    const isCut = () => place.scrollWidth > place.clientWidth;
+    place.classList.remove('cards', 'compact');
+    if (isCut()) place.classList.add('compact');
+    if (isCut()) place.classList.replace('compact', 'cards');
   }
 }
