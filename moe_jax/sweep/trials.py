@@ -1,6 +1,5 @@
 """The trials of a study: every arm with every seed, each a config, an id and a directory."""
 
-import difflib
 import hashlib
 import importlib.util
 import json
@@ -15,7 +14,7 @@ import ml_collections
 from moe_jax import config as config_lib
 from moe_jax import unread
 from moe_jax.data import ByteTokenizer
-from moe_jax.errors import UserError
+from moe_jax.errors import UserError, did_you_mean
 from moe_jax.study import TOLERANCE, FinishedTrial, Point, Study
 from moe_jax.sweep.checks import check_study, same_model, unfrozen
 from moe_jax.sweep.metric_paths import check_layers
@@ -171,9 +170,8 @@ def _config(
     known = config_lib.SCHEMA.get(room, {})
     if name not in known:
       fields = [f'{section}.{one}' for section, of in config_lib.SCHEMA.items() for one in of]
-      nearest = difflib.get_close_matches(field, fields, 3)
-      hint = f'; did you mean {" or ".join(nearest)}?' if nearest else ''
-      raise UserError(field, value, f'of arm {arm.name!r}: unknown field{hint}')
+      near = did_you_mean(field, fields)
+      raise UserError(field, value, f'of arm {arm.name!r}: unknown field{near}')
     try:
       # An int serves as a float, and as nothing else.
       if isinstance(known[name].default, float) and type(value) is int:
