@@ -351,6 +351,9 @@ SCHEMA: dict[str, dict[str, Field]] = {
     'eval_batches': _at_least(0, 0, 'Batches of such an evaluation; 0 is the whole split.'),
     'checkpoint_every': _at_least(200, 1, 'Steps between checkpoints; one is made at the end.'),
     'keep_checkpoints': _at_least(2, 1, 'Newest checkpoints that stay.'),
+    'check_causal': _any(
+      True, 'Check at the start that a router which says that it is causal is; takes a second.'
+    ),
   },
 }
 
@@ -365,4 +368,5 @@ FREE_FIELDS = (
   'train.keep_checkpoints',
   'train.eval_every',
   'train.eval_batches',
+  'train.check_causal',
 )

@@ -23,6 +23,7 @@ from moe_jax.models.decoder import Decoder
 from moe_jax.parallel.distributed import all_or_none
 from moe_jax.routing import ROUTERS
 from moe_jax.train import evaluate, manifest, metrics, metrics_file, opening
+from moe_jax.train.causal_claim import check_causal_claim
 from moe_jax.train.checkpoint import Checkpoints
 from moe_jax.train.knobs import knob_fields, knobs_of
 from moe_jax.train.profile import FLAG as TRACE_FLAG
@@ -214,6 +215,7 @@ def _warn_of_lost_lines(
 
 def _train(run: _Run, old: dict[str, Any] | None) -> Outcome:
   config, first = run.config, jax.process_index() == 0
+  check_causal_claim(config, run.dataset.tokenizer.vocab_size)
   facts = first_manifest(config, run.mesh, run.dataset)
   if old:
     facts['resumed_from'] = [*old.get('resumed_from', []), _provenance(old)]

@@ -23,6 +23,7 @@ from moe_jax.errors import UserError
 from moe_jax.models.build import build_model
 from moe_jax.parallel.mesh import BATCH_AXES
 from moe_jax.train import loop, manifest, metrics, opening
+from moe_jax.train.causal_claim import check_causal_claim
 from moe_jax.train.checkpoint import Checkpoints
 from moe_jax.train.knobs import knobs_of
 from moe_jax.train.signals import Signals
@@ -77,6 +78,7 @@ def train_packed(
       stack.enter_context(manifest.claimed(member.workdir))
     dataset = opening.dataset_of(first)
     opening.check_splits(first, dataset)
+    check_causal_claim(first, dataset.tokenizer.vocab_size)
     stack.enter_context(jax.set_mesh(mesh))
     listener.say(f'preparing model and state of {len(members)} runs')
     pack = _Pack(members, pathlib.Path(pack_dir), mesh, dataset)
