@@ -17,7 +17,7 @@ from moe_jax import config as config_lib
 from moe_jax import routing
 from moe_jax.errors import UserError
 
-# Positions of each sequence, and from which on the tokens are drawn again.
+# Positions of each sequence, and from which on the tokens are drawn again, four times each.
 LENGTH = 16
 REDRAWN_FROM = (1, 8, 15)
 # Of a gate, as a share of the largest: the rounding of sums in another order.
@@ -108,7 +108,7 @@ def _what_moved(
 
   tokens, ids = draw(0)
   before = jax.device_get(past(tokens, ids))
-  for number, start in enumerate(REDRAWN_FROM, 1):
+  for number, start in enumerate(REDRAWN_FROM * 4, 1):
     other, other_ids = draw(number)
     kept = start * size
     after = jax.device_get(
