@@ -40,7 +40,8 @@ def test_named_config_is_valid_and_as_reviewed(name):
   config = regenerate.named_configs()[name]
   schema.validate(config)
   golden = regenerate.FOLDER / f'{name}.txt'
-  assert regenerate.as_text(config) == golden.read_text(encoding='utf-8')
+  same = regenerate.as_text(config) == golden.read_text(encoding='utf-8')
+  assert same, f'{name}: if the change is meant, run python -m tests.golden.regenerate'
 
 
 def test_every_config_file_has_a_golden_text():
