@@ -240,8 +240,8 @@ def test_evaluation_is_causal_where_it_can_decode(name):
   assert routing.ROUTERS[name].decodes(options.choice)
   change = _past_changes(name, True, capacity_factor=None)
   assert change < 1e-6, (
-    f'{name} decodes, but in evaluation, with other tokens from position 4 on, outputs of positions '
-    f'0 to 3 moved by up to {change:.2g}'
+    f'{name} decodes, but in evaluation, with other tokens from position 4 on, outputs of '
+    f'positions 0 to 3 moved by up to {change:.2g}'
   )
 
 
