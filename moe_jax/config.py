@@ -57,6 +57,17 @@ def validate(config: ml_collections.ConfigDict) -> None:
   if config.moe.num_experts:
     _check_moe(config)
   _check_batch(config)
+  _check_start(config)
+
+
+def _check_start(config: ml_collections.ConfigDict) -> None:
+  """Rejects a choice of what to start from where nothing is."""
+  for name in ('init_optimizer', 'init_router_state'):
+    default = SCHEMA['train'][name].default
+    if not config.train.init_from and config.train[name] != default:
+      raise UserError(
+        f'train.{name}', config.train[name], f'must be {default} without train.init_from'
+      )
 
 
 def _instead(name: str, known: Iterable[str]) -> str:

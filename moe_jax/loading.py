@@ -161,7 +161,7 @@ class Run:
     Raises:
       UserError: if the text is not there, or has changed.
     """
-    dataset = dataset_of(self.config)
+    dataset = dataset_of(self.config, self.tokenizer)
     if dataset.fingerprint != self.manifest['data']['fingerprint']:
       raise UserError(
         'data.name',

@@ -45,6 +45,12 @@ def make_schedule(optim: ml_collections.ConfigDict, num_steps: int) -> optax.Sch
   return optax.join_schedules([warmup, decay], [optim.warmup_steps])
 
 
+def decay_start(optim: ml_collections.ConfigDict, num_steps: int) -> int:
+  """Returns the last step of wsd with the peak rate: the updates so far depend on no length."""
+  decay_steps = max(1, round(optim.decay_fraction * num_steps))
+  return max(optim.warmup_steps, num_steps - decay_steps)
+
+
 def make_optimizer(
   optim: ml_collections.ConfigDict, num_steps: int
 ) -> optax.GradientTransformation:

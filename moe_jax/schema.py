@@ -331,6 +331,13 @@ SCHEMA: dict[str, dict[str, Field]] = {
     'num_steps': Field(
       1000, 'Optimizer steps.', 'must be an integer in 1..2**31-1', lambda v: 1 <= v < 2**31
     ),
+    'init_from': _any(
+      '',
+      'DIR or DIR@STEP of a run whose parameters, and tokenizer, a new one starts from; no step is '
+      'the newest.',
+    ),
+    'init_optimizer': _any(False, "The same with the state of that run's optimizer."),
+    'init_router_state': _any(True, 'The same with what its routers carry from step to step.'),
     'seed': Field(
       0,
       'Of initialisation, data order, jitter and random drops.',
@@ -370,3 +377,5 @@ FREE_FIELDS = (
   'train.eval_batches',
   'train.check_causal',
 )
+# Fields that came when there were runs and results already: without them, their default held.
+LATER_FIELDS = ('train.init_from', 'train.init_optimizer', 'train.init_router_state')

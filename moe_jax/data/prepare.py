@@ -35,6 +35,7 @@ def open_dataset(
   vocab_size: int = 0,
   valid_fraction: float = 0.05,
   test_fraction: float = 0.05,
+  given_tokenizer: tokenizer_lib.Tokenizer | None = None,
 ) -> dataset_lib.Dataset:
   """Opens a data set, after preparing what is missing; instantaneous the second time.
 
@@ -51,6 +52,7 @@ def open_dataset(
     vocab_size: for 'bpe' the number of tokens, at least 512; 0 with 'bytes'.
     valid_fraction: share of each domain's bytes for validation, in [0, 0.5); not used by the tiers.
     test_fraction: the same for test.
+    given_tokenizer: of another text, in place of one that is trained.
 
   Raises:
     errors.UserError: if an argument is wrong, or the texts can't be had or read; names the field.
@@ -58,6 +60,9 @@ def open_dataset(
   """
   fractions = (valid_fraction, test_fraction)
   source, data_dir, kind = _locate(name, data_dir, tokenizer, vocab_size, fractions)
+  if given_tokenizer is not None and tokenizer != 'bytes':
+    kind = f'{given_tokenizer.name}-{given_tokenizer.fingerprint[:16]}'
+    return open_prepared(name, source, data_dir, kind, lambda read: given_tokenizer)
 
   def make(read: sources.Reader) -> tokenizer_lib.Tokenizer:
     if tokenizer == 'bytes':

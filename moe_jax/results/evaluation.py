@@ -125,7 +125,7 @@ def _text(request: Request, run: RestoredRun) -> tuple[Dataset, str, str]:
   """Returns a data set, the split to evaluate on, and what names the result."""
   source = request.data
   if source is None:
-    dataset = dataset_of(run.config)
+    dataset = dataset_of(run.config, run.tokenizer)
     if dataset.fingerprint != run.facts['data']['fingerprint']:
       raise UserError(
         'data.name',

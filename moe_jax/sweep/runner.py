@@ -26,7 +26,7 @@ from moe_jax.sweep.checks import check_dataset
 from moe_jax.sweep.evaluations import config_for
 from moe_jax.sweep.stopwatch import Stopwatch
 from moe_jax.sweep.trials import Trial, training_flops
-from moe_jax.train import evaluate, manifest, packed
+from moe_jax.train import ancestry, evaluate, manifest, packed
 from moe_jax.train.loop import DivergedError, Listener, program_of, train
 from moe_jax.train.opening import dataset_of
 from moe_jax.train.restore import restore_run
@@ -152,9 +152,11 @@ def _claimed(trial: Trial, workdir: str) -> Iterator[bool]:
 
 def _units(trials: list[Trial], pack: int) -> list[list[Trial]]:
   """Returns the trials in packs: consecutive ones of a program, at most so many together."""
-  by_program: dict[str, list[Trial]] = {}
+  by_program: dict[tuple[str, str], list[Trial]] = {}
   for trial in trials:
-    by_program.setdefault(program_of(trial.config), []).append(trial)
+    # What starts from another run is trained alone, and has the tokenizer of that run.
+    key = program_of(trial.config), trial.config.train.init_from
+    by_program.setdefault(key, []).append(trial)
   return [
     group[first : first + pack]
     for group in by_program.values()
@@ -172,7 +174,9 @@ def _run_unit(
   """Runs trials, together if they can be, and returns the status of each."""
   # A run that went some way alone goes on alone.
   new = [t for t in unit if not _has_checkpoints(t, workdir)]
-  if len(new) > 1 and not new[0].config.train.eval_every:
+  # Members of a pack can't evaluate on their way, nor start from another run.
+  alone = unit[0].config.train.eval_every or unit[0].config.train.init_from
+  if len(new) > 1 and not alone:
     _train_pack(new, workdir, progress)
   trained = [t for t in unit if _is_trained(t, workdir)]
   evaluated = _evaluate_pack(study, trained, workdir, say) if len(trained) > 1 else {}
@@ -277,7 +281,7 @@ def _run_one(
     if not reason:
       watch = Stopwatch()
       listener = Listener(note, watch.counting(progress.at), progress.show_phase)
-      done = train(trial.config, folder, listener)
+      done = train(trial.config, folder, listener, pinned=_pinned(trial, workdir))
       if not done.finished:
         raise Interrupted(done.interrupted_by or 0)
       seconds: dict[str, Any] = {'training': watch.seconds()}
@@ -309,12 +313,26 @@ def _run_one(
   return status
 
 
+def _pinned(trial: Trial, workdir: str) -> dict[str, Any] | None:
+  """Returns what another trial that starts from the same run found there; None if none did yet."""
+  given = trial.config.train.init_from
+  for path in sorted(pathlib.Path(workdir).glob('trials/*')) if given else ():
+    try:
+      facts = manifest.read(path)
+    except (UserError, DamagedError):
+      continue
+    pin = ancestry.pin_of(facts)
+    if facts['config'].get('train', {}).get('init_from') == given and pin and 'digest' in pin:
+      return pin
+  return None
+
+
 def _evaluate(study: Study, trial: Trial, folder: str) -> _Evaluated:
   """Returns every evaluation of the study at the trial's last checkpoint."""
   watch = Stopwatch()
   evaluated = _Evaluated({}, {})
   restored = restore_run(folder, trial.config.train.num_steps)
-  dataset = dataset_of(trial.config)
+  dataset = dataset_of(trial.config, restored.tokenizer)
   for name in study.evaluations:
     config = config_for(trial.config, name)
     program = evaluation_program(config)
@@ -357,7 +375,7 @@ def _evaluate_together(study: Study, unit: list[Trial], workdir: str) -> dict[st
   evaluated = {trial.id: _Evaluated({}, {}, len(unit)) for trial in unit}
   runs = [restore_run(str(t.folder(workdir)), t.config.train.num_steps) for t in unit]
   mesh, vocab_size = runs[0].mesh, runs[0].tokenizer.vocab_size
-  dataset = dataset_of(unit[0].config)
+  dataset = dataset_of(unit[0].config, runs[0].tokenizer)
   for name in study.evaluations:
     config = config_for(unit[0].config, name)
     model, step = eval_step(evaluation_program(config), mesh, vocab_size, packed=True)

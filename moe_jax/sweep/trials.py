@@ -18,8 +18,8 @@ from moe_jax.errors import UserError, did_you_mean
 from moe_jax.study import TOLERANCE, FinishedTrial, Point, Study
 from moe_jax.sweep.checks import check_study, same_model, unfrozen
 from moe_jax.sweep.metric_paths import check_layers
-from moe_jax.train import accounting, manifest
-from moe_jax.train.manifest import FREE_FIELDS
+from moe_jax.train import accounting, ancestry, manifest
+from moe_jax.train.manifest import FREE_FIELDS, LATER_FIELDS
 
 
 class Trial(NamedTuple):
@@ -151,12 +151,16 @@ def trials_of(study: Study, free: Mapping[str, Any] | None = None) -> list[Trial
 
 
 def trial_id(config: ml_collections.ConfigDict) -> str:
-  """Returns 12 hexadecimal digits of the hash of a config, `FREE_FIELDS` left out."""
+  """Returns 12 hexadecimal digits of the hash of a config, `FREE_FIELDS` left out.
+
+  `LATER_FIELDS` at their default are left out, too: ids from before they came still hold.
+  """
   fields = {
     f'{room}.{name}': value
     for room, section in config.to_dict().items()
     for name, value in section.items()
     if f'{room}.{name}' not in FREE_FIELDS
+    and not (f'{room}.{name}' in LATER_FIELDS and value == config_lib.SCHEMA[room][name].default)
   }
   return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -180,6 +184,13 @@ def _config(
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
       kind = type(known[name].default).__name__
       raise UserError(field, value, f'of arm {arm.name!r}: must be of type {kind}') from error
+  given = config.train.init_from
+  if given and ancestry.split(given)[1] is None:
+    raise UserError(
+      'train.init_from',
+      given,
+      f'of arm {arm.name!r}: must name a step in a study, as DIR@STEP: the newest may change',
+    )
   try:
     config_lib.validate(config)
   except UserError as error:

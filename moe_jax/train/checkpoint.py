@@ -201,15 +201,21 @@ class Checkpoints:
         self._manager.close()
 
 
+def saved_steps(workdir: str) -> list[int]:
+  """Returns the steps of which a directory holds a checkpoint, complete but perhaps damaged."""
+  folder = pathlib.Path(workdir) / FOLDER
+  if not folder.is_dir():
+    return []
+  return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+
+
 def saved_config(workdir: str) -> tuple[int, dict[str, Any]] | None:
   """Returns (step, config) of the newest checkpoint whose config can be read, None without one.
 
   Reads the JSON file itself: a checkpoint manager would wait for the other processes of a run.
   """
   folder = pathlib.Path(workdir) / FOLDER
-  if not folder.is_dir():
-    return None
-  for step in sorted((int(p.name) for p in folder.iterdir() if p.name.isdecimal()), reverse=True):
+  for step in reversed(saved_steps(workdir)):
     try:
       config = json.loads((folder / str(step) / 'config' / 'metadata').read_text(encoding='utf-8'))
     except (OSError, ValueError, RecursionError):

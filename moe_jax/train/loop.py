@@ -22,9 +22,9 @@ from moe_jax.models.build import build_model
 from moe_jax.models.decoder import Decoder
 from moe_jax.parallel.distributed import all_or_none
 from moe_jax.routing import ROUTERS
-from moe_jax.train import evaluate, manifest, metrics, metrics_file, opening
+from moe_jax.train import ancestry, evaluate, manifest, metrics, metrics_file, opening
 from moe_jax.train.causal_claim import check_causal_claim
-from moe_jax.train.checkpoint import Checkpoints
+from moe_jax.train.checkpoint import Checkpoints, saved_steps
 from moe_jax.train.knobs import knob_fields, knobs_of
 from moe_jax.train.profile import FLAG as TRACE_FLAG
 from moe_jax.train.profile import TracedSteps
@@ -99,6 +99,8 @@ class _Run(NamedTuple):
   listener: Listener | None
   profile: str | None
   timer: Timer
+  source: ancestry.Source | None
+  pinned: dict[str, Any] | None
 
 
 def accumulation_scope(config: ml_collections.ConfigDict) -> str:
@@ -118,6 +120,7 @@ def train(
   profile: str | None = None,
   *,
   clock: Callable[[], float] = time.perf_counter,
+  pinned: dict[str, Any] | None = None,
 ) -> Outcome:
   """Trains a config in a directory, from its newest good checkpoint if there is one.
 
@@ -130,6 +133,8 @@ def train(
     listener: told what would be shown on the terminal.
     profile: directory for a trace of a few steps and a table of the time by part; None for none.
     clock: that times the run, in seconds.
+    pinned: what another run of the same train.init_from started from: the last entry of its
+      ancestry. Other numbers are refused.
 
   Raises:
     UserError: for whatever the user can mend; nothing was changed then.
@@ -154,17 +159,20 @@ def train(
           stack.enter_context(manifest.claimed(workdir))
         old = opening.read_old(workdir, say)
         if old:
-          manifest.check_same_config(workdir, old, config)
+          manifest.check_same_config(workdir, old, config, max(saved_steps(workdir), default=0))
         else:
           unread.check_decay(config)
-        dataset = opening.dataset_of(config)
+        source, tokenizer = ancestry.inherited(config, workdir, old, pinned)
+        dataset = opening.dataset_of(config, tokenizer)
         if old:
           manifest.check_same_data(workdir, old, config, dataset.fingerprint)
         opening.check_splits(config, dataset)
       microbatch = config.data.batch_size // config.train.accumulation_steps
       model = build_model(config, mesh, dataset.tokenizer.vocab_size, 'train', microbatch)
-      run = _Run(config, workdir, mesh, dataset, model, say, listener, profile, timer)
-      if old and old['status'] == 'finished':
+      run = _Run(
+        config, workdir, mesh, dataset, model, say, listener, profile, timer, source, pinned
+      )
+      if old and old['status'] == 'finished' and not manifest.lengthens(old, config):
         if first:
           opening.keep_tokenizer(run.workdir, run.dataset.tokenizer)
         if _is_intact(run):
@@ -223,9 +231,15 @@ def _train(run: _Run, old: dict[str, Any] | None) -> Outcome:
   run.say('preparing model and state')
   with jax.set_mesh(run.mesh):
     optimizer = optim.make_optimizer(config.optim, config.train.num_steps)
+    new = _from_source(run, optimizer, old)
     checkpoints = Checkpoints(run.workdir, config.train.keep_checkpoints)
-    state, step, position = _start(run, optimizer, checkpoints, old)
+    state, step, position = _start(run, optimizer, checkpoints, old, new and new[0])
     facts |= {'step': step, 'logging': manifest.paces_from(old, config, step)}
+    facts |= manifest.lengthened(old, config, step)
+    if config.train.init_from:
+      facts['ancestry'] = new[1] if new else ancestry.known(config, old)
+    if old and manifest.lengthens(old, config):
+      run.say(f'lengthened to {config.train.num_steps} steps; goes on from step {step}')
     if first:
       if old and step:
         _warn_of_lost_lines(run.workdir, old, step, run.say)
@@ -286,7 +300,8 @@ def program_of(config: ml_collections.ConfigDict) -> str:
   """Returns what of a config decides the program of its step, as JSON."""
   program = copy.deepcopy(config)
   defaults = config_lib.get_config()
-  for field in knob_fields(config):
+  starts = ('train.init_from', 'train.init_optimizer', 'train.init_router_state')
+  for field in (*knob_fields(config), *starts):
     room, name = field.split('.')
     program[room][name] = defaults[room][name]
   return program.to_json(sort_keys=True)
@@ -357,16 +372,40 @@ def _announce(run: _Run, facts: dict[str, Any]) -> None:
     run.say('note: uncommitted changes; the manifest says so')
 
 
-def _start(run: _Run, optimizer, checkpoints: Checkpoints, old: dict[str, Any] | None):
-  """Returns (state, step, data position): restored, or new."""
+def _from_source(
+  run: _Run, optimizer, old: dict[str, Any] | None
+) -> tuple[TrainState, list[dict[str, Any]]] | None:
+  """Returns the state of a run that starts from another, and its ancestry; None if none does."""
+  if run.source is None:
+    return None
+  config, source = run.config, run.source
+  state, entry = ancestry.start(source, config, run.model, optimizer, _new_state(run, optimizer))
+  for pinned, whose in ((ancestry.pin_of(old), run.workdir), (run.pinned, 'another run')):
+    ancestry.check_pinned(source.given, entry, pinned, whose)
+  run.say(f'starting from step {entry["step"]} of {source.workdir}: {", ".join(entry["taken"])}')
+  return state, ancestry.of(source, entry)
+
+
+def _new_state(run: _Run, optimizer) -> TrainState:
+  state = init_state(run.model, optimizer, run.config.train.seed)
+  return with_token_counts(state, run.model, lambda: run.dataset.token_counts('train'))
+
+
+def _start(
+  run: _Run,
+  optimizer,
+  checkpoints: Checkpoints,
+  old: dict[str, Any] | None,
+  new: TrainState | None,
+):
+  """Returns (state, step, data position): restored, or new; `new` in place of random values."""
   restored = (
     checkpoints.restore(abstract_state(run.model, optimizer)) if checkpoints.steps() else None
   )
   for path in checkpoints.set_damaged_aside():
     run.say(f'warning: damaged checkpoint moved to {path}')
   if restored is None:
-    state = init_state(run.model, optimizer, run.config.train.seed)
-    return with_token_counts(state, run.model, lambda: run.dataset.token_counts('train')), 0, None
+    return new or _new_state(run, optimizer), 0, None
   step, state, position = restored
   before, now = (old or {}).get('mesh'), dict(run.mesh.shape)
   changed = f' on mesh {named(now)}, before on {named(before)}' if before not in (None, now) else ''

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -16,8 +17,9 @@ import ml_collections
 from jax.sharding import Mesh
 
 from moe_jax import config as config_lib
+from moe_jax import optim
 from moe_jax.errors import DamagedError, UserError
-from moe_jax.schema import FREE_FIELDS
+from moe_jax.schema import FREE_FIELDS, LATER_FIELDS
 from moe_jax.train import accounting, manifest_kinds
 
 MANIFEST = 'manifest.json'
@@ -224,20 +226,86 @@ def config_of(manifest: dict[str, Any]) -> ml_collections.ConfigDict:
 
 
 def check_same_config(
-  workdir: str, manifest: dict[str, Any], config: ml_collections.ConfigDict
+  workdir: str, manifest: dict[str, Any], config: ml_collections.ConfigDict, step: int = 0
 ) -> None:
   """Checks that a run goes on with the config it was started with.
 
+  Args:
+    workdir: of the run.
+    manifest: of the run.
+    config: that it is to go on with.
+    step: of its newest checkpoint.
+
   Raises:
-    UserError: names the first field that differs; `FREE_FIELDS` may.
+    UserError: names the first field that differs; `FREE_FIELDS` may, and train.num_steps may grow
+      where the schedule allows it.
   """
   for room, fields in config.to_dict().items():
     for name, value in fields.items():
-      old = manifest['config'].get(room, {}).get(name)
-      if f'{room}.{name}' not in FREE_FIELDS and old != value:
-        raise UserError(
-          f'{room}.{name}', value, f'the run in {workdir} has {old!r}; use another --workdir'
-        )
+      field = f'{room}.{name}'
+      old = _value(manifest['config'], field)
+      if field in FREE_FIELDS or old == value:
+        continue
+      if field == 'train.num_steps' and isinstance(old, int) and old < value:
+        _check_lengthening(workdir, manifest, config, step)
+        continue
+      raise UserError(field, value, f'the run in {workdir} has {old!r}; use another --workdir')
+
+
+def _check_lengthening(
+  workdir: str, manifest: dict[str, Any], config: ml_collections.ConfigDict, step: int
+) -> None:
+  """Checks that the steps done are those of the longer run, whose first ones they are."""
+  schedule, reason = config.optim.schedule, ''
+  num_steps = manifest['config']['train']['num_steps']
+  if not step and manifest['status'] == 'finished':
+    reason = 'its checkpoints are gone'
+  elif schedule in ('cosine', 'linear'):
+    reason = f'optim.schedule={schedule} was made for that many'
+  elif schedule == 'wsd' and step > optim.decay_start(config.optim, num_steps):
+    start = optim.decay_start(config.optim, num_steps)
+    reason = f'its wsd schedule decays from step {start} on and its newest checkpoint is of {step}'
+  if reason:
+    raise UserError(
+      'train.num_steps',
+      config.train.num_steps,
+      f"the run in {workdir} has {num_steps} and can't be lengthened: {reason}; to train on from "
+      f'it, start a new run with train.init_from={workdir}',
+    )
+
+
+def lengthens(old: dict[str, Any], config: ml_collections.ConfigDict) -> bool:
+  """Returns whether a config has more steps than the run that it goes on with."""
+  return bool(_value(old['config'], 'train.num_steps') != config.train.num_steps)
+
+
+def lengthened(
+  old: dict[str, Any] | None, config: ml_collections.ConfigDict, step: int
+) -> dict[str, Any]:
+  """Returns what the manifest of a run says of its lengthenings; {} if there were none.
+
+  Args:
+    old: its manifest before; None if it begins.
+    config: that it goes on with.
+    step: that it goes on from.
+  """
+  before = (old or {}).get('lengthened', [])
+  if old and lengthens(old, config):
+    num_steps = _value(old['config'], 'train.num_steps')
+    before = [*before, {'at': step, 'from': num_steps, 'to': config.train.num_steps}]
+  return {'lengthened': before} if before else {}
+
+
+def config_digest(config: dict[str, Any]) -> str:
+  """Returns the SHA-256 of a config, the same whatever the order of its fields."""
+  return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def _value(config: dict[str, Any], field: str) -> Any:
+  """Returns a field of a saved config; its default where it came later, else None."""
+  room, _, name = field.partition('.')
+  default = config_lib.SCHEMA[room][name].default if field in LATER_FIELDS else None
+  return config.get(room, {}).get(name, default)
 
 
 def check_same_data(
@@ -309,6 +377,17 @@ def first_difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
   for room in sorted(one.keys() | other.keys()):
     for name in sorted(one.get(room, {}).keys() | other.get(room, {}).keys()):
       field = f'{room}.{name}'
-      if field not in FREE_FIELDS and one.get(room, {}).get(name) != other.get(room, {}).get(name):
+      if field not in FREE_FIELDS and _value(one, field) != _value(other, field):
         return field
   return None
+
+
+def disagreement(manifest: dict[str, Any], saved: dict[str, Any]) -> str | None:
+  """Returns the first field in which a manifest and the config of a checkpoint differ.
+
+  A checkpoint from before a lengthening has fewer steps.
+  """
+  train = saved.get('train', {})
+  if train.get('num_steps') in [entry.get('from') for entry in manifest.get('lengthened', [])]:
+    saved = saved | {'train': train | {'num_steps': _value(manifest['config'], 'train.num_steps')}}
+  return first_difference(manifest['config'], saved)

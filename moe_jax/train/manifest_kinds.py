@@ -33,6 +33,8 @@ KINDS = {
   'causal': 'true or false',
   'routing': _NUMBERS,
   'resumed_from': 'a list of objects',
+  'ancestry': 'a list of objects',
+  'lengthened': 'a list of objects',
   'logging': 'a list of three counts each',
   'seconds': _NUMBERS,
   'compilations': _COUNT,

@@ -47,13 +47,24 @@ def mesh_of(config: ml_collections.ConfigDict) -> Mesh:
   return mesh
 
 
-def dataset_of(config: ml_collections.ConfigDict) -> Dataset:
-  """Returns the data set of a config, prepared if it was not."""
-  return open_dataset(config.data.name, **_how(config))
+def dataset_of(config: ml_collections.ConfigDict, tokenizer: Tokenizer | None = None) -> Dataset:
+  """Returns the data set of a config, prepared if it was not.
+
+  Args:
+    config: validated.
+    tokenizer: of the run; read by one that inherits it (`train.init_from`), others make their own.
+  """
+  given = tokenizer if config.train.init_from else None
+  return open_dataset(config.data.name, **_how(config), given_tokenizer=given)
 
 
 def prepared_dataset_of(config: ml_collections.ConfigDict) -> Dataset | None:
-  """Returns the data set of a config if it is prepared already; writes nothing."""
+  """Returns the data set of a config if it is prepared already; writes nothing.
+
+  None, too, where the tokenizer is another run's.
+  """
+  if config.train.init_from and config.data.tokenizer != 'bytes':
+    return None
   return open_if_prepared(config.data.name, **_how(config))
 
 
@@ -80,7 +91,7 @@ def read_old(workdir: str, say: Callable[[str], None]) -> dict[str, Any] | None:
   if manifest.exists(workdir):
     try:
       old = manifest.read(workdir)
-      differs = found and manifest.first_difference(old['config'], found[1])
+      differs = found and manifest.disagreement(old, found[1])
       if not differs:
         return old
       problem = f'manifest.json and the checkpoints disagree on {differs}'

@@ -96,6 +96,9 @@ def _check(members: Sequence[Member]) -> None:
   if members[0].config.train.eval_every:
     value = members[0].config.train.eval_every
     raise UserError('train.eval_every', value, 'must be 0 in packed runs')
+  if members[0].config.train.init_from:
+    value = members[0].config.train.init_from
+    raise UserError('train.init_from', value, 'must be empty in packed runs')
   if jax.process_count() > 1:
     raise UserError('--pack', len(members), 'is not supported with several processes')
 

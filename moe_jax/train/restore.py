@@ -31,6 +31,7 @@ class RestoredRun(NamedTuple):
     router_state: the same; {} where the routers have none.
     mesh: axes ('data', 'expert').
     tokenizer: that it was trained with.
+    opt_state: of its optimizer, on `mesh`.
   """
 
   config: ml_collections.ConfigDict
@@ -40,6 +41,7 @@ class RestoredRun(NamedTuple):
   router_state: Any
   mesh: Mesh
   tokenizer: Tokenizer
+  opt_state: Any
 
 
 def restore_run(
@@ -93,7 +95,7 @@ def restore_run(
     if step is not None and step not in steps:
       raise UserError(flag, step, f'must be one of {sorted(steps)}')
     found = saved_config(workdir)
-    differs = found and manifest.first_difference(facts['config'], found[1])
+    differs = found and manifest.disagreement(facts, found[1])
     if differs:
       raise DamagedError(
         f'manifest.json and the checkpoints in {workdir} disagree on {differs}; the train command '
@@ -113,7 +115,8 @@ def restore_run(
       state = checkpoints.restore_step(step, abstract)
   finally:
     checkpoints.close()
-  return RestoredRun(config, facts, step, state.params, state.router_state, device_mesh, tokenizer)
+  of_state = state.params, state.router_state, device_mesh, tokenizer, state.opt_state
+  return RestoredRun(config, facts, step, *of_state)
 
 
 def _choose_mesh(config: ml_collections.ConfigDict, mesh: str | None, flag: str) -> Mesh:
