@@ -38,6 +38,12 @@ SHAPE = Shape(12, 8, 4, 2, 6.0, 'swiglu', 'float32')
 SMALL = ('--num_tokens=64', '--embed_dim=8', '--mlp_dim=4', '--num_experts=4', '--json')
 
 
+def small(*flags):
+  """Returns small sizes, but for those that the flags give, and the flags."""
+  given = {flag.partition('=')[0] for flag in flags}
+  return [size for size in SMALL if size.partition('=')[0] not in given] + list(flags)
+
+
 @pytest.mark.parametrize('name', names.DRAWN)
 def test_routings_name_different_experts(name):
   chosen = routings.choose(name, SHAPE._replace(num_tokens=6000), 6, seed=0)
@@ -70,7 +76,7 @@ def test_arms_of_the_dispatch_benchmark_compute_the_same():
 
 def test_dispatch_and_layer_print_a_row_for_each_pass():
   flags = ('--routings=zipf_1', '--arms=gather,copy,ragged_dot')
-  result = tiny.command('benchmark', 'dispatch', *SMALL, *flags)
+  result = tiny.command('benchmark', 'dispatch', *small(*flags))
   assert result.code == 0, result.err
   rows = [json.loads(line) for line in result.out.splitlines()]
   assert [row['pass'] for row in rows] == ['forward', 'forward+backward']
@@ -84,14 +90,14 @@ def test_dispatch_and_layer_print_a_row_for_each_pass():
     assert kept == pytest.approx((1 - row['padding']) * 160)
     assert row['max_load'] > 1.2 and row['tokens_per_expert'] == 32
   for flags in (['--routings=luck'], ['--routings='], ['--arms=magic'], ['--tokens_per_expert=-1']):
-    refused = tiny.command('benchmark', 'dispatch', *SMALL, *flags)
+    refused = tiny.command('benchmark', 'dispatch', *small(*flags))
     refused.assert_error(flags[0].partition('=')[0])
 
 
 def test_dispatch_says_how_much_more_each_arm_grows_than_its_products(monkeypatch):
   monkeypatch.setattr(dispatch, 'SLOWEST', 1e9)  # of layers this small the dense one takes nothing
   flags = ('--num_experts=4,8', '--routings=uniform', '--arms=gather,dropless')
-  result = tiny.command('benchmark', 'dispatch', *SMALL, *flags)
+  result = tiny.command('benchmark', 'dispatch', *small(*flags))
   assert result.code == 0, result.err
   rows = [json.loads(line) for line in result.out.splitlines()]
   assert [row['num_experts'] for row in rows] == [4, 4, 8, 8]
@@ -204,9 +210,11 @@ def test_decode_prints_the_layer_and_the_model(monkeypatch):
 
 def test_layer_keeps_tokens_per_expert_and_says_how_much_more_it_grows_than_its_products():
   flags = ('--num_experts=4,8', '--tokens_per_expert=16')
-  both = tiny.command('benchmark', 'layer', *SMALL, *flags)
+  both = tiny.command('benchmark', 'layer', *small(*flags))
   both.assert_error('--num_tokens=64', '--tokens_per_expert')
-  result = tiny.command('benchmark', 'layer', *SMALL[1:], *flags)
+  result = tiny.command(
+    'benchmark', 'layer', *[f for f in small(*flags) if not f.startswith('--num_tokens')]
+  )
   assert result.code == 0, result.err
   rows = [json.loads(line) for line in result.out.splitlines()]
   assert [row['num_tokens'] for row in rows] == [32, 32, 64, 64]
@@ -222,7 +230,7 @@ def test_layer_keeps_tokens_per_expert_and_says_how_much_more_it_grows_than_its_
 
 def test_layer_in_several_groups_and_in_memory_that_is_there():
   flags = ('--num_groups=4', '--reuse_memory')
-  result = tiny.command('benchmark', 'layer', *SMALL, *flags)
+  result = tiny.command('benchmark', 'layer', *small(*flags))
   assert result.code == 0, result.err
   rows = [json.loads(line) for line in result.out.splitlines()]
   assert [row['num_groups'] for row in rows] == [4, 4]
@@ -230,12 +238,12 @@ def test_layer_in_several_groups_and_in_memory_that_is_there():
     # 4 groups of 16 tokens, K = 2, factor 1.25: 10 slots of each of 4 experts in each.
     assert (1 - row['drop_share']) * 128 == pytest.approx((1 - row['padding']) * 160)
   for flag in ('--num_tokens=0', '--embed_dim=0', '--num_selected_experts=0', '--mlp_dim=-1'):
-    tiny.command('benchmark', 'layer', *SMALL, flag).assert_error(flag.partition('=')[0])
+    tiny.command('benchmark', 'layer', *small(flag)).assert_error(flag.partition('=')[0])
   for value in ('0', 'nan', 'inf'):
     refused = tiny.command('benchmark', 'router', *SMALL, f'--capacity_factor={value}')
     refused.assert_error('--capacity_factor', value)
   for flag in ('--num_groups=0', '--num_groups=5'):
-    tiny.command('benchmark', 'layer', *SMALL, flag).assert_error('--num_groups')
+    tiny.command('benchmark', 'layer', *small(flag)).assert_error('--num_groups')
 
 
 def test_results_are_written_over_earlier_ones():
@@ -320,7 +328,7 @@ def test_products_print_a_row_for_each_product_of_each_matrix():
 
 
 def test_router_says_what_it_asks_of_the_experts():
-  flags = ('--num_experts=4', '--routers=top_k,round_robin,soft', *SMALL)
+  flags = ('--routers=top_k,round_robin,soft', *SMALL)
   result = tiny.command('benchmark', 'router', *flags)
   assert result.code == 0, result.err
   rows = {row['router']: row for row in map(json.loads, result.out.splitlines())}
@@ -332,7 +340,7 @@ def test_router_says_what_it_asks_of_the_experts():
 
 def test_router_in_bfloat16_says_how_many_choices_differ():
   flags = ('--routers=top_k,round_robin,soft', '--router_dtype=bfloat16', '--num_tokens=2048')
-  result = tiny.command('benchmark', 'router', *SMALL, *flags)
+  result = tiny.command('benchmark', 'router', *small(*flags))
   assert result.code == 0, result.err
   rows = {row['router']: row for row in map(json.loads, result.out.splitlines())}
   assert 0 < rows['top_k']['disagreement'] < 0.2
