@@ -69,6 +69,13 @@ TYPES: dict[type, dict[str, _Type]] = {
       lambda value: _is_text_keyed(value) and all(map(callable, value.values())),
       'must be {name: function of a finished trial}',
     ),
+    # Its value is checked where it is used, also for a report without a sweep.
+    'equivalence_margin': _Type(
+      lambda value: (
+        value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+      ),
+      'must be a number above 0, or None',
+    ),
   },
   Point: {
     'name': _Type(

@@ -41,6 +41,7 @@ RIGHT: dict[tuple[type, str], tuple] = {
   (Study, 'may_differ'): ((),),
   (Study, 'scaling'): (True,),
   (Study, 'metrics'): ({},),
+  (Study, 'equivalence_margin'): (None, 3, 0.5),
   (Point, 'name'): ('text',),
   (Point, 'changes'): ({},),
   (Point, 'dropped'): ('text',),
