@@ -71,7 +71,9 @@ def test_a_preset_says_what_its_experts_run(name):
   """Whatever the paper had: the activation is a field of the model, which no preset sets."""
   text = ' '.join(importlib.import_module(f'configs.presets.{name}').__doc__.split())
   assert preset(name).model.activation == 'swiglu'
-  assert 'Its experts run SwiGLU' in text
+  assert 'Its experts run SwiGLU' in text, (
+    f"say so in the docstring of configs/presets/{name}.py: 'Its experts run SwiGLU, ...'"
+  )
 
 
 @pytest.mark.parametrize('name', ['switch', *(n for n, r in routing.ROUTERS.items() if r.reads)])
@@ -82,6 +84,19 @@ def test_a_preset_leaves_no_choice_open(name):
   for field in names:
     with pytest.raises(TypeError, match=f'moe.{field} open'):
       presets.make('', **{key: value for key, value in choices.items() if key != field})
+
+
+def test_the_numbers_of_routers_are_fields_of_moe():
+  """A number that no config sets would always be its default."""
+  for option in dataclasses.fields(routing.RouterOptions):
+    if option.name in ('capacity', 'training'):  # the layer says
+      continue
+    field = schema.SCHEMA['moe'].get(option.name)
+    assert field, f'{option.name}: add it under moe in moe_jax/schema.py'
+    if option.default is not dataclasses.MISSING:
+      assert (option.default, type(option.default)) == (field.default, type(field.default)), (
+        f'{option.name}: one default in moe_jax/routing/router.py, another in moe_jax/schema.py'
+      )
 
 
 class Watched(routing.RouterOptions):
@@ -125,7 +140,10 @@ def test_a_router_says_which_fields_it_reads(name):
       if router.from_counts is not None:
         state = router.from_counts(state, np.arange(5), options)
       jax.eval_shape(functools.partial(run, options), state)
-  assert seen - set(routing.COMMON_FIELDS) == set(router.reads)
+  own = seen - set(routing.COMMON_FIELDS)
+  assert own == set(router.reads), (
+    f'moe_jax/routing/routers/{name}.py: ROUTER.reads must be {tuple(sorted(own))}'
+  )
   assert not set(router.always) & set(router.reads)
   assert ('capacity' in seen) == router.fills_slots
 
@@ -133,6 +151,7 @@ def test_a_router_says_which_fields_it_reads(name):
 @pytest.mark.parametrize('name', [n for n, r in routing.ROUTERS.items() if not r.rejected])
 def test_what_a_router_does_not_read_cannot_be_changed(name):
   """Or two arms of a study would differ in name alone."""
+  # Another value than the default, where that is not 2, or 0.25 for a share.
   other = {'score': 'sqrt_softplus', 'softmax_order': 'after', 'router_dtype': 'bfloat16'}
   other |= {'second_choice': 'all', 'bias_update': 'proportional', 'hash_table': 'balanced'}
   other |= {'kmeans_update': 'minibatch', 'evaluation': 'threshold'}
@@ -149,9 +168,11 @@ def test_what_a_router_does_not_read_cannot_be_changed(name):
         schema.validate(config)
     value = 0.25 if field in ('kmeans_decay', 'threshold_decay') else other.get(field, 2)
     config.moe[field] = type(field_of.default)(value)
-    if value in inert:  # then there is no third one
-      assert field == 'softmax_order'
+    if value in inert and field == 'softmax_order':  # then there is no third one
       continue
+    assert value not in inert and field_of.check(config.moe[field]), (
+      f'moe.{field}: give `other` above a value that is allowed and not the default'
+    )
     with pytest.raises(UserError, match=f'^moe.{field}='):
       schema.validate(config)
 

@@ -137,9 +137,14 @@ def assert_same(result, expected, name):
 
 
 def test_every_router_has_a_preset_and_tests_of_its_own():
-  assert set(ROUTERS) <= set(PRESETS)
+  missing = sorted(set(ROUTERS) - set(PRESETS))
+  assert not missing, f'add configs/presets/NAME.py for {missing}'
   tests = [*(tiny.REPOSITORY / 'tests' / 'routing' / 'routers').glob('test_*.py')]
-  assert {path.stem.removeprefix('test_') for path in tests} == set(ROUTERS)
+  tested = {path.stem.removeprefix('test_') for path in tests}
+  assert tested == set(ROUTERS), (
+    f'tests/routing/routers/test_NAME.py: add {sorted(set(ROUTERS) - tested)}, '
+    f'remove {sorted(tested - set(ROUTERS))}'
+  )
   for path in tests:
     text = path.read_text(encoding='utf-8')
     assert re.search(r'def test_\w*by_hand', text), f'{path.name}: no hand-worked case'
@@ -208,7 +213,8 @@ def test_learns_as_the_registry_says(name):
 
 def test_three_routers_cannot_have_one_expert():
   # All experts; a first and a second choice; a softmax over the selected alone.
-  assert {n for n in ROUTERS if one_selected(n) is None} == {'dense', 'gshard', 'noisy_top_k'}
+  found = {n for n in ROUTERS if one_selected(n) is None}
+  assert found == {'dense', 'gshard', 'noisy_top_k'}, 'name such a router here, and say why'
 
 
 def _past_changes(name, deterministic, **changes):
