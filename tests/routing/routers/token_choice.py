@@ -174,7 +174,8 @@ def check_causal(name, options, params, tokens):
     two = choose(name, options, params, other)
     for field in ('expert_index', 'gates', 'chosen', 'router_probs'):
       first, second = getattr(one, field), getattr(two, field)
-      np.testing.assert_array_equal(first[:, :place], second[:, :place])
+      what = f'{name}: {field} before position {place}, with other tokens from there on'
+      np.testing.assert_array_equal(first[:, :place], second[:, :place], err_msg=what)
     assert not np.array_equal(one.router_probs, two.router_probs)
   alone = _choose(
     name,
