@@ -171,7 +171,7 @@ def test_train_refuses_flags(path, tmp_path):
   [
     ('train.seed=1', ('train.seed=1', 'has 0')),
     ('moe.num_experts=4', ('moe.num_experts=4', 'has 8')),
-    ('train.num_steps=4', ('train.num_steps=4', 'has 3')),
+    ('train.num_steps=2', ('train.num_steps=2', '3')),
   ],
 )
 def test_train_refuses_the_directory_of_another_run(path, run, override, words):
