@@ -366,9 +366,10 @@ def claimed(workdir: str) -> Iterator[None]:
 
 def holds_run(workdir: str | os.PathLike) -> bool:
   """Whether a directory holds a manifest or a checkpoint, from which one can be rebuilt."""
-  checkpoints = pathlib.Path(workdir) / 'checkpoints'
+  checkpoints = os.path.join(workdir, 'checkpoints')
+  # False, too, for a path that no directory can have.
   return exists(workdir) or (
-    checkpoints.is_dir() and any(p.name.isdecimal() for p in checkpoints.iterdir())
+    os.path.isdir(checkpoints) and any(name.isdecimal() for name in os.listdir(checkpoints))
   )
 
 
