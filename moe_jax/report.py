@@ -36,6 +36,7 @@ _THIN = flags.DEFINE_bool(
   'but fewer points of curves and loads, no page, and of the figures those that README.md in --out '
   'shows. --out may be the folder of the study.',
 )
+_JSON = cli.define_json_flag()
 
 
 def main() -> None:
@@ -49,9 +50,10 @@ def main() -> None:
     workdir = cli.required(_WORKDIR)
     if not os.path.isdir(workdir):
       raise UserError('--workdir', workdir, 'does not exist')
+  from moe_jax.results.as_json import as_json
   from moe_jax.sweep import report
 
-  report.report(
+  summary = report.report(
     study,
     _WORKDIR.value,
     _RESULTS.value,
@@ -61,6 +63,9 @@ def main() -> None:
     wide_table=_WIDE_TABLE.value,
     thinned=_THIN.value,
   )
+  if _JSON.value:
+    cli.print_json(as_json(summary))
+    return
   print((out / 'table.md').read_text(encoding='utf-8'))
   if _THIN.value:
     size = (out / 'results.jsonl').stat().st_size

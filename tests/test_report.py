@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 
 import pytest
 
@@ -189,6 +190,20 @@ def test_thin_results_stand_in_the_folder_of_a_study(swept, tmp_path):
   assert tiny.command('report', f'--study={folder / "study.py"}', *results).code == 0
   refused = report(study, workdir, tmp_path / 'whole', '--thin')
   refused.assert_error('--out=', '--thin would leave something out')
+
+
+def test_its_numbers_as_json(swept, tmp_path):
+  result = report(*swept, tmp_path / 'report', '--nofigures', '--json')
+  assert result.code == 0, result.err
+  said = json.loads(result.out)
+  records = read_records(tmp_path / 'report' / 'results.jsonl')
+  for arm in said['arms']:
+    values = [
+      r.metrics[said['metric']['name']] for r in records if r.arm == arm['name'] and r.metrics
+    ]
+    assert sorted(arm['values'].values()) == sorted(values)
+    if values:
+      assert math.isclose(arm['interval']['mean'], sum(values) / len(values), rel_tol=1e-12)
 
 
 def test_columns_are_chosen(swept, tmp_path):
