@@ -49,6 +49,9 @@ def config(overrides: dict | None = None):
   for name, value in (overrides or {}).items():
     room, field = name.split('.')
     result[room][field] = value
+  if result.optim.name in ('adamw', 'adafactor'):
+    # They don't read it, and `train` refuses what nothing reads.
+    result.optim.momentum = schema.get_config().optim.momentum
   schema.validate(result)
   return result
 

@@ -19,6 +19,7 @@ def whole():
   facts = manifest.new_manifest(config, opening.mesh_of(config), 258, data)
   facts |= {'resumed_from': [{'step': 3}], 'logging': [[0, 1, 0]], 'seconds': {'training': 1.5}}
   facts |= {'compilations': 1, 'pack': 2, 'packed_with': 1, 'cause': 'loss=nan'}
+  facts |= {'ancestry': [{'workdir': 'runs/first'}], 'lengthened': [{'from': 3, 'to': 6}]}
   return facts
 
 
