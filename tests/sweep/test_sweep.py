@@ -139,6 +139,8 @@ def swept(text, tmp_path_factory):
   )
   workdir = str(tmp_path_factory.mktemp('sweep'))
   said = []
+  # Other files may have compiled the same program.
+  loop.step_of.cache_clear()
   before = loop.step_of.cache_info()
   counts = runner.run(study, trials.trials_of(study), workdir, said.append)
   after = loop.step_of.cache_info()
