@@ -76,13 +76,21 @@ def _help(text: str, names: Collection[str] | None) -> str:
 
 def _help_of_flag(flag: flags.Flag) -> str:
   usage = f'--[no]{flag.name}' if flag.boolean else f'--{flag.name}={_placeholder(flag)}'
-  text = ' '.join((flag.help or '').split())
+  # absl adds a clause to the help of a flag that repeats.
+  text = ' '.join((flag.help or '').split()).replace('.;', ';')
   if isinstance(flag.parser, flags.EnumParser):
     text = text.partition('>: ')[2]  # absl puts the choices first.
   if flag.name != arguments.CONFIG and flag.default not in (None, []):
     default = (flag.default_as_str or '').strip("'")
     text += f' Default: {default}.'
-  return '\n'.join([f'  {usage}', *_WRAPPER.wrap(text[:1].upper() + text[1:])])
+  return '\n'.join([f'  {usage}', *_WRAPPER.wrap(_sentence(text))])
+
+
+def _sentence(text: str) -> str:
+  """Returns a text with a capital, unless it begins with something that one types."""
+  first = text.partition(' ')[0].rstrip('.:;,')
+  typed = any(sign in first for sign in '=/.') or first != first.lower()
+  return text if typed else text[:1].upper() + text[1:]
 
 
 def _placeholder(flag: flags.Flag) -> str:

@@ -152,7 +152,9 @@ class Run:
     """
     import pandas
 
-    return pandas.DataFrame(metrics.read_metrics(self.directory / 'metrics.jsonl'))
+    lines = metrics.read_metrics(self.directory / 'metrics.jsonl')
+    # A run that was stopped before its first line has the columns all the same.
+    return pandas.DataFrame(lines or {'step': [], 'split': [], 'loss': []})
 
   @functools.cached_property
   def dataset(self) -> Dataset:

@@ -2,6 +2,7 @@
 
 import doctest
 import runpy
+import shutil
 import subprocess
 import sys
 
@@ -167,6 +168,13 @@ def test_one_device_says_what_eight_do(run):
   for name in ('logits', 'router_probs', 'gates', 'bits'):
     np.testing.assert_allclose(getattr(here, name), getattr(there, name), atol=2e-6, err_msg=name)
   tiny.assert_equal(one.experts(1), run.experts(1))
+
+
+def test_a_run_without_metrics_has_an_empty_data_frame(run, tmp_path):
+  folder = tmp_path / 'run'
+  shutil.copytree(run.directory, folder)
+  (folder / 'metrics.jsonl').unlink()
+  assert moe_jax.load_run(folder).metrics.query('split == "train"')[['step', 'loss']].empty
 
 
 def test_metrics_are_a_data_frame_of_the_file(run):

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -69,10 +70,10 @@ TYPES: dict[type, dict[str, _Type]] = {
       lambda value: _is_text_keyed(value) and all(map(callable, value.values())),
       'must be {name: function of a finished trial}',
     ),
-    # Its value is checked where it is used, also for a report without a sweep.
     'equivalence_margin': _Type(
       lambda value: (
-        value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+        value is None
+        or (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf)
       ),
       'must be a number above 0, or None',
     ),

@@ -113,8 +113,8 @@ def check_splits(config: ml_collections.ConfigDict, dataset: Dataset) -> None:
     raise UserError(
       'train.eval_every',
       config.train.eval_every,
-      f'must be 0: {config.data.name} has no document for validation; or hold some out with '
-      'data.valid_fraction',
+      f'must be 0: {config.data.name} has no document for validation, which takes a '
+      'data.valid_fraction above 0 and a domain of at least 3 documents',
     )
 
 

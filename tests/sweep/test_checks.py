@@ -145,6 +145,11 @@ def test_other_splits_are_other_data(field):
   assert len(trials.trials_of(make_study(arms=arms, may_differ=('data',)))) == 4
 
 
+def test_a_margin_is_above_zero():
+  for margin in (0, -1, float('inf'), float('nan')):
+    assert refused(equivalence_margin=margin).startswith('study.equivalence_margin=')
+
+
 def test_a_comparison_counts_once_in_whichever_direction():
   text = refused(comparisons=(Comparison(NONE, LIGHT), Comparison(LIGHT, NONE)))
   assert 'stands there twice' in text
