@@ -124,6 +124,8 @@ for expert, axes in enumerate(panels):
     axes.set_visible(False)
     continue
   best = candidates[np.argsort(-share[candidates, expert], kind='stable')[:NUM_TOP]]
+  # A dead expert has none.
+  best = best[share[best, expert] > 0]
   axes.barh(range(len(best)), share[best, expert], color=style.COLORS[0])
   labels = [visible(names[kind]) for kind in kinds[best].tolist()]
   axes.set_yticks(range(len(best)), labels, family='monospace', fontsize='small')
