@@ -21,6 +21,8 @@ FILE = 'tokenizer.json'
 KINDS = ('bytes', 'bpe')
 BYTES_VOCAB_SIZE = 258
 MIN_BPE_VOCAB_SIZE = 512
+# Four times the largest in use. The trainer takes memory for as many tokens before it reads a text.
+MAX_BPE_VOCAB_SIZE = 2**20
 
 _BYTES_MODEL = 'moe_jax.bytes'
 _BOS, _EOS = '<bos>', '<eos>'
@@ -201,11 +203,11 @@ def check_request(kind: str, vocab_size: int) -> None:
       vocab_size,
       f'must be {BYTES_VOCAB_SIZE} (or 0, the default) with data.tokenizer=bytes',
     )
-  if kind == 'bpe' and vocab_size < MIN_BPE_VOCAB_SIZE:
+  if kind == 'bpe' and not MIN_BPE_VOCAB_SIZE <= vocab_size <= MAX_BPE_VOCAB_SIZE:
     raise errors.UserError(
       'data.vocab_size',
       vocab_size,
-      f'must be at least {MIN_BPE_VOCAB_SIZE} with data.tokenizer=bpe',
+      f'must be {MIN_BPE_VOCAB_SIZE} to {MAX_BPE_VOCAB_SIZE:,} with data.tokenizer=bpe',
     )
 
 
@@ -246,10 +248,14 @@ def load_tokenizer(directory: str) -> Tokenizer:
     model = json.loads(serialized)['model']['type']
   except OSError as error:
     raise errors.DamagedError(f'{path} cannot be read: {error.strerror}') from error
-  except (ValueError, KeyError, TypeError) as error:
+  except (ValueError, KeyError, TypeError, RecursionError) as error:
     raise errors.DamagedError(f'{path} is not a tokenizer ({error})') from error
   if model == _BYTES_MODEL:
     return ByteTokenizer()
   if model != 'BPE':
     raise errors.DamagedError(f'{path} holds a tokenizer of the unknown type {model!r}')
-  return BpeTokenizer(serialized)
+  try:
+    return BpeTokenizer(serialized)
+  # The library raises nothing more special.
+  except Exception as error:
+    raise errors.DamagedError(f'{path} is not a tokenizer ({error})') from error

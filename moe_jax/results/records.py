@@ -189,7 +189,7 @@ def read_records(path: str | os.PathLike) -> list[Record]:
       values = _whole(values, configs)
       record = Record(**values)
       configs[number] = record.config
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
       raise DamagedError(f'{path}:{number} is no record of a trial, or cut short') from error
     if digest != _digest(values):
       reason = f'{path}:{number} is not what was written: its digest differs'

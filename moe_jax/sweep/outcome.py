@@ -38,7 +38,7 @@ def read(workdir: str | os.PathLike, trial_id: str) -> dict[str, Any] | None:
     digest = outcome.pop('digest')
   except FileNotFoundError:
     return None
-  except (ValueError, KeyError, AttributeError, TypeError) as error:
+  except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
     raise DamagedError(f'{path} is damaged') from error
   if digest != _digest(outcome):
     raise DamagedError(f'{path} is not what was written: its digest differs')

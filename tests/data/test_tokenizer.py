@@ -125,7 +125,15 @@ def test_a_long_word_is_encoded_without_loss(bpe):
 
 
 @pytest.mark.parametrize(
-  'content', [None, '', '{"model"', '[]', '{"model": {"type": "WordPiece"}}']
+  'content',
+  [
+    *(None, '', '{"model"', '[]', '{"model": {"type": "WordPiece"}}', '[' * 20_000),
+    # Of the right type, and then: no vocabulary, a merge of what is not in it, no special tokens.
+    '{"model": {"type": "BPE"}}',
+    '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}}',
+    '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}',
+  ],
+  ids=range(9),
 )
 def test_damaged_file(tmp_path, content):
   if content is not None:
@@ -141,6 +149,9 @@ def test_damaged_file(tmp_path, content):
     ('bytes', 512, 'data.vocab_size'),
     ('bpe', 0, 'data.vocab_size'),
     ('bpe', 511, 'data.vocab_size'),
+    # The library would end the process for want of memory.
+    ('bpe', 2**31 - 1, 'data.vocab_size'),
+    ('bpe', 2**20 + 1, 'data.vocab_size'),
   ],
 )
 def test_bad_requests_name_the_field(kind, vocab_size, field):
@@ -150,5 +161,5 @@ def test_bad_requests_name_the_field(kind, vocab_size, field):
 
 
 def test_good_requests():
-  for kind, vocab_size in (('bytes', 0), ('bytes', 258), ('bpe', 512)):
+  for kind, vocab_size in (('bytes', 0), ('bytes', 258), ('bpe', 512), ('bpe', 2**20)):
     tokenizer_lib.check_request(kind, vocab_size)

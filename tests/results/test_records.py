@@ -79,10 +79,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     '{"trial": "cut',
     '[1, 2]',
     '7',
+    '[' * 20_000,
+    '7' * 5_000,
     '{"trial": "a", "arm": "a", "seed": 0}',
     '{"trial": "a", "arm": "a", "seed": 0, "status": "finished", "unknown": 1}',
     '{"trial": "a", "arm": "a", "seed": 0, "status": "fine"}',
   ],
+  ids=range(8),
 )
 def test_a_damaged_line_is_named(tmp_path, line):
   path = tmp_path / 'results.jsonl'
