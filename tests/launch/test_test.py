@@ -80,6 +80,7 @@ def test_paths_are_tested_at_once_without_lint(checkout):
   one, two = 'tests/a/test_one.py', 'tests/test_three.py::test_x'
   call = 'python -m pytest -n {} --dist loadfile {}'.format
   assert run(checkout, one, ruff=1)[:2] == (0, [call(0, one)])
+  assert run(checkout, f'./{one}', ruff=1)[:2] == (0, [call(0, one)])
   assert run(checkout, two, '-x')[:2] == (0, [call(0, f'{two} -x')])
   assert run(checkout, one, two)[:2] == (0, [call(2, f'{one} {two}')])
   assert run(checkout, 'tests/a', '--fast')[:2] == (0, [call(2, '-m not slow tests/a')])
