@@ -379,3 +379,5 @@ FREE_FIELDS = (
 )
 # Fields that came when there were runs and results already: without them, their default held.
 LATER_FIELDS = ('train.init_from', 'train.init_optimizer', 'train.init_router_state')
+# The same, but trials since then have ids that count them, also at their default.
+LATER_FIELDS_IN_IDS = ('moe.null_balance_weight', 'moe.router_dtype')

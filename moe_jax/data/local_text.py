@@ -15,7 +15,7 @@ _DEFAULT_DOMAIN = 'text'
 
 
 class LocalText:
-  """The documents below a path, read anew at every pass.
+  """The documents below a path, read again at every pass.
 
   A .txt file is one document; its domain is the first-level sub-folder that it lies in, or 'text'.
   A .jsonl file is one document per line, `{"text": ..., "domain": ..., "name": ...}`, the last two

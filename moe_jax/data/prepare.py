@@ -175,9 +175,9 @@ def _open(name: str, directory: str) -> dataset_lib.Dataset:
 def _prepare(
   name: str, source: sources.Source, directory: str, make_tokenizer: MakeTokenizer
 ) -> None:
-  for anew in (False, True):
+  for rebuild in (False, True):
     try:
-      readers, provenance = source.open(anew)
+      readers, provenance = source.open(rebuild)
       _tokenize(name, source, directory, make_tokenizer, readers, provenance)
       return
     except (errors.UserError, errors.DamagedError):
@@ -189,7 +189,7 @@ def _prepare(
     except _READ_ERRORS as error:
       if errors.refusal_in(error):
         raise
-      if anew or not source.own:
+      if rebuild or not source.own:
         raise errors.DamagedError(f'the TFDS data set of {name} cannot be read: {error}') from error
       sources.say(f'the TFDS data set of {name} cannot be read ({error}); building it again')
 

@@ -40,8 +40,8 @@ class Source:
   Attributes:
     key: a directory name, one per content and split.
     lock: a file name; sources with equal locks write the same files.
-    open: (anew) -> (reader per split, provenance); downloads and builds what is missing.
-    own: whether we built it, so that damage can be mended by building it `anew`.
+    open: (rebuild) -> (reader per split, provenance); downloads and builds what is missing.
+    own: whether we built it, so that `open` mends damage where `rebuild` is true.
     skip_short: whether documents of fewer than two tokens are left out, not an error.
   """
 
@@ -133,7 +133,7 @@ def say(message: str) -> None:
 
 
 def _open_tier(
-  name: str, data_dir: str, fractions: Fractions, anew: bool
+  name: str, data_dir: str, fractions: Fractions, rebuild: bool
 ) -> tuple[dict[str, Reader], dict[str, Any]]:
   tier = TIERS[name]
 
@@ -148,7 +148,8 @@ def _open_tier(
   def reader(split: str) -> Reader:
     return lambda: (document for split_, document in pairs() if split_ == split)
 
-  readers = _build({s: reader(s) for s in documents_lib.SPLITS}, name, tier.VERSION, data_dir, anew)
+  read = {split: reader(split) for split in documents_lib.SPLITS}
+  readers = _build(read, name, tier.VERSION, data_dir, rebuild)
   return _undivided(readers) if fractions is None else readers, {
     'dataset': name,
     'version': tier.VERSION,
@@ -157,7 +158,7 @@ def _open_tier(
 
 
 def _open_local(
-  text: local_text.LocalText, key: str, data_dir: str, fractions: Fractions, anew: bool
+  text: local_text.LocalText, key: str, data_dir: str, fractions: Fractions, rebuild: bool
 ) -> tuple[dict[str, Reader], dict[str, Any]]:
   provenance: dict[str, Any] = {'dataset': f'text:{text.path}', 'sha256': text.fingerprint}
   if text.left_out:
@@ -167,14 +168,14 @@ def _open_local(
     )
     provenance['num_links_left_out'] = len(text.left_out)
   if fractions is None:
-    return _build({WHOLE: lambda: text}, key, '1.0.0', data_dir, anew), provenance
+    return _build({WHOLE: lambda: text}, key, '1.0.0', data_dir, rebuild), provenance
   read = _with_splits(lambda: text, fractions, documents_lib.SPLITS)
-  readers = _build(read, key, '1.0.0', data_dir, anew)
+  readers = _build(read, key, '1.0.0', data_dir, rebuild)
   return readers, provenance | {'valid_fraction': fractions[0], 'test_fraction': fractions[1]}
 
 
 def _build(
-  readers: dict[str, Reader], config_name: str, version: str, data_dir: str, anew: bool
+  readers: dict[str, Reader], config_name: str, version: str, data_dir: str, rebuild: bool
 ) -> dict[str, Reader]:
   """Puts documents through TFDS and returns what reads them back."""
   from moe_jax.data import tfds_source
@@ -187,7 +188,7 @@ def _build(
     config_name,
     version,
     os.path.join(data_dir, 'tfds'),
-    anew=anew,
+    rebuild=rebuild,
   )
   return {
     split: functools.partial(tfds_source.read, builder, split, config_name)
@@ -196,9 +197,9 @@ def _build(
 
 
 def _open_tfds(
-  name: str, data_dir: str, fractions: Fractions, anew: bool
+  name: str, data_dir: str, fractions: Fractions, rebuild: bool
 ) -> tuple[dict[str, Reader], dict[str, Any]]:
-  del anew
+  del rebuild
   from moe_jax.data import tfds_source
 
   builder = tfds_source.open_named(name, os.path.join(data_dir, 'tfds'))

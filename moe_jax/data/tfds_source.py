@@ -80,7 +80,7 @@ def build(
   version: str,
   data_dir: str,
   *,
-  anew: bool = False,
+  rebuild: bool = False,
 ) -> Any:
   """Returns the prepared builder of our own documents; TFDS makes its directory appear atomically.
 
@@ -89,14 +89,14 @@ def build(
     config_name: one name per data set and content.
     version: three numbers.
     data_dir: where TFDS keeps data sets.
-    anew: drop what is there.
+    rebuild: drop what is there.
 
   Raises:
-    OSError: if what is there is damaged; `anew` mends it.
+    OSError: if what is there is damaged; `rebuild=True` mends it.
   """
   parent = os.path.join(data_dir, MoeJaxText.name, config_name)
   path = os.path.join(parent, version)
-  if anew or not os.path.isfile(os.path.join(path, _INFO)):
+  if rebuild or not os.path.isfile(os.path.join(path, _INFO)):
     # TFDS takes a directory without its description for a data set without splits. The caller holds
     # the data set's lock.
     shutil.rmtree(path, ignore_errors=True)

@@ -26,7 +26,7 @@ from moe_jax.sweep.checks import check_dataset
 from moe_jax.sweep.evaluations import config_for
 from moe_jax.sweep.stopwatch import Stopwatch
 from moe_jax.sweep.trials import Trial, training_flops
-from moe_jax.train import ancestry, evaluate, manifest, packed
+from moe_jax.train import ancestry, device_errors, evaluate, manifest, packed
 from moe_jax.train.loop import DivergedError, Listener, program_of, train
 from moe_jax.train.opening import dataset_of
 from moe_jax.train.restore import restore_run
@@ -329,6 +329,11 @@ def _pinned(trial: Trial, workdir: str) -> dict[str, Any] | None:
 
 def _evaluate(study: Study, trial: Trial, folder: str) -> _Evaluated:
   """Returns every evaluation of the study at the trial's last checkpoint."""
+  with device_errors.explained(trial.config):
+    return _evaluate_alone(study, trial, folder)
+
+
+def _evaluate_alone(study: Study, trial: Trial, folder: str) -> _Evaluated:
   watch = Stopwatch()
   evaluated = _Evaluated({}, {})
   restored = restore_run(folder, trial.config.train.num_steps)

@@ -24,23 +24,28 @@ REDRAWN_FROM = (1, 8, 15)
 TOLERANCE = 1e-5
 
 
-def check_causal_claim(config: ml_collections.ConfigDict, vocab_size: int) -> None:
-  """Checks what `config.is_causal` says of a config; nothing if that it is not.
+def check_causal_claim(config: ml_collections.ConfigDict, vocab_size: int) -> str:
+  """Checks a config of which `config.is_causal`, and so the manifest, says that it is causal.
 
-  Draws from keys of its own and changes nothing of the run. `train.check_causal=False` leaves it
-  out.
+  That is every causal router under `moe.priority=token`, and under any priority where no slot is
+  limited, as with `moe.dispatch=dropless`: who comes first matters only where somebody is dropped.
+  Elsewhere another priority drops earlier tokens for later ones whatever the router does; nothing
+  is claimed then, and there is nothing to check. Draws from keys of its own and changes nothing of
+  the run. `train.check_causal=False` leaves it out.
 
   Args:
     config: validated.
     vocab_size: of the tokenizer.
 
+  Returns:
+    A line that says that it was checked, or why not.
+
   Raises:
     UserError: if later tokens decide where an earlier one goes, or with what weight.
   """
-  if not config.train.check_causal or not config.moe.num_experts:
-    return
-  if not config_lib.is_causal(config):
-    return
+  reason = _why_not_checked(config)
+  if reason:
+    return f'causality: not checked: {reason}'
   moe = config.moe
   router = routing.ROUTERS[moe.router]
   size = min(moe.group_size, 4)
@@ -61,6 +66,17 @@ def check_causal_claim(config: ml_collections.ConfigDict, vocab_size: int) -> No
       f'says that it is causal, but {moved}; set causal=False in its file, or '
       'train.check_causal=False',
     )
+  return f'causality: checked: a redrawn future moves no past with moe.router={router.name}'
+
+
+def _why_not_checked(config: ml_collections.ConfigDict) -> str:
+  """Returns why there is nothing to check, '' if there is."""
+  if not config.moe.num_experts:
+    return 'a model without experts has no router'
+  if not config.train.check_causal:
+    return 'train.check_causal=False'
+  field = config_lib.why_not_causal(config)
+  return f'{field} is not causal, and nothing claims that it is' if field else ''
 
 
 @functools.lru_cache(maxsize=8)

@@ -22,7 +22,15 @@ from moe_jax.models.build import build_model
 from moe_jax.models.decoder import Decoder
 from moe_jax.parallel.distributed import all_or_none
 from moe_jax.routing import ROUTERS
-from moe_jax.train import ancestry, evaluate, manifest, metrics, metrics_file, opening
+from moe_jax.train import (
+  ancestry,
+  device_errors,
+  evaluate,
+  manifest,
+  metrics,
+  metrics_file,
+  opening,
+)
 from moe_jax.train.causal_claim import check_causal_claim
 from moe_jax.train.checkpoint import Checkpoints, saved_steps
 from moe_jax.train.knobs import knob_fields, knobs_of
@@ -154,6 +162,7 @@ def train(
 
   try:
     with contextlib.ExitStack() as stack:
+      stack.enter_context(device_errors.explained(config))
       with all_or_none():
         if first:
           stack.enter_context(manifest.claimed(workdir))
@@ -223,11 +232,12 @@ def _warn_of_lost_lines(
 
 def _train(run: _Run, old: dict[str, Any] | None) -> Outcome:
   config, first = run.config, jax.process_index() == 0
-  check_causal_claim(config, run.dataset.tokenizer.vocab_size)
+  causal_claim = check_causal_claim(config, run.dataset.tokenizer.vocab_size)
   facts = first_manifest(config, run.mesh, run.dataset)
   if old:
     facts['resumed_from'] = [*old.get('resumed_from', []), _provenance(old)]
   _announce(run, facts)
+  run.say(causal_claim)
   run.say('preparing model and state')
   with jax.set_mesh(run.mesh):
     optimizer = optim.make_optimizer(config.optim, config.train.num_steps)

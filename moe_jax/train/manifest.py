@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from moe_jax import config as config_lib
 from moe_jax import optim
 from moe_jax.errors import DamagedError, UserError
-from moe_jax.schema import FREE_FIELDS, LATER_FIELDS
+from moe_jax.schema import FREE_FIELDS, LATER_FIELDS, LATER_FIELDS_IN_IDS
 from moe_jax.train import accounting, manifest_kinds
 
 MANIFEST = 'manifest.json'
@@ -304,7 +304,8 @@ def config_digest(config: dict[str, Any]) -> str:
 def _value(config: dict[str, Any], field: str) -> Any:
   """Returns a field of a saved config; its default where it came later, else None."""
   room, _, name = field.partition('.')
-  default = config_lib.SCHEMA[room][name].default if field in LATER_FIELDS else None
+  later = field in (*LATER_FIELDS, *LATER_FIELDS_IN_IDS)
+  default = config_lib.SCHEMA[room][name].default if later else None
   return config.get(room, {}).get(name, default)
 
 

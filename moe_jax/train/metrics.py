@@ -79,14 +79,16 @@ def step_metrics(metrics: StepMetrics, num_ranks: int = 1) -> dict[str, Any]:
   """Returns the metrics of one training step as numbers and lists; waits for the step to finish.
 
   A line of training has also, of the time since the line before:
-    tokens_per_second: tokens of its steps over the seconds they took. Not in these seconds are:
+    tokens_per_second: tokens of its steps over the seconds they took; in a pack its own tokens over
+      the seconds of the pack, in which all members trained. Not in these seconds are:
     seconds_preparing: until the first step: data, model, state or checkpoint.
     seconds_compiling: the training step.
     seconds_tracing: beginning, ending and reading a trace of --profile; traced steps are training.
     seconds_saving: what training waited for a checkpoint; the rest is written while it goes on.
     data_wait: seconds the devices waited for the batch of this one step, at most.
   A line of validation has its own `seconds_evaluating`; the first compiles the evaluation, too.
-  Fields of what took no time are left out. `seconds` of the manifest adds up each of a call.
+  Fields of what took no time are left out; a member of a pack has tokens_per_second alone.
+  `seconds` of the manifest adds up each of a call.
   """
   record: dict[str, Any] = {
     'loss': float(metrics.cross_entropy),

@@ -5,10 +5,12 @@ and gets what it would get alone, but for rounding.
 """
 
 import contextlib
+import functools
 import os
 import pathlib
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -22,7 +24,7 @@ from moe_jax.data import Dataset, train_iterator
 from moe_jax.errors import UserError
 from moe_jax.models.build import build_model
 from moe_jax.parallel.mesh import BATCH_AXES
-from moe_jax.train import loop, manifest, metrics, opening
+from moe_jax.train import device_errors, loop, manifest, metrics, opening
 from moe_jax.train.causal_claim import check_causal_claim
 from moe_jax.train.checkpoint import Checkpoints
 from moe_jax.train.knobs import knobs_of
@@ -35,7 +37,7 @@ from moe_jax.train.state import (
   with_token_counts,
 )
 from moe_jax.train.step import BATCH_FIELDS, StepMetrics, packed_shardings
-from moe_jax.train.timing import TRAINING, Timer
+from moe_jax.train.timing import TRAINING, Throughput, Timer
 
 
 class Member(NamedTuple):
@@ -58,12 +60,22 @@ class PackOutcome(NamedTuple):
 
 
 def train_packed(
-  members: Sequence[Member], pack_dir: str | os.PathLike, listener: loop.Listener
+  members: Sequence[Member],
+  pack_dir: str | os.PathLike,
+  listener: loop.Listener,
+  *,
+  clock: Callable[[], float] = time.perf_counter,
 ) -> PackOutcome:
   """Trains the members together and leaves each as a finished run of its own.
 
   Until the end there are checkpoints of the pack alone, in `pack_dir`, which is removed then. A
   member that diverges is marked so and costs the others nothing.
+
+  Args:
+    members: that differ in what a program takes as numbers.
+    pack_dir: new, or of the same pack.
+    listener: told what would be shown on the terminal.
+    clock: that times the pack, in seconds.
 
   Raises:
     UserError: if the members are not of one program, evaluate during training, or are run by
@@ -72,13 +84,14 @@ def train_packed(
   _check(members)
   first = members[0].config
   mesh = opening.mesh_of(first)
-  timer = Timer(listener.on_phase)
+  timer = Timer(listener.on_phase, clock)
   with contextlib.ExitStack() as stack:
+    stack.enter_context(device_errors.explained(first, len(members)))
     for member in members:
       stack.enter_context(manifest.claimed(member.workdir))
     dataset = opening.dataset_of(first)
     opening.check_splits(first, dataset)
-    check_causal_claim(first, dataset.tokenizer.vocab_size)
+    listener.say(check_causal_claim(first, dataset.tokenizer.vocab_size))
     stack.enter_context(jax.set_mesh(mesh))
     listener.say(f'preparing model and state of {len(members)} runs')
     pack = _Pack(members, pathlib.Path(pack_dir), mesh, dataset)
@@ -182,6 +195,8 @@ class _Pack:
       pending = None
       stop = False
       timer.enter(TRAINING)
+      throughputs = [Throughput(timer) for _ in self._members]
+      report = functools.partial(self._report, writers, throughputs)
       while self._step < config.train.num_steps and not stop:
         batch = self._next_batch()
         with loop.compiling(self._step_function, timer, listener.say):
@@ -189,12 +204,12 @@ class _Pack:
         self._step += 1
         listener.on_step(self._step)
         if pending is not None:
-          self._report(writers, *pending)
+          report(*pending)
         pending = (self._step, step_metrics)
         stop = signals.should_stop(self._step, config.train.log_every)
         last = self._step == config.train.num_steps or stop
         if last or self._step % config.train.checkpoint_every == 0:
-          self._report(writers, *pending)
+          report(*pending)
           pending = None
           with loop.saving(self._step, timer, listener.say):
             self._save()
@@ -219,8 +234,17 @@ class _Pack:
     }
     self._checkpoints.save(self._step, self._state, positions, self._config.to_dict())
 
-  def _report(self, writers: list[metrics.MetricsWriter], step: int, joint: StepMetrics) -> None:
-    """Writes a step's metrics of every member that has not diverged."""
+  def _report(
+    self,
+    writers: list[metrics.MetricsWriter],
+    throughputs: list[Throughput],
+    step: int,
+    joint: StepMetrics,
+  ) -> None:
+    """Writes a step's metrics of every member that has not diverged.
+
+    Its tokens per second are its own tokens over the seconds in which the pack trained.
+    """
     train = self._config.train
     joint = jax.device_get(joint)
     for i, member in enumerate(self._members):
@@ -233,7 +257,10 @@ class _Pack:
         error = loop.DivergedError(step, *culprit)
         self._diverged[i] = str(error)
         manifest.write(member.workdir, self._facts[i] | error.facts)
-      elif step % train.log_every == 0 or step == train.num_steps:
+        continue
+      throughputs[i].add(record['tokens'])
+      if step % train.log_every == 0 or step == train.num_steps:
+        record['tokens_per_second'] = throughputs[i].line()
         writers[i].write(step, 'train', record)
 
   def finish(self) -> None:

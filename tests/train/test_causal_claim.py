@@ -6,6 +6,7 @@ import importlib
 import jax.numpy as jnp
 import pytest
 
+from moe_jax import config as config_lib
 from moe_jax import routing
 from moe_jax.errors import UserError
 from moe_jax.train import causal_claim
@@ -56,18 +57,50 @@ def test_a_router_that_lies_is_found(choose, words, group_size, monkeypatch):
   assert str(error.value).startswith("moe.router='liar': says that it is causal, but ")
   assert words in str(error.value)
   config.train.check_causal = False
-  check_causal_claim(config, tiny.VOCAB_SIZE)
+  said = check_causal_claim(config, tiny.VOCAB_SIZE)
+  assert said == 'causality: not checked: train.check_causal=False'
   config.train.check_causal = True
   admitted = dataclasses.replace(routing.ROUTERS['liar'], causal=False)
   monkeypatch.setitem(routing.ROUTERS, 'liar', admitted)
-  check_causal_claim(config, tiny.VOCAB_SIZE)
+  said = check_causal_claim(config, tiny.VOCAB_SIZE)
+  assert said.startswith('causality: not checked: moe.router=liar is not causal')
 
 
 @pytest.mark.parametrize('name', [n for n, r in routing.ROUTERS.items() if r.causal])
 def test_every_causal_router_passes_with_its_preset(name):
   config = importlib.import_module(f'configs.presets.{name}').get_config()
   config.moe.update(capacity_factor=0.5, priority='token', group_size=2)
-  check_causal_claim(config, tiny.VOCAB_SIZE)
+  assert check_causal_claim(config, tiny.VOCAB_SIZE) == (
+    f'causality: checked: a redrawn future moves no past with moe.router={name}'
+  )
+
+
+@pytest.mark.parametrize('priority', routing.PRIORITIES)
+@pytest.mark.parametrize('dispatch', ['gather', 'dropless'])
+def test_what_the_manifest_calls_causal_is_checked_and_nothing_else(
+  priority, dispatch, monkeypatch
+):
+  """Whatever the order of slots: a router that sees the future is found, also without drops."""
+  overrides = {**ONE_DEVICE, 'moe.capacity_factor': 0.5}
+  config = tiny.config({**overrides, 'moe.priority': priority, 'moe.dispatch': dispatch})
+  claims = config_lib.is_causal(config)
+  assert claims == (priority == 'token' or dispatch == 'dropless')
+  said = check_causal_claim(config, tiny.VOCAB_SIZE)
+  if claims:
+    assert said.startswith('causality: checked: ')
+  else:
+    assert said.startswith(f'causality: not checked: moe.priority={priority} is not causal')
+  _liar(monkeypatch, _with_mean)
+  if claims:
+    with pytest.raises(UserError, match='says that it is causal'):
+      check_causal_claim(config, tiny.VOCAB_SIZE)
+  else:
+    assert check_causal_claim(config, tiny.VOCAB_SIZE) == said
+
+
+def test_a_dense_model_has_nothing_to_check():
+  said = check_causal_claim(tiny.config({**ONE_DEVICE, 'moe.num_experts': 0}), tiny.VOCAB_SIZE)
+  assert said == 'causality: not checked: a model without experts has no router'
 
 
 @pytest.mark.parametrize(
@@ -87,7 +120,7 @@ def test_an_order_of_slots_that_lies_is_found(priority, monkeypatch):
   """Dropping is looked at, too."""
   config = tiny.config({**ONE_DEVICE, 'moe.priority': priority, 'moe.capacity_factor': 0.5})
   check_causal_claim(config, tiny.VOCAB_SIZE)
-  monkeypatch.setattr(causal_claim.config_lib, 'is_causal', lambda config: True)
+  monkeypatch.setattr(causal_claim.config_lib, 'why_not_causal', lambda config: None)
   with pytest.raises(UserError, match='the slot of '):
     check_causal_claim(config, tiny.VOCAB_SIZE)
 

@@ -4,7 +4,10 @@ import copy
 
 import pytest
 
+from moe_jax import config as config_lib
 from moe_jax.errors import DamagedError, UserError
+from moe_jax.results import records as records_lib
+from moe_jax.schema import FREE_FIELDS, LATER_FIELDS, LATER_FIELDS_IN_IDS, SCHEMA
 from moe_jax.train import manifest, manifest_kinds, opening
 from tests import tiny
 
@@ -96,3 +99,44 @@ def test_the_pace_of_old_manifests(whole):
   # What was done past the step is done again.
   later = old | {'logging': [[0, 1, 0], [3, 2, 0], [6, 9, 0]]}
   assert manifest.paces_from(later, config, 6) == [(0, 1, 0), (3, 2, 0), (6, 5, 0)]
+
+
+def oldest_config(study):
+  """Returns the config with the fewest fields among the committed results of a study."""
+  path = tiny.REPOSITORY / 'experiments' / study / 'results.jsonl'
+  records = records_lib.read_records(path)
+  return min(
+    (record.config for record in records if record.config),
+    key=lambda config: sum(map(len, config.values())),
+  )
+
+
+@pytest.mark.parametrize(
+  ('study', 'lacks'),
+  [
+    ('load_balance', {'moe.null_balance_weight', 'moe.router_dtype'}),
+    ('expert_count', {'moe.router_dtype'}),
+  ],
+)
+def test_a_run_from_before_a_field_came_is_read_and_goes_on(study, lacks):
+  """Of committed results, so as old manifests were."""
+  old = oldest_config(study)
+  absent = {f'moe.{name}' for name in SCHEMA['moe'] if name not in old['moe']}
+  assert absent - {*FREE_FIELDS} == lacks
+  facts = {'config': old, 'status': 'interrupted'}
+  config = manifest.config_of(facts)
+  config_lib.validate(config)
+  manifest.check_same_config('DIR', facts, config)
+  assert manifest.first_difference(old, config.to_dict()) is None
+  config.moe.router_dtype = 'bfloat16'
+  with pytest.raises(UserError, match=r"router_dtype='bfloat16': the run in DIR has 'float32'"):
+    manifest.check_same_config('DIR', facts, config)
+  assert manifest.first_difference(old, config.to_dict()) == 'moe.router_dtype'
+
+
+def test_every_field_is_in_a_manifest_or_has_a_default_for_one_without():
+  """Without a field that came later than the oldest results, a run has its default."""
+  old = oldest_config('learning_rate')
+  there = {f'{room}.{name}' for room in old for name in old[room]}
+  every = {f'{room}.{name}' for room in SCHEMA for name in SCHEMA[room]}
+  assert every - there - {*FREE_FIELDS} == {*LATER_FIELDS, *LATER_FIELDS_IN_IDS}

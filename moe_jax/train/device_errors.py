@@ -1,0 +1,57 @@
+"""Errors of devices in one line that says what to do: too little memory."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+import ml_collections
+
+from moe_jax.errors import UserError, is_full
+
+_EXHAUSTED = 'RESOURCE_EXHAUSTED'
+_SHOWN = 160
+
+
+@contextlib.contextmanager
+def explained(config: ml_collections.ConfigDict, together: int = 1) -> Iterator[None]:
+  """Turns running out of memory within the block into an error that names the fields to change.
+
+  Args:
+    config: that is trained or evaluated.
+    together: runs in the program, if they are packed.
+
+  Raises:
+    UserError: in place of JAX's error, when memory is exhausted; every other error as it is.
+  """
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if _EXHAUSTED not in str(error) or is_full(error):
+      raise
+    raise UserError(
+      'data.batch_size', config.data.batch_size, _advice(config, error, together)
+    ) from (error)
+
+
+def _advice(config: ml_collections.ConfigDict, error: Exception, together: int) -> str:
+  """Returns what ran out, and which fields need less."""
+  fields = ['data.sequence_length', 'model.embed_dim', 'model.num_layers']
+  if config.moe.num_experts:
+    fields += ['moe.num_experts', 'moe.mlp_dim']
+  lower = ', '.join(f'{field}={_value(config, field)}' for field in fields)
+  ways = [f'lower it, or {lower}']
+  ways.append(f'raise train.accumulation_steps={config.train.accumulation_steps}')
+  if not config.model.remat:
+    ways.append('set model.remat=True')
+  if together > 1:
+    ways.append(f'pack fewer than {together} (--pack)')
+  said = ' '.join(str(error).split())
+  return (
+    f'out of memory; {"; ".join(ways)}; in another --workdir, or the same run on a mesh of more '
+    f'devices. JAX: {said if len(said) <= _SHOWN else f"{said[:_SHOWN]}..."}'
+  )
+
+
+def _value(config: ml_collections.ConfigDict, field: str) -> int:
+  room, _, name = field.partition('.')
+  return config[room][name]
