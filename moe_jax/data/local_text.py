@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from moe_jax import errors
 from moe_jax.data import documents as documents_lib
@@ -12,6 +12,8 @@ from moe_jax.data import file_walk
 
 SUFFIXES = ('.txt', '.jsonl')
 _DEFAULT_DOMAIN = 'text'
+# Reading less is done before a line could be read.
+_SILENT_FILES, _SILENT_BYTES = 1000, 50_000_000
 
 
 class LocalText:
@@ -29,12 +31,13 @@ class LocalText:
     fingerprint: SHA-256 over the relative paths and contents.
   """
 
-  def __init__(self, path: str, dataset_name: str):
+  def __init__(self, path: str, dataset_name: str, say: Callable[[str], None] = lambda line: None):
     """Finds and fingerprints the files.
 
     Args:
       path: a folder or a file.
       dataset_name: the user's `data.name`, for error messages.
+      say: takes a line, before many or large files are read.
 
     Raises:
       errors.UserError: if the path is missing or unreadable or holds no .txt or .jsonl file, or a
@@ -44,6 +47,9 @@ class LocalText:
     self.left_out: list[str] = []
     self._dataset_name = dataset_name
     self._files = self._find()
+    size = sum(_size(file) for _, file in self._files)
+    if len(self._files) >= _SILENT_FILES or size >= _SILENT_BYTES:
+      say(f'{path}: reading {len(self._files):,} files, {size / 1e6:,.1f} MB')
     digest = hashlib.sha256()
     for relative, file in self._files:
       content = hashlib.sha256(self._read(file)).hexdigest()
@@ -139,3 +145,11 @@ class LocalText:
       yield documents_lib.Document(
         record['text'], record.get('domain') or domain, record.get('name') or f'{relative}:{number}'
       )
+
+
+def _size(file: str) -> int:
+  """Returns the bytes of a file; 0 if it can't be looked at, which reading it will say."""
+  try:
+    return os.stat(file).st_size
+  except OSError:
+    return 0

@@ -9,7 +9,7 @@ that prepare the same data set wait for each other.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -69,7 +69,7 @@ def open_dataset(
       return tokenizer_lib.ByteTokenizer()
     sources.say(f'{name}: training a BPE tokenizer of {vocab_size} tokens')
     documents = progress.watched(read(), f'{name}: counting words', sources.say)
-    return tokenizer_lib.train_bpe((document.text for document in documents), vocab_size)
+    return tokenizer_lib.train_bpe(_texts(documents, name, vocab_size), vocab_size)
 
   dataset = open_prepared(name, source, data_dir, kind, make)
   if dataset.tokenizer.vocab_size < vocab_size:
@@ -78,6 +78,17 @@ def open_dataset(
       f'{dataset.tokenizer.vocab_size} tokens, and that is the vocabulary'
     )
   return dataset
+
+
+def _texts(
+  documents: Iterable[documents_lib.Document], name: str, vocab_size: int
+) -> Iterator[str]:
+  """Yields the texts, then says from how much the merges are learned, which is one silent call."""
+  size = 0
+  for document in documents:
+    size += len(document.text.encode())
+    yield document.text
+  sources.say(f'{name}: learning {vocab_size:,} tokens from {size / 1e6:.1f} MB')
 
 
 def open_if_prepared(

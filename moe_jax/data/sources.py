@@ -95,7 +95,7 @@ def find_source(name: str, data_dir: str, fractions: Fractions) -> Source:
       skip_short=True,
     )
   if kind == 'text' and rest:
-    text = local_text.LocalText(expand('data.name', name, rest), name)
+    text = local_text.LocalText(expand('data.name', name, rest), name, say)
     key = f'text-{text.fingerprint[:16]}-{suffix}'
     return Source(
       key=key,

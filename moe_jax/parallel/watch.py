@@ -105,10 +105,25 @@ def give_up(silent: list[int], count: int, timeout: float, end: Callable[[int], 
   """Says who does not answer and ends the process; the main thread waits in a sum, for ever."""
   names = ' and '.join(f'process {other}' for other in silent)
   verb = 'does' if len(silent) == 1 else 'do'
+  _end(
+    f'{names} of {count} {verb} not answer for {timeout:.0f} s ({TIMEOUT}): stopped, or its '
+    'machine is lost',
+    end,
+  )
+
+
+def connection_lost(count: int) -> None:
+  """Ends this process when a sum found that another was killed.
+
+  At once: leaving as usual would wait for the others.
+  """
+  _end(f'another of the {count} processes has ended, or its machine is lost', os._exit)
+
+
+def _end(what: str, end: Callable[[int], Any]) -> None:
   sys.stdout.flush()
   print(
-    f'\nerror: {names} of {count} {verb} not answer for {timeout:.0f} s ({TIMEOUT}): stopped, '
-    'or its machine is lost; the same command goes on from the last checkpoint',
+    f'\nerror: {what}; the same command goes on from the last checkpoint',
     file=sys.stderr,
     flush=True,
   )

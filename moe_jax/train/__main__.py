@@ -7,6 +7,7 @@ Examples:
 """
 
 from moe_jax import cli
+from moe_jax.errors import UserError
 
 _CONFIG = cli.define_config_flag()
 _WORKDIR = cli.define_path('workdir', 'Where the run is kept; new, or the same run.')
@@ -17,7 +18,13 @@ _PROFILE = cli.define_path(
 
 def main() -> int:
   """Trains, or goes on training; 128 + signal if interrupted."""
-  workdir, config = cli.required(_WORKDIR), _CONFIG()
+  workdir = cli.required(_WORKDIR)
+  try:
+    config = _CONFIG()
+  except UserError as error:
+    from moe_jax.train import manifest
+
+    raise manifest.with_way_on(error, workdir) from error
   from moe_jax import unread
   from moe_jax.parallel.distributed import join_processes
   from moe_jax.train import manifest

@@ -1,4 +1,4 @@
-"""Errors of devices in one line that says what to do: too little memory."""
+"""Errors of devices in one line that says what to do: too little memory, a process that is gone."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,14 +7,19 @@ import jax
 import ml_collections
 
 from moe_jax.errors import UserError, is_full
+from moe_jax.parallel import watch
 
 _EXHAUSTED = 'RESOURCE_EXHAUSTED'
+# 'Gloo AllGather failed: ... Connection reset by peer', of CPUs alone.
+_LOST = 'Gloo '
 _SHOWN = 160
 
 
 @contextlib.contextmanager
 def explained(config: ml_collections.ConfigDict, together: int = 1) -> Iterator[None]:
   """Turns running out of memory within the block into an error that names the fields to change.
+
+  Ends the process where another one of the run was killed, see `watch`.
 
   Args:
     config: that is trained or evaluated.
@@ -26,6 +31,8 @@ def explained(config: ml_collections.ConfigDict, together: int = 1) -> Iterator[
   try:
     yield
   except jax.errors.JaxRuntimeError as error:
+    if _LOST in str(error) and jax.process_count() > 1:
+      watch.connection_lost(jax.process_count())
     if _EXHAUSTED not in str(error) or is_full(error):
       raise
     raise UserError(

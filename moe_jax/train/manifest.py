@@ -309,6 +309,28 @@ def _value(config: dict[str, Any], field: str) -> Any:
   return config.get(room, {}).get(name, default)
 
 
+def with_way_on(error: UserError, workdir: str) -> UserError:
+  """Returns the error of a field, with what to do if the run in a directory has that very value.
+
+  Bounds are sometimes narrowed; a run from before can be read, but a config with its value can't be
+  trained any more.
+  """
+  try:
+    config = read(workdir)['config']
+  except (UserError, DamagedError):
+    return error
+  room, _, name = error.field.partition('.')
+  if name not in config_lib.SCHEMA.get(room, {}) or config.get(room, {}).get(name) != error.value:
+    return error
+  return UserError(
+    error.field,
+    error.value,
+    f'{error.allowed}; the run in {workdir} has it from an earlier version, so it can be evaluated '
+    f'and sampled but not go on: start a new run with another {error.field} and '
+    f'--config.train.init_from={workdir}',
+  )
+
+
 def check_same_data(
   workdir: str, manifest: dict[str, Any], config: ml_collections.ConfigDict, fingerprint: str
 ) -> None:

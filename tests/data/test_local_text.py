@@ -26,6 +26,30 @@ def read(folder):
   return {document.name: document for document in text}, text.left_out
 
 
+def test_many_or_large_files_are_announced_before_they_are_read(folder, monkeypatch):
+  lines = []
+
+  def said():
+    lines.clear()
+    local_text.LocalText(str(folder), 'text', lines.append)
+    return lines
+
+  (folder / 'b' / 'z.jsonl').write_bytes(b'{"text": "%s"}' % (b'x' * 1_999_964))
+  assert said() == []
+  monkeypatch.setattr(local_text, '_SILENT_FILES', 3)
+  # 12 + 12 + 1,999,976 bytes.
+  assert said() == [f'{folder}: reading 3 files, 2.0 MB']
+  monkeypatch.setattr(local_text, '_SILENT_FILES', 4)
+  monkeypatch.setattr(local_text, '_SILENT_BYTES', 2_000_000)
+  assert said() == [f'{folder}: reading 3 files, 2.0 MB']
+  monkeypatch.setattr(local_text, '_SILENT_BYTES', 2_000_001)
+  monkeypatch.setattr(local_text.LocalText, '_read', lambda self, file: b'')
+  assert said() == []
+  monkeypatch.setattr(local_text, '_SILENT_BYTES', 1)
+  monkeypatch.setattr(local_text.LocalText, '_read', lambda self, file: lines.append(file) or b'')
+  assert said()[0].startswith(f'{folder}: reading') and len(lines) == 4
+
+
 def _write(name, content):
   def change(folder):
     path = os.path.join(os.fsencode(folder), os.fsencode(name))

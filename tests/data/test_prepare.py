@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -64,7 +65,7 @@ def test_one_file(corpus, tmp_path):
     dataset.windows('valid', 8)
 
 
-def test_changed_files_are_prepared_anew(corpus, tmp_path):
+def test_changed_files_are_prepared_again(corpus, tmp_path):
   before = open_text(corpus, tmp_path)
   assert open_text(corpus, tmp_path).fingerprint == before.fingerprint
   (corpus / 'notes' / '0.txt').write_text(conftest.prose('changed', 6))
@@ -92,6 +93,12 @@ def test_every_long_pass_says_how_far_it_is(corpus, tmp_path, capsys, monkeypatc
   said = capsys.readouterr().err
   for step in ('dividing into splits', 'storing train', 'counting words', 'encoding train'):
     assert f'{step}: 1 documents, ' in said
+  # The merges are one call of the library, after all documents were read.
+  (line,) = [line for line in said.splitlines() if 'learning' in line]
+  read = sum(len(p.read_bytes()) for p in corpus.rglob('*.txt'))
+  assert re.fullmatch(r'data: text:.*: learning 600 tokens from 0\.\d MB', line)
+  assert 0 <= float(line.split()[-2]) <= read / 1e6
+  assert said.index('counting words') < said.index('learning') < said.index('encoding')
 
 
 def test_one_token_documents_are_short_for_bpe(corpus, tmp_path):

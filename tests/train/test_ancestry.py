@@ -15,12 +15,13 @@ from moe_jax import optim
 from moe_jax.errors import UserError
 from moe_jax.models.build import build_model
 from moe_jax.parallel.mesh import make_mesh
-from moe_jax.study import Point, Study
-from moe_jax.sweep import runner, trials
+from moe_jax.study import Point, Study, product
+from moe_jax.sweep import collect, runner, trials
 from moe_jax.train import ancestry, loop, manifest
 from moe_jax.train.state import init_state
 from tests import tiny
-from tests.train.test_loop import LIVELY, assert_same_run, metrics_of, signal_at, state_of
+from tests.train.conftest import LIVELY
+from tests.train.test_loop import assert_same_run, metrics_of, signal_at, state_of
 
 # A run of other text, length, schedule, rate and mesh.
 OTHER = {
@@ -36,11 +37,9 @@ OTHER = {
 
 
 @pytest.fixture(scope='module')
-def source(text, tmp_path_factory):
+def source(lively):
   """A run of six steps at a constant rate, with checkpoints 3 and 6."""
-  workdir = tmp_path_factory.mktemp('source') / 'run'
-  assert loop.train(tiny.config({**text, **LIVELY}), str(workdir)).finished
-  return workdir
+  return lively[1]
 
 
 @pytest.fixture(scope='module')
@@ -339,6 +338,62 @@ def test_trials_of_a_sweep_start_from_the_same_numbers(text, child, tmp_path):
   assert runner._pinned(trial, str(tmp_path))['digest'] == 'a'
   (tmp_path / 'trials' / 'a' / 'manifest.json').write_text('{')
   assert runner._pinned(trial, str(tmp_path)) is None
+
+
+def test_a_sweep_starts_each_trial_from_the_run_that_its_base_names(text, source, tmp_path):
+  """At a rate that moves no float32, so that parameters at the end are those at the start."""
+  given = f'{source}@3'
+  changes = {'train.num_steps': 2, 'train.eval_every': 0, 'optim.learning_rate': 1e-30}
+  base = tiny.config({**text, **LIVELY, **changes, 'train.init_from': given})
+  arms = product({'moe.load_balancing_weight': (0, 0.01)})
+  study = Study('s', 'Does it matter here?', base, arms, (1,), evaluations=('dropless',))
+  found = trials.trials_of(study)
+  counts = runner.run(study, found, str(tmp_path), lambda line: None, pack=2)
+  assert counts == runner.Counts(finished=2, diverged=0, failed=0, elsewhere=0)
+  expected, entry = started(given, {**text, **LIVELY, **changes})
+  for trial in found:
+    folder = trial.folder(tmp_path)
+    facts = manifest.read(folder)
+    assert facts['ancestry'] == [entry]
+    assert (entry['workdir'], entry['step'], facts['seed']) == (str(source), 3, 1)
+    state = state_of(folder, trial.config)[1]
+    wanted, params = tiny.leaves(expected.params), tiny.leaves(state.params)
+    assert wanted.keys() == params.keys()
+    for name, value in params.items():
+      np.testing.assert_allclose(value, wanted[name], rtol=0, atol=1e-25, err_msg=name)
+    log = (tmp_path / 'logs' / f'{trial.id}.txt').read_text()
+    assert f'starting from step 3 of {source}: params, router_state' in log
+  records = collect.records_of(study, tmp_path)
+  assert [record.status for record in records] == ['finished'] * 2
+  assert {record.config['train']['init_from'] for record in records} == {given}
+  assert len({record.trial for record in records}) == 2
+
+
+def test_a_run_with_a_number_that_is_out_of_bounds_now_says_how_to_go_on(source, text, tmp_path):
+  """adamw does not read it, so it may be anything: as an earlier version let it."""
+  field, value = 'optim.adam_learning_rate', 1e-46
+  workdir = tmp_path / 'old'
+  shutil.copytree(source, workdir)
+  for path in (workdir / 'manifest.json', *workdir.glob('checkpoints/*/config/metadata')):
+    content = json.loads(path.read_text())
+    (content['config'] if 'status' in content else content)['optim']['adam_learning_rate'] = value
+    path.write_text(json.dumps(content))
+  path, before = tiny.config_file(tmp_path, {**text, **LIVELY}), tiny.snapshot(workdir)
+  flags = f'--config={path}', f'--config.{field}={value}'
+  allowed = f'{field}={value}: must be a finite number >= 0, in float32'
+  result = tiny.command('train', *flags, f'--workdir={workdir}')
+  result.assert_error(allowed, f'start a new run with another {field} and', f'init_from={workdir}')
+  # Of no run here that has it.
+  for other in (tmp_path / 'new', source):
+    result = tiny.command('train', *flags, f'--workdir={other}')
+    result.assert_error(allowed)
+    assert 'init_from' not in result.err
+  # It does what it says.
+  assert tiny.snapshot(workdir) == before
+  assert moe_jax.load_run(workdir).step == 6
+  state, entry = started(workdir, {**text, **OTHER})
+  assert entry['step'] == 6
+  tiny.assert_equal(state.params, state_of(source, tiny.config({**text, **LIVELY}))[1].params)
 
 
 def test_trials_are_named_as_before_and_by_their_source(text):

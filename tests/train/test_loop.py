@@ -22,20 +22,11 @@ from moe_jax.train.metrics import read_metrics
 from moe_jax.train.state import abstract_state
 from moe_jax.train.timing import PHASES
 from tests import tiny
+from tests.train.conftest import LIVELY
 
 # Orbax leaves event loops to the garbage collector when it meets a damaged file.
 pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 
-# Everything whose state must survive: moments, a router's bias, jitter and random drops.
-LIVELY = {
-  'optim.name': 'adamw',
-  'optim.learning_rate': 0.01,
-  'moe.router': 'loss_free',
-  'moe.bias_rate': 0.05,
-  'moe.jitter': 0.1,
-  'moe.priority': 'random',
-  'train.eval_every': 3,
-}
 # Differ from run to run: they measure time.
 TIMES = ('tokens_per_second', 'data_wait', *(f'seconds_{phase}' for phase in PHASES))
 
@@ -76,12 +67,9 @@ def signal_at(monkeypatch, step, number):
 
 
 @pytest.fixture(scope='module')
-def whole(text, tmp_path_factory):
+def whole(lively):
   """(config, work directory) of a run of 6 steps that nothing disturbed."""
-  config = tiny.config({**text, **LIVELY})
-  workdir = tmp_path_factory.mktemp('whole') / 'run'
-  assert loop.train(config, str(workdir)) == (6, True, None)
-  return config, workdir
+  return lively
 
 
 @pytest.fixture
