@@ -4,6 +4,7 @@ Exit codes: 0 done; 2 the user's input is wrong; 3 a file is damaged and nothing
 and 143 interrupted by SIGINT and SIGTERM, with the state saved; 1 a defect of ours.
 """
 
+import functools
 import gc
 import json
 import math
@@ -38,7 +39,11 @@ flags.disclaim_key_flags()
 
 
 def run(
-  main: Callable[[], int | None], text: str = '', names: Collection[str] | None = None
+  main: Callable[[], int | None],
+  text: str = '',
+  names: Collection[str] | None = None,
+  *,
+  explain: Callable[[UserError], UserError] = lambda error: error,
 ) -> None:
   """Parses the flags, runs `main` and leaves with the exit code that its end asks for.
 
@@ -49,11 +54,12 @@ def run(
     main: the command.
     text: that --help begins with; the docstring of the module of `main` by default.
     names: of the flags that --help lists; all of the module by default.
+    explain: adds to an error of a field that a flag set; its message is the one that is printed.
   """
   if asks_for_help(sys.argv):
     print_help(_help(text or main.__globals__['__doc__'] or '', names))
   try:
-    app.run(lambda argv: _guard(main), flags_parser=_parse)
+    app.run(lambda argv: _guard(main), flags_parser=functools.partial(_parse, explain))
   except _UsageError as error:
     fail(str(error))
   except SystemExit as end:
@@ -139,10 +145,12 @@ class _UsageError(Exception):
   """A flag is unknown, missing or has a value it can't take."""
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
+def _parse(explain: Callable[[UserError], UserError], argv: Sequence[str]) -> list[str]:
   try:
     _WORDS[:] = arguments.checked(argv[1:], {name: flags.FLAGS[name] for name in flags.FLAGS})
     return flags.FLAGS([argv[0], *_WORDS])
+  except UserError as error:
+    raise _UsageError(_describe(explain(error))) from error
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, ImportError) as error:
     raise _UsageError(_describe(error)) from error
   except BrokenPipeError:

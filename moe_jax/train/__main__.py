@@ -6,6 +6,9 @@ Examples:
   python -m moe_jax.train --config=configs/presets/switch.py:quickstart --workdir=runs/switch
 """
 
+import os
+import sys
+
 from moe_jax import cli
 from moe_jax.errors import UserError
 
@@ -22,9 +25,7 @@ def main() -> int:
   try:
     config = _CONFIG()
   except UserError as error:
-    from moe_jax.train import manifest
-
-    raise manifest.with_way_on(error, workdir) from error
+    raise _with_way_on(error) from error
   from moe_jax import unread
   from moe_jax.parallel.distributed import join_processes
   from moe_jax.train import manifest
@@ -37,5 +38,18 @@ def main() -> int:
   return 0 if outcome.finished else 128 + (outcome.interrupted_by or 0)
 
 
+def _with_way_on(error: UserError) -> UserError:
+  """Returns the error of a field with what to do, if the run in --workdir has that very value."""
+  # The flags may not have been parsed.
+  words = [word for one in sys.argv[1:] for word in one.split('=', 1)]
+  places = [i for i, word in enumerate(words[:-1]) if word in ('--workdir', '-workdir')]
+  workdir = os.path.expanduser(words[places[-1] + 1]) if places else ''
+  if not os.path.exists(os.path.join(workdir, 'manifest.json')):
+    return error
+  from moe_jax.train import manifest
+
+  return manifest.with_way_on(error, workdir)
+
+
 if __name__ == '__main__':
-  cli.run(main)
+  cli.run(main, explain=_with_way_on)

@@ -370,7 +370,7 @@ def test_a_sweep_starts_each_trial_from_the_run_that_its_base_names(text, source
 
 
 def test_a_run_with_a_number_that_is_out_of_bounds_now_says_how_to_go_on(source, text, tmp_path):
-  """adamw does not read it, so it may be anything: as an earlier version let it."""
+  """Of a field that adamw does not read, so it may be anything: as an earlier version let it."""
   field, value = 'optim.adam_learning_rate', 1e-46
   workdir = tmp_path / 'old'
   shutil.copytree(source, workdir)
@@ -379,15 +379,20 @@ def test_a_run_with_a_number_that_is_out_of_bounds_now_says_how_to_go_on(source,
     (content['config'] if 'status' in content else content)['optim']['adam_learning_rate'] = value
     path.write_text(json.dumps(content))
   path, before = tiny.config_file(tmp_path, {**text, **LIVELY}), tiny.snapshot(workdir)
-  flags = f'--config={path}', f'--config.{field}={value}'
+  in_file = tmp_path / 'in_file.py'
+  in_file.write_text(
+    path.read_text().replace("'adam_learning_rate': 0.0", f'{"adam_learning_rate"!r}: {value}')
+  )
   allowed = f'{field}={value}: must be a finite number >= 0, in float32'
-  result = tiny.command('train', *flags, f'--workdir={workdir}')
-  result.assert_error(allowed, f'start a new run with another {field} and', f'init_from={workdir}')
-  # Of no run here that has it.
-  for other in (tmp_path / 'new', source):
-    result = tiny.command('train', *flags, f'--workdir={other}')
-    result.assert_error(allowed)
-    assert 'init_from' not in result.err
+  for flags in ([f'--config={path}', f'--config.{field}={value}'], [f'--config={in_file}']):
+    result = tiny.command('train', *flags, f'--workdir={workdir}')
+    words = f'start a new run with another {field} and', f'init_from={workdir}'
+    result.assert_error(allowed, *words)
+    # Of no run here that has it.
+    for other in (tmp_path / 'new', source):
+      result = tiny.command('train', *flags, f'--workdir={other}')
+      result.assert_error(allowed)
+      assert 'init_from' not in result.err
   # It does what it says.
   assert tiny.snapshot(workdir) == before
   assert moe_jax.load_run(workdir).step == 6
