@@ -26,7 +26,7 @@ SPLIT = 'test'
 TOKENS_PER_DOMAIN = 4000  # that are read; more is slower and less noisy
 TEXT = 'To be, or not to be, that is the question: whether it is nobler in the mind to suffer.'
 
-matplotlib.rcParams.update({**style.STYLE, 'axes.grid': False})
+matplotlib.rcParams.update({**style.SCREEN, 'axes.grid': False})
 
 
 def save(figure, name, what):

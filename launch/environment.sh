@@ -2,7 +2,7 @@
 #
 #   prepare_environment EXTRA...   installs with these extras; [cuda] or [tpu] is added if one is there
 #   prepare_browser                finds or installs chromium and chromedriver
-#   prepare_tex                    finds or installs pdflatex with booktabs
+#   prepare_tex                    finds or installs pdflatex with booktabs and IEEEtran
 #   prepare_devices                8 simulated devices where there is no accelerator, large arrays of
 #                                  the host in huge pages
 
@@ -68,16 +68,16 @@ prepare_browser() {
 # What the tests of table.tex compile with, likewise.
 prepare_tex() {
   if command -v pdflatex >/dev/null && command -v bibtex >/dev/null &&
-    kpsewhich booktabs.sty tabularx.sty article.cls >/dev/null; then
+    kpsewhich booktabs.sty tabularx.sty article.cls IEEEtran.cls ptmr7t.tfm >/dev/null; then
     return
   fi
   if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-    echo "installing texlive-latex-recommended for the tests of table.tex"
+    echo "installing TeX Live with IEEEtran for the tests of table.tex"
     { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
-      texlive-latex-recommended; } >/dev/null 2>&1 || fail "apt-get: could not install texlive"
+      texlive-latex-recommended texlive-publishers texlive-fonts-recommended; } >/dev/null 2>&1 || fail "apt-get: could not install texlive"
     return
   fi
-  fail "pdflatex, bibtex and booktabs: not found, and the tests of table.tex need them; install" \
+  fail "pdflatex, bibtex, booktabs or IEEEtran: not found, and the tests of table.tex need them; install" \
     "them, or leave these tests out with ./launch/test --fast"
 }
 

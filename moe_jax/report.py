@@ -7,11 +7,16 @@ Tables, figures, a page, and what a paper needs. Examples:
 
 import os
 import pathlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from moe_jax import cli
 from moe_jax.errors import UserError
+
+if TYPE_CHECKING:
+  from moe_jax.sweep import report as sweep_report
 
 _STUDY = cli.define_path('study', 'File that defines get_study().')
 _WORKDIR = cli.define_path('workdir', 'Of the sweep.')
@@ -53,7 +58,7 @@ def main() -> None:
   from moe_jax.results.as_json import as_json
   from moe_jax.sweep import report
 
-  summary = report.report(
+  made = report.report(
     study,
     _WORKDIR.value,
     _RESULTS.value,
@@ -64,14 +69,33 @@ def main() -> None:
     thinned=_THIN.value,
   )
   if _JSON.value:
-    cli.print_json(as_json(summary))
+    more = {'left_out_of_table_tex': made.left_out, 'figures': made.figures, 'cite_url': made.url}
+    cli.print_json(as_json(made.summary) | more)
     return
   print((out / 'table.md').read_text(encoding='utf-8'))
+  for line in _remarks(made):
+    print(line)
   if _THIN.value:
     size = (out / 'results.jsonl').stat().st_size
     print(f'report: {out}, results.jsonl of {size / 1000:.0f} kB')
   else:
     print(f'report: {out / "index.html"}')
+
+
+def _remarks(made: 'sweep_report.Report') -> Iterator[str]:
+  """Returns what a paper's author must know of the files, in a line each."""
+  from moe_jax.results.style import COLUMN_WIDTH, PAGE_WIDTH
+
+  if made.left_out:
+    yield (
+      f'table.tex: no room for {", ".join(made.left_out)}; --wide_table or --columns shows them'
+    )
+  for width, place in ((COLUMN_WIDTH, 'one column'), (PAGE_WIDTH, 'both columns (figure*)')):
+    names = [name for name, of in made.figures.items() if of == width]
+    if names:
+      yield f'figures as wide as {place}, {width:g} in: {", ".join(names)}'
+  if not made.url:
+    yield 'cite.bib: has no url; set repository-code in CITATION.cff of the checkout'
 
 
 if __name__ == '__main__':

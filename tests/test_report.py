@@ -5,9 +5,11 @@ import dataclasses
 import io
 import json
 import math
+import re
 
 import pytest
 
+from moe_jax.results import methods
 from moe_jax.results.records import read_records, write_records
 from moe_jax.sweep import outcome
 from tests import tiny
@@ -53,6 +55,11 @@ def test_a_broken_arm_is_reported_with_the_rest(swept, tmp_path):
   assert result.code == 0, result.err
   table = (tmp_path / 'r' / 'table.md').read_text()
   assert table in result.out
+  # What an author must know of the files.
+  tex = (tmp_path / 'r' / 'table.tex').read_text()
+  assert ('\ntable.tex: no room for ' in result.out) == ('% Not wide enough' in tex)
+  assert 'figures as wide as one column, 3.25 in: loss, metric' in result.out
+  assert ('\ncite.bib: has no url' in result.out) == (not methods.repository())
   assert 'absent' in table and 'does not exist' in table and '0 of 2' in table
   rows = list(csv.DictReader(io.StringIO((tmp_path / 'r' / 'table.csv').read_text())))
   assert [row['arm'] for row in rows] == [
@@ -196,6 +203,10 @@ def test_its_numbers_as_json(swept, tmp_path):
   result = report(*swept, tmp_path / 'report', '--nofigures', '--json')
   assert result.code == 0, result.err
   said = json.loads(result.out)
+  assert said['figures'] == {} and said['cite_url'] == methods.repository()
+  tex = (tmp_path / 'report' / 'table.tex').read_text()
+  titles = re.findall('% Not wide enough .* show them: (.*)\\.\n', tex)
+  assert len(said['left_out_of_table_tex']) == len(''.join(titles).split('; ')) > 0
   records = read_records(tmp_path / 'report' / 'results.jsonl')
   for arm in said['arms']:
     values = [

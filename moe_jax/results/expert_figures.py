@@ -21,9 +21,12 @@ from moe_jax.results.records import FINISHED, Record
 from moe_jax.results.style import (
   BALANCE,
   COLORS,
+  COLUMN_WIDTH,
   DEAD,
   LOAD_COLORS,
+  PAGE_WIDTH,
   SEED,
+  SMALL_PER_INCH,
   STYLE,
   load_bar,
   load_norm,
@@ -33,6 +36,8 @@ from moe_jax.study import Study, labels_of
 _MOST_LAYERS = 4
 _MOST_ARMS = 12
 _MOST_COLUMNS = 3
+# Panels next to each other that fit in a column of a paper.
+_MOST_IN_COLUMN = 2
 # From this load on, in units of 1/E, the scale is logarithmic above 1.
 _WIDE = 4.0
 SPECIALIZATION = (
@@ -61,7 +66,8 @@ def load(study: Study, records: Sequence[Record]) -> Figure | None:
   num_layers = max(len(load) for loads in arms.values() for load in loads)
   layers = np.unique(np.linspace(0, num_layers - 1, min(num_layers, _MOST_LAYERS)).round())
   labels = _labels(study, arms)
-  figure = Figure(figsize=(1.8 + 2.3 * len(layers), 0.9 + 0.28 * len(arms)), layout='constrained')
+  rows = sum(max(0.24, 0.08 + 0.12 * (label.count('\n') + 1)) for label in labels)
+  figure = Figure(figsize=(_width(len(layers)), 1.0 + rows), layout='constrained')
   panels = figure.subplots(1, len(layers), squeeze=False, sharex=True, sharey=True)[0]
   highest = 0.0
   for layer, axes in zip(layers.astype(int), panels, strict=True):
@@ -77,12 +83,15 @@ def load(study: Study, records: Sequence[Record]) -> Figure | None:
     axes.set_title(f'MoE layer {layer}', fontsize='small')
   if highest > _WIDE:
     panels[0].set_xscale('symlog', linthresh=1, linscale=0.7)
-    ticks = [0, 0.5, *(2.0**power for power in range(int(np.log2(highest)) + 1))]
+    powers = range(0, int(np.log2(highest)) + 1, 1 if highest < 8 else 2)
+    ticks = [0, *(2.0**power for power in powers)]
     panels[0].set_xticks(ticks, [f'{tick:g}' for tick in ticks])
     panels[0].set_xticks([], minor=True)
-  panels[0].set_yticks(range(len(arms)), labels, fontsize='small')
+  else:
+    panels[0].locator_params(axis='x', nbins=4)
+  panels[0].set_yticks(range(len(arms)), labels)
   panels[0].set_ylim(len(arms) - 0.5, -0.5)
-  figure.supxlabel('load of an expert at the last step, in units of 1/E', fontsize='medium')
+  figure.supxlabel('load of an expert at the last step, in units of 1/E')
   set_title(figure, study, 'load of experts; cross: no assignment')
   return figure
 
@@ -118,23 +127,25 @@ def domain_load(study: Study, records: Sequence[Record]) -> Figure | None:
   rows = -(-len(found) // columns)
   domains = max(len(load_NE) for load_NE in maps.values())
   figure = Figure(
-    figsize=(1.6 + 2.3 * columns, 0.8 + rows * (0.45 + 0.16 * domains)), layout='constrained'
+    figsize=(_width(columns), 1.3 + rows * (0.45 + 0.16 * domains)), layout='constrained'
   )
   panels = figure.subplots(rows, columns, squeeze=False)
+  # Left of the panels stand the names of domains.
+  across = int(SMALL_PER_INCH * (_width(columns) - 0.8) / columns) - 1
   norm = load_norm(maps.values())
   labels = labels_of(study)
   for index, (axes, (arm, load_NE)) in enumerate(zip(panels.flat, maps.items(), strict=False)):
     image = axes.imshow(load_NE, aspect='auto', cmap=LOAD_COLORS, norm=norm, rasterized=True)
-    axes.set_title(wrapped(labels.get(arm, arm), 30), fontsize='small', loc='left')
-    names = [wrapped(name, 18) for name in found[arm][2]] if index % columns == 0 else []
-    axes.set_yticks(range(len(names)), names, fontsize='small')
+    axes.set_title(wrapped(labels.get(arm, arm), across), fontsize='small', loc='left')
+    names = [wrapped(name, 14) for name in found[arm][2]] if index % columns == 0 else []
+    axes.set_yticks(range(len(names)), names)
     axes.set_xticks([])
     axes.grid(False)
   for axes in list(panels.flat)[len(maps) :]:
     axes.set_visible(False)
   assert norm.vmax is not None
   exceeded = any(bool((load_NE > norm.vmax).any()) for load_NE in maps.values())
-  load_bar(figure, image, panels, exceeded, aspect=30)
+  load_bar(figure, image, panels, exceeded, location='bottom', aspect=40)
   seeds = ', '.join(str(seed) for seed in sorted({seed for seed, _, _ in found.values()}))
   evaluations = ', '.join(sorted({evaluation for _, evaluation, _ in found.values()}))
   set_title(
@@ -161,7 +172,8 @@ def specialization(study: Study, records: Sequence[Record]) -> Figure | None:
   if not arms:
     return None
   labels = _labels(study, arms)
-  figure = Figure(figsize=(1.6 + 1.7 * len(names), 1.0 + 0.26 * len(arms)), layout='constrained')
+  rows = sum(max(0.24, 0.08 + 0.12 * (label.count('\n') + 1)) for label in labels)
+  figure = Figure(figsize=(_width(len(names)), 1.2 + rows), layout='constrained')
   panels = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
   for axes, name in zip(panels, names, strict=True):
     for row, values in enumerate(arms.values()):
@@ -169,8 +181,9 @@ def specialization(study: Study, records: Sequence[Record]) -> Figure | None:
         mean, half = mean_and_interval(values[name])
         axes.errorbar(mean, row, xerr=half, marker='o', markersize=4, capsize=3, color=COLORS[0])
         axes.plot(values[name], [row] * len(values[name]), **SEED, color=COLORS[0])
-    axes.set_xlabel(wrapped(metric_title(name), 20), fontsize='small')
-  panels[0].set_yticks(range(len(arms)), labels, fontsize='small')
+    axes.locator_params(axis='x', nbins=3)
+    axes.set_xlabel(wrapped(metric_title(name), 18))
+  panels[0].set_yticks(range(len(arms)), labels)
   panels[0].set_ylim(len(arms) - 0.5, -0.5)
   set_title(figure, study, f'specialisation, mean over layers ({evaluation}, {study.split} split)')
   note(figure, records)
@@ -179,7 +192,12 @@ def specialization(study: Study, records: Sequence[Record]) -> Figure | None:
 
 def _labels(study: Study, arms: Any) -> list[str]:
   labels = labels_of(study)
-  return [wrapped(labels.get(arm, arm), 30) for arm in arms]
+  return [wrapped(labels.get(arm, arm), 20) for arm in arms]
+
+
+def _width(panels: int) -> float:
+  """Returns the width of a figure with so many panels next to each other."""
+  return COLUMN_WIDTH if panels <= _MOST_IN_COLUMN else PAGE_WIDTH
 
 
 def _loads(record: Record) -> tuple[str, dict[str, Any]]:

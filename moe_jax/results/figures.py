@@ -26,15 +26,18 @@ from moe_jax.results.panels import (
   make_panels,
   mean_and_interval,
   note,
+  put_legend,
   set_title,
   styles,
   values_of,
   wrapped,
 )
 from moe_jax.results.records import FINISHED, Record
-from moe_jax.results.style import SEED
+from moe_jax.results.style import COLUMN_WIDTH, SEED
 from moe_jax.study import Study, labels_of
 
+# Of PNG files, for a screen; a paper takes the PDF.
+_DOTS_PER_INCH = 240
 # Of files: the same records give the same bytes.
 _METADATA: dict[str, dict[str, Any]] = {'.pdf': {'CreationDate': None}, '.png': {'Software': None}}
 
@@ -45,8 +48,8 @@ def save_all(
   out: str | pathlib.Path,
   *,
   only: Collection[str] | None = None,
-) -> list[pathlib.Path]:
-  """Writes each figure that the records carry as PDF and PNG, and returns the paths.
+) -> dict[pathlib.Path, float]:
+  """Writes each figure that the records carry as PDF and PNG; returns the width of each in inches.
 
   The same records give the same bytes.
 
@@ -57,7 +60,7 @@ def save_all(
     only: names of files, as 'loss.png'; all by default.
   """
   out = pathlib.Path(out)
-  paths: list[pathlib.Path] = []
+  widths: dict[pathlib.Path, float] = {}
   for name, draw in _FIGURES.items():
     suffixes = [s for s in _METADATA if only is None or name + s in only]
     figure = draw(study, records) if suffixes else None
@@ -69,9 +72,9 @@ def save_all(
       with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         # A box stands for what the font lacks, once for each size of text.
         warnings.filterwarnings('ignore', r'Glyph \d+ .* missing from font')
-        figure.savefig(path, dpi=150, metadata=_METADATA[suffix])
-      paths.append(path)
-  return paths
+        figure.savefig(path, dpi=_DOTS_PER_INCH, metadata=_METADATA[suffix])
+      widths[path] = float(figure.get_figwidth())
+  return widths
 
 
 @matplotlib.rc_context(STYLE)
@@ -248,9 +251,9 @@ def _dots(
   """Draws means, intervals and seeds, arms below each other; a colour for each kind of value."""
   kinds = list(dict.fromkeys(kind for values in arms.values() for kind in values))
   labels = labels_of(study)
-  names = [wrapped(labels.get(arm, arm)) for arm in arms]
-  row_height = 0.14 + 0.16 * max(name.count('\n') + 1 for name in names)
-  figure = Figure(figsize=(6.5, 1.2 + row_height * len(arms)), layout='constrained')
+  names = [wrapped(labels.get(arm, arm), 20) for arm in arms]
+  row_height = 0.1 + 0.12 * max(name.count('\n') + 1 for name in names)
+  figure = Figure(figsize=(COLUMN_WIDTH, 1.1 + row_height * len(arms)), layout='constrained')
   axes = figure.subplots()
   for index, (kind, style) in enumerate(zip(kinds, styles(), strict=False)):
     shift = 0.5 * ((index + 0.5) / len(kinds) - 0.5)
@@ -266,11 +269,12 @@ def _dots(
         **SEED,
       )
     axes.plot([], [], marker='o', markersize=4, label=kind, color=style['color'])
-  axes.set_yticks(range(len(arms)), names, fontsize='small')
+  axes.set_yticks(range(len(arms)), names)
   axes.set_ylim(len(arms) - 0.5, -0.5)
-  axes.set_xlabel(label)
+  axes.locator_params(axis='x', nbins=5)
+  axes.set_xlabel(wrapped(label, 36))
   if len(kinds) > 1:
-    figure.legend(loc='outside upper right', ncols=4, title='evaluation')
+    put_legend(axes, kinds)
   note(figure, records)
   return figure
 

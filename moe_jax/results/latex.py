@@ -57,16 +57,16 @@ def latex(summary: Summary, keys: Sequence[str] = (), *, wide: bool = False) -> 
   """
   shown = [_Column(column.title, column.cells) for column in tables.columns(summary, keys)]
   labels = labels_of(summary.study)
-  names = _Column('', tuple(labels[arm.name] for arm in tables.shown_arms(summary)))
+  names = _names(summary)
   width = _TEXT_WIDTH if wide else _COLUMN_WIDTH
-  room = width - min(_LEAST_FOR_NAMES, max(map(_width, names.cells), default=0.0))
+  room = _room(names, width)
   blocks = _blocks(shown, room) if keys else [_first(shown, room)]
   head = [f'% {one_line(summary.study.question)}', r'% Needs \usepackage{booktabs,tabularx}.']
-  left_out = [column.title for column in shown if not any(column in block for block in blocks)]
-  if left_out:
+  missing = left_out(summary, keys, wide=wide)
+  if missing:
     head.append(
       '% Not wide enough for these columns; --columns and --wide_table show them: '
-      f'{one_line("; ".join(left_out))}.'
+      f'{one_line("; ".join(column.title for column in missing))}.'
     )
   head += [f'% Warning: {one_line(warning)}' for warning in summary.warnings]
   for title, items in tables.not_averaged(summary):
@@ -78,6 +78,28 @@ def latex(summary: Summary, keys: Sequence[str] = (), *, wide: bool = False) -> 
     tabular = _tabular(*_comparisons(summary, labels), width)
     parts.append(_environment(_planned(summary), f'{label}-comparisons', [tabular], wide))
   return '\n'.join(head) + '\n' + '\n'.join(parts)
+
+
+def left_out(
+  summary: Summary, keys: Sequence[str] = (), *, wide: bool = False
+) -> list[tables.Column]:
+  """Returns the default columns that `latex` has no room for; none of columns that are named."""
+  if keys:
+    return []
+  columns = tables.columns(summary)
+  room = _room(_names(summary), _TEXT_WIDTH if wide else _COLUMN_WIDTH)
+  taken = {column.title for column in _first([_Column(c.title, c.cells) for c in columns], room)}
+  return [column for column in columns if column.title not in taken]
+
+
+def _names(summary: Summary) -> _Column:
+  labels = labels_of(summary.study)
+  return _Column('', tuple(labels[arm.name] for arm in tables.shown_arms(summary)))
+
+
+def _room(names: _Column, width: float) -> float:
+  """Returns what is left for numbers next to the names, in points."""
+  return width - min(_LEAST_FOR_NAMES, max(map(_width, names.cells), default=0.0))
 
 
 def _environment(caption: str, label: str, tabulars: Sequence[str], wide: bool) -> str:

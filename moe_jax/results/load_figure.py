@@ -16,7 +16,7 @@ from moe_jax.results.panels import wrapped
 from moe_jax.train.metrics import read_metrics
 
 
-@matplotlib.rc_context(style.STYLE)
+@matplotlib.rc_context(style.SCREEN)
 def draw(
   workdir: str, evaluation: dict[str, Any], config: ml_collections.ConfigDict, suffix: str = ''
 ) -> pathlib.Path:

@@ -8,9 +8,18 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moe_jax.results.panels import by_arm, mean_and_interval, note, set_title, styles, wrapped
+from moe_jax.results.panels import (
+  by_arm,
+  label_panels,
+  make_panels,
+  mean_and_interval,
+  note,
+  set_title,
+  styles,
+  wrapped,
+)
 from moe_jax.results.records import FINISHED, Record
-from moe_jax.results.style import COLORS, STYLE
+from moe_jax.results.style import COLORS, PAGE_WIDTH, STYLE
 from moe_jax.study import Study, labels_of
 
 # More in one panel hide each other.
@@ -72,20 +81,19 @@ def _finished(trials: Sequence[Record]) -> set[int]:
 
 
 def _together(arms: Any, means: Any, labels: dict[str, str], limits: Any) -> Figure:
-  figure = Figure(figsize=(6.5, 3.2), layout='constrained')
-  axes = figure.subplots()
+  figure, [(axes, names)] = make_panels([labels[arm] for arm in arms])
   for arm, style in zip(arms, styles(), strict=False):
-    axes.plot([], [], label=wrapped(labels[arm], 26), **style)
+    axes.plot([], [], label=wrapped(labels[arm]), **style)
     _draw(axes, arms[arm], means.get(arm), style, limits)
-  axes.set(ylim=limits, xlabel='optimizer step', ylabel='training loss (nats per token)')
-  axes.legend(loc='upper left', bbox_to_anchor=(1.01, 1), borderaxespad=0)
+  axes.set_ylim(limits)
+  label_panels([(axes, names)], 'optimizer step', 'training loss (nats per token)')
   return figure
 
 
 def _apart(baseline: str, arms: Any, means: Any, labels: dict[str, str], limits: Any) -> Figure:
   columns = min(_MOST_COLUMNS, len(arms))
   rows = -(-len(arms) // columns)
-  figure = Figure(figsize=(1.9 * columns, 0.7 + 1.5 * rows), layout='constrained')
+  figure = Figure(figsize=(PAGE_WIDTH, 0.7 + 1.3 * rows), layout='constrained')
   panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
   for axes, arm in zip(panels.flat, arms, strict=False):
     for steps, mean, _ in (means[other] for other in means if other not in (arm, baseline)):
@@ -93,7 +101,7 @@ def _apart(baseline: str, arms: Any, means: Any, labels: dict[str, str], limits:
     if baseline in means and baseline != arm:
       axes.plot(*means[baseline][:2], color='black', lw=0.8, zorder=1.5)
     _draw(axes, arms[arm], means.get(arm), {'color': COLORS[0], 'ls': '-', 'lw': 1.4}, limits)
-    axes.set_title(wrapped(labels[arm], 26), fontsize='small', loc='left')
+    axes.set_title(wrapped(labels[arm], 24), fontsize='small', loc='left')
     axes.set_ylim(limits)
   for axes in list(panels.flat)[len(arms) :]:
     axes.set_visible(False)
@@ -101,7 +109,7 @@ def _apart(baseline: str, arms: Any, means: Any, labels: dict[str, str], limits:
     last = max(row for row in range(rows) if row * columns + column < len(arms))
     panels[last, column].set_xlabel('optimizer step')
     panels[last, column].tick_params(labelbottom=True)
-  figure.supylabel('training loss (nats per token)', fontsize='medium')
+  figure.supylabel('training loss (nats per token)')
   return figure
 
 

@@ -1,9 +1,14 @@
 """The paragraph on methods of a paper, and the entry that cites this software."""
 
 import collections
+import pathlib
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import yaml
+
+from moe_jax.errors import DamagedError, UserError
 from moe_jax.results import tables
 from moe_jax.results.markup import break_latex, escape_latex
 from moe_jax.results.statistics import LEVEL
@@ -14,8 +19,7 @@ TITLE = 'moe_jax'
 AUTHOR = 'The moe_jax maintainers'
 VERSION = '0.1.0'
 LICENSE = 'Apache-2.0'
-# Where the software is; '' while CITATION.cff names no address.
-URL = ''
+CITATION = pathlib.Path(__file__).resolve().parents[2] / 'CITATION.cff'
 # Digits of a commit in running text; the whole of it stands in the entry's own field.
 _SHORT = 12
 
@@ -35,11 +39,39 @@ def methods(summary: Summary) -> str:
   return f'{{\\emergencystretch=3em\n{break_latex(" ".join(sentences))}\\par}}\n'
 
 
-def bibtex(summary: Summary) -> str:
+def repository(citation: pathlib.Path = CITATION) -> str:
+  """Returns the address of the source code: `repository-code` of CITATION.cff, '' without one.
+
+  A fork sets it there. The file lies in a checkout, and not in an installed package.
+
+  Raises:
+    DamagedError: for a file that is no YAML mapping.
+    UserError: for a value that is no address.
+  """
+  if not citation.is_file():
+    return ''
+  try:
+    fields = yaml.safe_load(citation.read_text(encoding='utf-8'))
+  except (UnicodeDecodeError, yaml.YAMLError) as error:
+    raise DamagedError(f'{citation} is no YAML') from error
+  if not isinstance(fields, dict):
+    raise DamagedError(f'{citation} has no fields')
+  url = fields.get('repository-code') or ''
+  # What LaTeX and BibTeX would take for more than itself is written as %xx in an address.
+  if url and not re.fullmatch(r'https?://[^\s{}\\"<>^`|]+', str(url)):
+    raise UserError('repository-code', url, f'in {citation}: must be an address, as https://...')
+  return str(url)
+
+
+def bibtex(summary: Summary, url: str = '') -> str:
   """Returns an entry for this software at the commits that finished trials ran.
 
   Of type `misc`, which every BibTeX style knows; styles print the note, tools read the rest. Year
   and month are those of the last commit.
+
+  Args:
+    summary: of a study.
+    url: of the software; the entry has none if it is ''.
   """
   of = summary.provenance
   dated = [
@@ -53,7 +85,7 @@ def bibtex(summary: Summary) -> str:
   last = max(of.dates.values(), default='')
   if last:
     fields |= {'year': last[:4], 'month': str(int(last[5:7])), 'date': last}
-  fields |= {'version': VERSION} | ({'url': URL} if URL else {})
+  fields |= {'version': VERSION} | ({'url': url} if url else {})
   fields |= {'license': LICENSE, 'commit': ', '.join(of.commits) or 'unknown'}
   fields['note'] = break_latex(note)
   lines = [f'  {name} = {{{value}}},' for name, value in fields.items()]

@@ -1,6 +1,7 @@
 """What the figures of a study share: colours, panels, labels, and the values of its trials."""
 
 import math
+import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from numpy.typing import ArrayLike
 
 from moe_jax.results.records import FINISHED, STATUSES, Record
 from moe_jax.results.statistics import half_width
-from moe_jax.results.style import COLORS, DASHES
+from moe_jax.results.style import COLORS, COLUMN_WIDTH, DASHES, MEDIUM_PER_INCH, SMALL_PER_INCH
 from moe_jax.results.style import STYLE as STYLE
 from moe_jax.study import Study
 
@@ -83,42 +84,68 @@ def make_panels(names: list[str]) -> tuple[Figure, list[tuple[Axes, list[str]]]]
   count = -(-len(names) // _MOST_IN_PANEL)
   size = -(-len(names) // count)
   chunks = [names[at : at + size] for at in range(0, len(names), size)]
-  # A legend must fit beside its panel: about 0.15 inches for a line, 0.05 between entries.
-  legend = max(sum(0.05 + 0.15 * (wrapped(n).count('\n') + 1) for n in chunk) for chunk in chunks)
-  height = max(3.2, legend)
-  figure = Figure(figsize=(7.5, 0.6 + height * len(chunks)), layout='constrained')
+  height = 1.9 + max(_legend_shape(chunk)[1] for chunk in chunks)
+  figure = Figure(figsize=(COLUMN_WIDTH, 0.7 + height * len(chunks)), layout='constrained')
   axes = figure.subplots(len(chunks), 1, squeeze=False, sharex=True, sharey=True)[:, 0]
   return figure, list(zip(axes, chunks, strict=True))
 
 
 def wrapped(name: str, width: int = 34) -> str:
-  """Returns a name in lines that fit beside a panel."""
+  """Returns a name in lines of so many characters, broken between words, else within one."""
+  lines = []
+  for line in textwrap.wrap(name, width, break_long_words=False):
+    lines += [line] if len(line) <= width else _broken(line, width)
   # A dollar sign would begin a formula.
-  return textwrap.fill(name, width).replace('$', r'\$')
+  return '\n'.join(lines).replace('$', r'\$')
+
+
+def _broken(word: str, width: int) -> list[str]:
+  """Returns the lines of a long word, broken after what joins its parts where that is enough."""
+  lines = ['']
+  for part in re.split(r'(?<=[_=,/.])', word):
+    for piece in textwrap.wrap(part, width):
+      if lines[-1] and len(lines[-1] + piece) > width:
+        lines.append('')
+      lines[-1] += piece
+  return lines
 
 
 def label_panels(panels: list[tuple[Axes, list[str]]], x: str, y: str) -> None:
-  """Names the axes, and puts a legend beside each panel."""
+  """Names the axes, and puts a legend above each panel."""
   for axes, names in panels:
-    axes.set_ylabel(y)
-    labels = [wrapped(name) for name in names]
-    handles = {
-      label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    axes.legend(
-      [handles[label] for label in labels],
-      labels,
-      loc='upper left',
-      bbox_to_anchor=(1.01, 1),
-      borderaxespad=0,
-    )
-  panels[-1][0].set_xlabel(x)
+    axes.set_ylabel(wrapped(y, 38))
+    put_legend(axes, names)
+  panels[-1][0].set_xlabel(wrapped(x, 40))
+
+
+def put_legend(axes: Axes, names: Sequence[str]) -> None:
+  """Puts a legend above a panel as wide as a column: of lines labelled by their wrapped names."""
+  labels = [wrapped(name) for name in names]
+  handles = {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+  axes.legend(
+    [handles[label] for label in labels],
+    labels,
+    loc='lower left',
+    bbox_to_anchor=(0, 1.02),
+    borderaxespad=0,
+    ncols=_legend_shape(names)[0],
+  )
+
+
+def _legend_shape(names: Sequence[str]) -> tuple[int, float]:
+  """Returns the columns of a legend above a panel, and its height in inches."""
+  labels = [wrapped(name) for name in names]
+  longest = max(len(line) for label in labels for line in label.split('\n'))
+  # Left of the names is about half an inch of line.
+  columns = max(1, int((COLUMN_WIDTH - 0.6) / (0.45 + longest / SMALL_PER_INCH)))
+  columns = min(columns, len(labels))
+  deepest = max(label.count('\n') + 1 for label in labels)
+  return columns, -(-len(labels) // columns) * (0.05 + 0.115 * deepest)
 
 
 def set_title(figure: Figure, study: Study, text: str) -> None:
   """Heads a figure with the study and what is shown of it."""
-  # About 13 characters fit in an inch.
-  width = int(13 * figure.get_figwidth())
+  width = int(MEDIUM_PER_INCH * figure.get_figwidth())
   figure.suptitle(wrapped(f'{study.name}: {text}', width), fontsize='medium')
 
 
@@ -127,6 +154,5 @@ def note(figure: Figure, records: Sequence[Record], shown: str = '') -> None:
   counts = [(s, sum(r.status == s for r in records)) for s in STATUSES if s != FINISHED]
   text = ', '.join(f'{count} {status}' for status, count in counts if count)
   if text:
-    figure.supxlabel(
-      f'{shown}not in the means: {text}', fontsize='small', color='0.35', x=0.98, ha='right'
-    )
+    text = wrapped(f'{shown}not in the means: {text}', int(SMALL_PER_INCH * figure.get_figwidth()))
+    figure.supxlabel(text, color='0.35', x=0.98, ha='right')

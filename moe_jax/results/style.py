@@ -1,5 +1,8 @@
 """The one look of every figure: colours, sizes, and how the load of experts is drawn.
 
+Figures of a study are as wide as they are printed: one column of a paper in two columns, or both.
+No text in them is smaller than 7 points.
+
 Load is drawn in units of 1/E, the load of every expert at balance, on one scale (`load_norm`) for
 all panels and arms that are compared: white at 1/E, blue below, vermilion above, black for an
 expert without any assignment.
@@ -21,16 +24,33 @@ from numpy.typing import ArrayLike
 # paper swallows; then again dashed.
 COLORS = ('#0072B2', '#E69F00', '#009E73', '#D55E00', '#CC79A7', '#56B4E9', '#000000')
 DASHES = ('-', '--')
+# In inches, of the narrowest common classes in two columns: \columnwidth and \textwidth.
+COLUMN_WIDTH, PAGE_WIDTH = 3.25, 6.75
+# Characters in an inch of 'small' and of 'medium' text.
+SMALL_PER_INCH, MEDIUM_PER_INCH = 19, 16
 STYLE: dict[Any, Any] = {
-  'font.size': 9,
+  'font.size': 8.5,
+  'axes.labelsize': 'small',
+  'xtick.labelsize': 'small',
+  'ytick.labelsize': 'small',
+  'figure.labelsize': 'small',
   'axes.spines.top': False,
   'axes.spines.right': False,
   'axes.grid': True,
   'grid.alpha': 0.3,
   'legend.frameon': False,
   'legend.fontsize': 'small',
-  'legend.handlelength': 3,
+  'legend.handlelength': 2.6,
+  'legend.columnspacing': 1,
   'pdf.fonttype': 42,
+}
+# Of figures that are looked at on a screen.
+SCREEN = STYLE | {
+  'font.size': 9,
+  **dict.fromkeys(['axes.labelsize', 'xtick.labelsize', 'ytick.labelsize'], 'medium'),
+  'figure.labelsize': 'large',
+  'legend.handlelength': 3,
+  'legend.columnspacing': 2,
 }
 # The value of one seed, next to the mean.
 SEED: dict[str, Any] = {

@@ -4,6 +4,7 @@ import os
 import pathlib
 import re
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 from moe_jax.errors import UserError
 from moe_jax.results import figures as figures_lib
@@ -16,6 +17,22 @@ from moe_jax.sweep.collect import as_asked, id_today, known_records, records_of
 from moe_jax.sweep.trials import load_study, trials_of
 
 
+class Report(NamedTuple):
+  """What was written.
+
+  Attributes:
+    summary: what tables are made of.
+    left_out: keys of the columns that table.tex has no room for.
+    figures: width in inches of each figure that was drawn, by its name.
+    url: of the software in cite.bib; '' if none is known.
+  """
+
+  summary: Summary
+  left_out: tuple[str, ...]
+  figures: dict[str, float]
+  url: str
+
+
 def report(
   study_file: str,
   workdir: str | None,
@@ -26,7 +43,7 @@ def report(
   columns: Sequence[str] = (),
   wide_table: bool = False,
   thinned: bool = False,
-) -> Summary:
+) -> Report:
   """Writes results.jsonl, tables, figures, index.html, methods.tex and cite.bib.
 
   Args:
@@ -138,8 +155,8 @@ def write_report(
   columns: Sequence[str] = (),
   wide_table: bool = False,
   with_page: bool = True,
-) -> Summary:
-  """Writes everything but results.jsonl, and returns what tables are made of.
+) -> Report:
+  """Writes everything but results.jsonl, and returns what it is.
 
   Args:
     study: of the records.
@@ -154,23 +171,31 @@ def write_report(
     UserError: if the runs must not be compared.
   """
   summary = summarize(study, records)
+  url = methods.repository()
   for name, text in (
     ('table.md', tables.markdown(summary, columns)),
     ('table.tex', latex.latex(summary, columns, wide=wide_table)),
     ('table.csv', tables.csv_text(summary)),
     ('methods.tex', methods.methods(summary)),
-    ('cite.bib', methods.bibtex(summary)),
+    ('cite.bib', methods.bibtex(summary, url)),
   ):
     (out / name).write_text(text, encoding='utf-8')
   if study.scaling:
     text = scaling.markdown(study, scaling.fit(study, records))
     (out / 'scaling.md').write_text(text, encoding='utf-8')
+  widths: dict[pathlib.Path, float] = {}
   if figures_drawn:
     only = None if figures_drawn is True else figures_drawn
-    figures_lib.save_all(study, records, out / 'figures', only=only)
+    widths = figures_lib.save_all(study, records, out / 'figures', only=only)
   if with_page:
     _write_page(summary, records, out / 'index.html', columns)
-  return summary
+  left_out = latex.left_out(summary, columns, wide=wide_table)
+  return Report(
+    summary,
+    tuple(column.key for column in left_out),
+    {path.stem: width for path, width in widths.items()},
+    url,
+  )
 
 
 def _write_page(

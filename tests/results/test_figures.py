@@ -2,10 +2,11 @@
 
 import dataclasses
 
+import matplotlib
 import numpy as np
 import pytest
 
-from moe_jax.results import expert_figures, figures, loss_figure
+from moe_jax.results import expert_figures, figures, loss_figure, style
 from moe_jax.results.records import FINISHED
 from moe_jax.study import Metric, labels_of
 from tests.results import example
@@ -89,10 +90,61 @@ def test_names_of_arms_are_no_formulas(tmp_path):
   assert figures.save_all(dataclasses.replace(STUDY, arms=(), baseline=''), records, tmp_path)
 
 
+def _of_experts():
+  """Records with every measure of specialisation."""
+  measured = {f'dropless/{path}': [0.1, 0.3] for path in expert_figures.SPECIALIZATION}
+  return [dataclasses.replace(r, metrics=r.metrics | measured) for r in RECORDS if r.arm in MOE]
+
+
+def _renamed(records):
+  """Records of arms with one long word each, and with many."""
+  names = {MOE[2]: f'moe.{"load_balancing_" * 3}weight=0.0001', MOE[4]: 'an arm of words ' * 6}
+  return [dataclasses.replace(r, arm=names.get(r.arm, r.arm)) for r in records]
+
+
+@pytest.mark.parametrize(
+  ('draw', 'width'),
+  [
+    *((draw, style.COLUMN_WIDTH) for draw in DRAWINGS[1:]),
+    # Of 7 arms each in a panel.
+    (loss_figure.loss_curves, style.PAGE_WIDTH),
+    (expert_figures.load, style.COLUMN_WIDTH),
+    *((draw, style.PAGE_WIDTH) for draw in OF_EXPERTS[1:]),
+  ],
+  ids=lambda value: getattr(value, '__name__', None),
+)
+def test_figures_are_as_wide_as_they_are_printed_and_can_be_read(draw, width):
+  records = _of_experts() if draw is expert_figures.specialization else RECORDS
+  for of in (records, _renamed(records)):
+    figure = draw(dataclasses.replace(STUDY, arms=()) if of is not records else STUDY, of)
+    _check_print(figure)
+    assert figure.get_figwidth() == width
+
+
+def test_figures_of_few_arms_fit_in_a_column():
+  of_experts = [record for record in RECORDS if record.arm in MOE[3:5]]
+  for draw, records in ((loss_figure.loss_curves, FEW), (expert_figures.domain_load, of_experts)):
+    figure = draw(STUDY, records)
+    _check_print(figure)
+    assert figure.get_figwidth() == style.COLUMN_WIDTH
+
+
+def _check_print(figure):
+  """Checks that no text is smaller than 7 points, and that nothing is cut off."""
+  with matplotlib.rc_context(style.STYLE):
+    figure.draw_without_rendering()
+    box = figure.get_tightbbox()
+  texts = [t for t in figure.findobj(matplotlib.text.Text) if t.get_text() and t.get_visible()]
+  assert min(text.get_fontsize() for text in texts) >= 7
+  width, height = figure.get_size_inches()
+  assert box.x0 >= -0.02 and box.y0 >= -0.02, box
+  assert box.x1 <= width + 0.02 and box.y1 <= height + 0.02, (box, width, height)
+
+
 def test_nothing_is_drawn_of_what_records_lack(tmp_path):
   for records in ([], _bare()):
     assert [draw(STUDY, records) for draw in DRAWINGS + OF_EXPERTS] == [None] * 7
-    assert figures.save_all(STUDY, records, tmp_path / 'none') == []
+    assert figures.save_all(STUDY, records, tmp_path / 'none') == {}
   assert not (tmp_path / 'none').exists()
   dense = [record for record in RECORDS if record.arm == 'dense']
   assert [draw(STUDY, dense) for draw in OF_EXPERTS] == [None] * 3
@@ -185,7 +237,8 @@ def test_x_may_hold_zero_names_or_nothing():
 
 def test_drop_share_leaves_out_evaluations_without_drops():
   (axes,) = figures.drop_share(STUDY, RECORDS).axes
-  assert axes.get_xlabel() == 'share of assignments dropped (capacity; test split)'
+  label = axes.get_xlabel().replace('\n', ' ')
+  assert label == 'share of assignments dropped (capacity; test split)'
   assert len(axes.get_yticks()) == len(MOE)
   assert axes.get_xlim()[0] == 0
   none = [

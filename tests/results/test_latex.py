@@ -58,6 +58,10 @@ def test_columns_that_do_not_fit_are_named_or_stand_below():
   left_out = re.search('% Not wide enough for these columns; .* show them: (.*)\\.', text)[1]
   titles = {column.title for column in tables.columns(of)}
   assert titles > set(left_out.split('; ')) != set()
+  assert left_out.split('; ') == [column.title for column in latex.left_out(of)]
+  assert latex.left_out(of, every) == [] and len(latex.left_out(of, wide=True)) < len(
+    latex.left_out(of)
+  )
   asked = latex.latex(of, every)
   rows = [row for row in shown.check_latex(asked) if row[0] == 'dense']
   # All of them, once each, next to the name of the arm.

@@ -26,7 +26,7 @@ def _drawn(axes, color):
   return [line for line in axes.lines if line.get_color() == color and len(line.get_xdata()) > 1]
 
 
-def test_few_arms_stand_together_with_a_legend_outside():
+def test_few_arms_stand_together_with_a_legend_above():
   figure = loss_figure.loss_curves(STUDY, FEW)
   (axes,) = figure.axes
   legend = axes.get_legend()
@@ -37,7 +37,7 @@ def test_few_arms_stand_together_with_a_legend_outside():
   assert axes.get_ylabel() == 'training loss (nats per token)'
   # A diverged trial does not set the scale.
   assert axes.get_ylim()[1] < 4
-  assert legend.get_bbox_to_anchor().x0 > axes.bbox.x1
+  assert legend.get_bbox_to_anchor().y0 > axes.bbox.y1
   styles = {(line.get_color(), line.get_linestyle()) for line in legend.get_lines()}
   assert len(styles) == 3
 

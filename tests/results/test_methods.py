@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from moe_jax.errors import DamagedError, UserError
 from moe_jax.results import methods, summary
 from tests.results import made, shown
 
@@ -69,8 +70,32 @@ def test_bibtex_is_what_citation_says(broken):
   text = methods.bibtex(broken)
   assert text.startswith('@misc{moe_jax,\n') and text.count('{') == text.count('}')
   assert 'author = {{The moe\\_jax maintainers}}' in text and f'commit = {{{made.COMMIT}}}' in text
-  address = of.get('repository-code', of.get('url', ''))
-  assert address == methods.URL and (f'url = {{{address}}}' in text) == bool(address)
+  assert methods.repository() == of.get('repository-code', '')
+
+
+def test_a_fork_says_in_citation_where_it_is(broken, tmp_path):
+  path = tmp_path / 'CITATION.cff'
+  address = 'https://example.org/a_b/moe?x=1%20#y'
+  for line, url in (
+    (f'repository-code: {address}', address),
+    (f'repository-code: "{address}"  # the fork', address),
+    ('repository-code: ""', ''),
+    ('repository-code:', ''),
+    ('version: 1', ''),
+  ):
+    path.write_text(f'cff-version: 1.2.0\n{line}\n', encoding='utf-8')
+    assert methods.repository(path) == url, line
+  assert methods.repository(tmp_path / 'none') == ''
+  assert f'\n  url = {{{address}}},\n' in methods.bibtex(broken, address)
+  assert 'url' not in methods.bibtex(broken)
+  for value in ('somewhere', '[https://a.b]', 'https://a.b/{c}', '3'):
+    path.write_text(f'repository-code: {value}\n', encoding='utf-8')
+    with pytest.raises(UserError, match='repository-code='):
+      methods.repository(path)
+  for content in (b'a: [', b'\xff\xfe', b'', b'- a'):
+    path.write_bytes(content)
+    with pytest.raises(DamagedError, match=r'CITATION\.cff'):
+      methods.repository(path)
 
 
 def test_bibtex_is_of_the_day_of_the_last_commit():

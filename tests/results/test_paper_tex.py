@@ -42,8 +42,10 @@ def _summaries():
   yield summary.summarize(study, made.make_records(close))
 
 
-@pytest.mark.parametrize('options', ['', 'twocolumn'])
-def test_a_paper_takes_it_without_an_overfull_box(options, tmp_path):
+@pytest.mark.parametrize(
+  'document', [r'{article}', r'[twocolumn]{article}', r'{IEEEtran}'], ids=['one', 'two', 'ieee']
+)
+def test_a_paper_takes_it_without_an_overfull_box(document, tmp_path):
   parts = []
   for of in [*_summaries(), made.make_broken()]:
     every = [column.key for column in tables.columns(of)]
@@ -54,9 +56,10 @@ def test_a_paper_takes_it_without_an_overfull_box(options, tmp_path):
   # Everything of ASCII, and the accents that are let through.
   every_char = markup.break_latex(' '.join(map(chr, range(0x180))))
   parts.append(rf'{{\raggedright {every_char}\par}}')
-  with_key = methods.bibtex(summary.summarize(made.make_study(), _dated()))
+  address = 'https://example.org/a_b/moe?x=1%20#y'
+  with_key = methods.bibtex(summary.summarize(made.make_study(), _dated()), address)
   (tmp_path / 'cite.bib').write_text(with_key, encoding='utf-8')
-  log = _compiled(tmp_path, options, [*parts, r'\cite{moe_jax}'])
+  log = _compiled(tmp_path, document, [*parts, r'\cite{moe_jax}'])
   # A table of every column may be longer than a page.
   wrong = re.findall(r'^Overfull.*\n.*|^LaTeX Warning: (?!Float too large|Text page).*', log, re.M)
   assert wrong == []
@@ -64,7 +67,7 @@ def test_a_paper_takes_it_without_an_overfull_box(options, tmp_path):
 
 def test_the_check_finds_a_table_that_is_too_wide(tmp_path):
   wide = r'\begin{table}\begin{tabular}{r}' + '0' * 60 + r'\end{tabular}\end{table}'
-  assert 'Overfull' in _compiled(tmp_path, 'twocolumn', [wide])
+  assert 'Overfull' in _compiled(tmp_path, '[twocolumn]{article}', [wide])
 
 
 def _dated():
@@ -72,19 +75,20 @@ def _dated():
   return [dataclasses.replace(record, git_date='2026-11-30') for record in records]
 
 
-def _compiled(folder, options, parts):
+def _compiled(folder, document, parts):
   """Compiles a paper of these parts, with its bibliography if it has one; returns the last log."""
   cites = (folder / 'cite.bib').exists()
-  ending = [r'\bibliographystyle{plain}', r'\bibliography{cite}'] if cites else []
-  document = [
-    rf'\documentclass[{options}]{{article}}',
-    r'\usepackage{booktabs,tabularx}',
+  style = 'IEEEtran' if 'IEEEtran' in document else 'plain'
+  ending = [rf'\bibliographystyle{{{style}}}', r'\bibliography{cite}'] if cites else []
+  lines = [
+    rf'\documentclass{document}',
+    r'\usepackage{booktabs,tabularx,url}',
     r'\begin{document}',
     *parts,
     *ending,
     r'\end{document}',
   ]
-  (folder / 'paper.tex').write_text('\n'.join(document), encoding='utf-8')
+  (folder / 'paper.tex').write_text('\n'.join(lines), encoding='utf-8')
   tex = [
     _program('pdflatex'),
     '-halt-on-error',
@@ -105,6 +109,8 @@ def _program(name):
   path = shutil.which(name)
   if path is None:
     pytest.fail(
-      f'{name} is not installed: apt-get install texlive-latex-recommended', pytrace=False
+      f'{name} is not installed: apt-get install texlive-latex-recommended texlive-publishers '
+      'texlive-fonts-recommended',
+      pytrace=False,
     )
   return path
