@@ -12,7 +12,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
-from moe_jax.results import page_figures, summary
+from moe_jax.results import page_figures, summary, tables
 from moe_jax.results.page import write_page
 from moe_jax.results.records import FINISHED
 from tests.results import example
@@ -60,7 +60,8 @@ def address(tmp_path_factory):
     dataclasses.replace(example.study(), may_differ=('compute',)), example.records()
   )
   figures = page_figures.content(of, example.records())
-  write_page(example.study(), example.records(), *example.table(), path, figures=figures)
+  planned = tables.comparisons(of)
+  write_page(example.study(), example.records(), *example.table(), path, planned, figures=figures)
   return path.as_uri()
 
 
@@ -278,6 +279,50 @@ def test_no_table_is_cut(page, width):
     assert all(arm.name in text for arm in example.study().arms if not arm.dropped)
   finally:
     page.execute_cdp_cmd('Emulation.clearDeviceMetricsOverride', {})
+
+
+def test_columns_stand_below_their_heads(page):
+  # A gap in a column of numbers stands where numbers do, and heads are as wide as their table.
+  wrong = page.execute_script("""
+    const wrong = [];
+    for (const table of document.querySelectorAll('#table, #planned')) {
+      const place = table.closest('.wide').clientWidth, head = table.tHead.offsetWidth;
+      if (Math.abs(place - head) > 1) wrong.push([table.id, place, head]);
+      const heads = [...table.tHead.rows[0].cells];
+      for (const row of table.tBodies[0].rows) {
+        [...row.cells].forEach((cell, column) => {
+          const [own, above] = [cell, heads[column]].map(c => getComputedStyle(c).textAlign);
+          if (own !== above) wrong.push([table.id, column, cell.textContent, own, above]);
+        });
+      }
+    }
+    return wrong;""")
+  assert wrong == []
+  aligned = page.execute_script("""
+    return [...document.querySelectorAll('#table tbody td')].filter(cell =>
+      cell.className === 'number').map(cell => getComputedStyle(cell).textAlign)""")
+  assert set(aligned) == {'right'}
+  assert _one(page, '#planned thead').is_displayed()
+  # Names are broken between words, and no button is.
+  broken = page.execute_script("""
+    return [...document.querySelectorAll('.only, #planned .word')].filter(
+      word => word.getClientRects().length > 1 || word.offsetHeight > 30).length""")
+  assert broken == 0
+
+
+def test_the_scale_of_loads_has_room_for_intervals(page):
+  # Mean 3 and half 0.8 end at 3.8, and 0.5 and 9 at 4, which is all of 4 experts' load.
+  ends = page.execute_script("""
+    return [[3, 0.8], [0.5, 9]].map(([mean, half]) => {
+      const rows = [{arm: 'dense', mean: [mean, 0.5, 0.5, 0], half: [half, 0, 0, 0]}];
+      const drawn = loadPanel({layer: 0, rows}, rows);
+      const top = name => Math.min(...[...drawn.querySelector(name).getAttribute('d')
+        .matchAll(/ ([\\d.]+)/g)].map(found => Number(found[1])));
+      const zero = 210, high = mean === 3 ? 3.8 : 4;
+      return [top('.band'), top('path.mean'), 6 + (1 - mean / high) * (zero - 6)];
+    })""")
+  for band, mean, expected in ends:
+    assert band == pytest.approx(6, abs=0.1) and mean == pytest.approx(expected, abs=0.1)
 
 
 def test_figures_show_means_intervals_and_seeds_of_the_arms_chosen(page):

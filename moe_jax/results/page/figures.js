@@ -51,8 +51,9 @@ function loadPanel({layer, rows}, shown) {
     'by rank at the last step, in units of 1/E; dashed: balance')];
   if (!shown.length) return figure(caption, title, make('p', {class: 'quiet'}, 'No arm is shown.'));
   const width = 420, height = 250, left = 40, right = width - 14, top = 6, bottom = height - 40;
-  // One scale whichever arms are shown.
-  const high = Math.max(2, ...rows.flatMap(row => row.mean));
+  // One scale whichever arms are shown, with room for intervals: up to E, where one has all.
+  const end = ({mean, half}, rank) => Math.min(mean[rank] + (half[rank] || 0), mean.length);
+  const high = Math.max(2, ...rows.flatMap(row => row.mean.map((_, rank) => end(row, rank))));
   const x = scale(0, 1, left, right, false), y = scale(0, high, bottom, top, false);
   const svg = make('svg', {viewBox: `0 0 ${width} ${height}`, role: 'img', 'aria-label': title});
   for (const value of ticks(0, high, false, 5)) {

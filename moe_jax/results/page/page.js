@@ -3,6 +3,8 @@ const {study, columns, rows, records, comparisons, notes, warnings, panels, load
 const FINISHED = 'finished';
 const STATUSES = [FINISHED, 'diverged', 'failed', 'unfinished', 'missing', 'damaged'];
 const COLORS = 7;
+// Columns of names that a planned comparison begins with; a verdict and numbers follow.
+const NAMES = 2;
 const byId = id => document.getElementById(id);
 
 function make(tag, attributes = {}, ...children) {
@@ -31,6 +33,12 @@ function show(value) {
     return Object.entries(value).map(([key, one]) => `${key} ${show(one)}`).join(', ');
   }
   return String(value);
+}
+
+// A name that is broken between words, or else after what joins the parts of one.
+function broken(name) {
+  return name.split(/(\s+)/).filter(Boolean).map(word => word.trim() ? make('span', {class: 'word'},
+    ...word.split(/(?<=[_=,/])/).flatMap((part, index) => index ? [make('wbr'), part] : [part])) : word);
 }
 
 // Arms: the order of the study, each with its trials by seed, a colour and dashes.
@@ -118,9 +126,13 @@ function compare(a, b, sign) {
 function drawTable() {
   const unfinished = row => arms.get(row.arm).trials.filter(r => r.status !== FINISHED).length;
   const all = [...columns, ['trials', 'trials']];
+  // A column of numbers is one where they lack, too.
+  const numeric = new Set(columns.map(([key]) => key).filter(key => key !== 'arm'
+    && rows.some(row => typeof orderOf(row[key]) === 'number')));
+  const classOf = key => numeric.has(key) ? 'number' : null;
   const heads = all.map(([key, label], column) => {
     const button = make('button', {type: 'button'}, label);
-    const head = make('th', {scope: 'col', 'aria-sort': 'none'}, button);
+    const head = make('th', {scope: 'col', class: classOf(key), 'aria-sort': 'none'}, button);
     button.addEventListener('click', () => {
       const up = head.getAttribute('aria-sort') !== 'ascending';
       heads.forEach(other => other.setAttribute('aria-sort', 'none'));
@@ -135,11 +147,11 @@ function drawTable() {
     const cells = columns.map(([key, label]) => {
       const value = row[key];
       if (key === 'arm') {
-        return make('td', {class: 'arm'}, make('a', {href: link(row.arm)}, show(value)));
+        return make('td', {class: 'arm'}, make('a', {href: link(row.arm)}, ...broken(show(value))));
       }
-      const number = typeof orderOf(value) === 'number';
-      return make('td', {class: number ? 'number' : null, title: number ? orderOf(value) : null,
-        'data-label': label}, isCell(value) ? value.text : show(value));
+      const exact = typeof orderOf(value) === 'number' ? orderOf(value) : null;
+      return make('td', {class: classOf(key), title: exact, 'data-label': label},
+        isCell(value) ? value.text : show(value));
     });
     cells.push(make('td', {'data-label': 'trials'}, statuses(arms.get(row.arm).trials)));
     return {row, element: make('tr', {}, ...cells)};
@@ -151,10 +163,13 @@ function drawTable() {
 function drawNotes() {
   const [head, ...planned] = comparisons;
   if (head) {
-    const heads = head.map(title => make('th', {scope: 'col'}, title));
+    const classOf = column => column > NAMES ? 'number' : column ? null : 'arm';
+    const heads = head.map((title, column) => make('th', {scope: 'col',
+      class: column > NAMES ? 'number' : null}, title));
     byId('planned').append(make('thead', {}, make('tr', {}, ...heads)), make('tbody', {},
       ...planned.map(row => make('tr', {}, ...row.map((cell, column) => make('td',
-        column ? {'data-label': head[column]} : {class: 'arm'}, cell))))));
+        {class: classOf(column), 'data-label': column ? head[column] : null},
+        ...(column < NAMES ? broken(cell) : [cell])))))));
   }
   byId('planned').closest('section').hidden = !head;
   byId('notes').append(...notes.map(note => make('li', {class: 'quiet'}, note)),
