@@ -245,8 +245,9 @@ SCHEMA: dict[str, dict[str, Field]] = {
     'balance_scope': _one_of(
       'global',
       ('global', 'device', 'group', 'sequence'),
-      'Where balance is asked for: the (micro-)batch, each of balance_devices equal parts of it, '
-      'each routing group, or each sequence (a row of the batch).',
+      'Tokens that share one load-balancing loss, which is averaged over such sets: the whole '
+      '(micro-)batch, each of balance_devices equal parts of it, each routing group, or each '
+      'sequence (a row of the batch).',
     ),
     'balance_devices': _at_least(
       8, 1, 'Parts of the batch, for balance_scope=device; a number of the study, not of the mesh.'
