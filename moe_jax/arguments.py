@@ -46,6 +46,11 @@ class PathParser(flags.ArgumentParser):
 
   def parse(self, argument: str) -> str:
     """Returns the path with the home folder in place of a leading `~`."""
+    try:
+      argument.encode()
+    except UnicodeEncodeError as error:
+      # Checkpoints can't be written there, which is known only after the first steps.
+      raise ValueError('must be a path in UTF-8') from error
     return expand_home(argument)
 
 

@@ -210,6 +210,13 @@ def test_home_folders_are_expanded(monkeypatch, tmp_path):
   assert arguments.checked(['--config=~/own.py'], _flags()) == [f'--config={tmp_path}/own.py']
 
 
+@pytest.mark.parametrize('parser', [arguments.PathParser(), arguments.SourceParser()])
+def test_paths_are_utf8(parser):
+  for path in ('a\udcff', '~/\udcff', 'text:\ud800'):
+    with pytest.raises(ValueError, match='must be a path in UTF-8'):
+      parser.parse(path)
+
+
 def test_every_flag_that_is_a_path_expands_it(seen):
   """By its name: a path that a command would take as it is made a folder called `~`."""
   for module, words, _, out, *_ in seen:

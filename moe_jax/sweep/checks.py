@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 
 from moe_jax import routing, unread
-from moe_jax.data import SPLITS, Dataset
+from moe_jax.data import SPLITS, Dataset, documents
 from moe_jax.errors import UserError
 from moe_jax.schema import SCHEMA
 from moe_jax.study import MAY_DIFFER, Comparison, Metric, Point, Study, labels_of
@@ -37,7 +37,7 @@ def _is_text_keyed(value: Any) -> bool:
   return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
 
 
-_TEXT = _Type(lambda value: isinstance(value, str), 'must be text')
+_TEXT = _Type(lambda value: _is_text(value), 'must be text in UTF-8')
 _BOOL = _Type(lambda value: isinstance(value, bool), 'must be True or False')
 _FIELD = _Type(
   lambda value: isinstance(value, str) and (not value or _is_field(value)),
@@ -80,7 +80,7 @@ TYPES: dict[type, dict[str, _Type]] = {
   },
   Point: {
     'name': _Type(
-      lambda value: isinstance(value, str) and bool(value), 'must be text that is not empty'
+      lambda value: _is_text(value) and bool(value), 'must be text in UTF-8, and not empty'
     ),
     'changes': _Type(_is_text_keyed, 'must be {field of the config: value}'),
     'dropped': _TEXT,
@@ -89,6 +89,11 @@ TYPES: dict[type, dict[str, _Type]] = {
   Comparison: {'arm': _TEXT, 'baseline': _TEXT},
   Metric: {'name': _TEXT, 'unit': _TEXT, 'lower_is_better': _BOOL},
 }
+
+
+def _is_text(value: Any) -> bool:
+  """Tells text from other values, and from halves of surrogate pairs, which nothing can print."""
+  return isinstance(value, str) and documents.is_text(value)
 
 
 def _is_folder_name(value: Any) -> bool:

@@ -65,6 +65,13 @@ class MoeJaxTestOffline(_Base):
     raise ConnectionError('no route\nto host')
 
 
+class MoeJaxTestFar(_Base):
+  url_infos = {'https://data.invalid/a.zip': None}
+
+  def _split_generators(self, dl_manager):
+    raise AssertionError('TFDS was left to try')
+
+
 def open_named(name, tmp_path):
   return data.open_dataset(f'tfds:{name}', data_dir=str(tmp_path))
 
@@ -149,15 +156,12 @@ def test_a_damaged_description_is_damage(tmp_path, content):
   assert '\n' not in str(error.value)
 
 
-def test_without_name_resolution_it_fails_at_once(monkeypatch):
-  class Builder:
-    url_infos = {'https://data.invalid/a.zip': None}
-
+def test_without_name_resolution_it_fails_at_once(tmp_path, monkeypatch):
   monkeypatch.setattr(tfds_source.urllib.request, 'getproxies', dict)
 
   def unknown(host, port):
     raise OSError(-2, 'Name or service not known')
 
   monkeypatch.setattr(tfds_source.socket, 'getaddrinfo', unknown)
-  with pytest.raises(OSError, match='data.invalid cannot be reached'):
-    tfds_source._check_network(Builder())
+  with pytest.raises(errors.UserError, match='data.invalid cannot be reached'):
+    open_named('moe_jax_test_far', tmp_path)

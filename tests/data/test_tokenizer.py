@@ -119,6 +119,13 @@ def test_long_words_train_in_pieces_of_1000_characters(letter, around):
   assert len(words) >= 6
 
 
+def test_training_counts_no_pair_across_a_cut():
+  # Cut into pieces of 1,000 characters this word holds no 'qw', uncut it holds two.
+  word = 'q'.join(['a' * 999, 'w' + 'a' * 998, 'w' + 'a' * 500])
+  assert len(tokenizer_lib.train_bpe([word], 512).encode('qw')) == 2
+  assert len(tokenizer_lib.train_bpe([word[990:1010], word[1990:2010]], 512).encode('qw')) == 1
+
+
 def test_a_long_word_is_encoded_without_loss(bpe):
   text = 'antidis' * 40_000
   assert bpe.decode(bpe.encode(text)) == text

@@ -31,7 +31,8 @@ def refused(**changes):
   return text
 
 
-WRONG = (None, 3, 0.5, True, 'text', b'bytes', (), [1], {}, {'a': 1}, (None,), len, math)
+# The one before the last is half a surrogate pair, which no terminal and no file takes.
+WRONG = (None, 3, 0.5, True, 'text', b'bytes', (), [1], {}, {'a': 1}, (None,), len, '\ud800', math)
 # What of these a field takes.
 RIGHT: dict[tuple[type, str], tuple] = {
   (Study, 'name'): ('text',),
