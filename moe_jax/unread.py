@@ -11,6 +11,7 @@ import ml_collections
 
 from moe_jax import config as config_lib
 from moe_jax import routing
+from moe_jax.data.sources import TIERS
 from moe_jax.errors import UserError
 from moe_jax.schema import SCHEMA
 
@@ -27,14 +28,24 @@ SCHEDULE_READS = {
   'wsd': ('final_fraction', 'decay_fraction'),
   'constant': (),
 }
+# What a loss of weight 0 leaves unread: the model that is trained does not depend on it.
+WEIGHTED = {
+  'load_balancing_weight': 'balance_normalization',
+  'device_balance_weight': 'device_balance_parts',
+}
 # What a config file may state for when another of its fields is changed: a preset its capacity
 # though one may choose `dropless`, a study its balance_devices for the arm that asks for balance on
 # them.
 STATED = (
+  'data.test_fraction',
+  'data.valid_fraction',
   'model.mlp_dim',
   'moe.balance_devices',
+  'moe.balance_normalization',
   'moe.capacity_factor',
+  'moe.device_balance_parts',
   'moe.eval_capacity_factor',
+  'moe.layer_reduction',
   'moe.priority',
   'train.accumulation_scope',
 )
@@ -56,6 +67,9 @@ def unread(config: ml_collections.ConfigDict) -> dict[str, str]:
     for field in {field for reads in table.values() for field in reads}:
       if field not in table[optim[choice]]:
         found[f'optim.{field}'] = f'optim.{choice}={optim[choice]}'
+  if config.data.name in TIERS:
+    why = f'data.name={config.data.name}'
+    found |= {'data.valid_fraction': why, 'data.test_fraction': why}
   if not moe.num_experts:
     found |= {f'moe.{field}': _DENSE for field in SCHEMA['moe'] if field != 'num_experts'}
     return found | {'train.load_decay': _DENSE, 'train.accumulation_scope': _DENSE}
@@ -65,6 +79,11 @@ def unread(config: ml_collections.ConfigDict) -> dict[str, str]:
     found['train.accumulation_scope'] = 'train.accumulation_steps=1'
   elif moe.balance_scope in ('group', 'sequence'):
     found['train.accumulation_scope'] = f'moe.balance_scope={moe.balance_scope}'
+  if config.model.num_layers == moe.every:
+    found['moe.layer_reduction'] = f'moe.every={moe.every}, the one layer of experts'
+  for weight, field in WEIGHTED.items():
+    if not moe[weight]:
+      found[f'moe.{field}'] = f'moe.{weight}=0'
   if moe.balance_scope != 'device':
     found['moe.balance_devices'] = f'moe.balance_scope={moe.balance_scope}'
   return found | _unread_by_layer(config)

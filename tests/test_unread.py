@@ -116,6 +116,14 @@ def test_the_tables_say_what_is_read_and_the_rest_is_refused(choice, value):
       },
       'train.accumulation_scope',
     ),
+    (
+      {'moe.load_balancing_weight': 0.0, 'moe.balance_normalization': 'k'},
+      'moe.balance_normalization',
+    ),
+    ({'moe.device_balance_parts': 2}, 'moe.device_balance_parts'),
+    ({'moe.every': 2, 'moe.layer_reduction': 'sum'}, 'moe.layer_reduction'),
+    ({'data.name': 'tier1', 'data.valid_fraction': 0.2}, 'data.valid_fraction'),
+    ({'data.name': 'tier2', 'data.test_fraction': 0.2}, 'data.test_fraction'),
     ({'moe.num_experts': 0, 'moe.mlp_dim': 99}, 'moe.mlp_dim'),
     ({'moe.num_experts': 0, 'train.load_decay': 0.5}, 'train.load_decay'),
   ],
@@ -134,6 +142,9 @@ def test_a_config_may_state_what_an_override_may_not_choose(changes, chosen):
   [
     {'moe.balance_devices': 4, 'moe.balance_scope': 'device'},
     {'model.mlp_dim': 99, 'moe.every': 2},
+    {'moe.balance_normalization': 'k', 'moe.layer_reduction': 'sum'},
+    {'moe.device_balance_parts': 2, 'moe.device_balance_weight': 0.1},
+    {'data.name': 'text:x', 'data.valid_fraction': 0.2, 'data.test_fraction': 0.2},
     {'model.mlp_dim': 99, 'moe.num_experts': 0},
     {'train.accumulation_scope': 'batch', 'train.accumulation_steps': 2},
     # Its slots are what it chooses by, whatever moves the tokens.

@@ -107,7 +107,7 @@ def open_if_prepared(
   fractions = (valid_fraction, test_fraction)
   source, data_dir, kind = _locate(name, data_dir, tokenizer, vocab_size, fractions)
   try:
-    store = token_store.open_store(os.path.join(data_dir, 'tokens', source.key, kind))
+    store = _open_store(os.path.join(data_dir, 'tokens', source.key, kind), source, kind)
   except (FileNotFoundError, errors.DamagedError):
     return None
   return dataset_lib.Dataset(name, store)
@@ -144,7 +144,7 @@ def open_prepared(
   """
   directory = os.path.join(data_dir, 'tokens', source.key, kind)
   try:
-    return _open(name, directory)
+    return _open(name, directory, source, kind)
   except FileNotFoundError:
     damage = None
   except errors.DamagedError as error:
@@ -154,7 +154,7 @@ def open_prepared(
   with files.locked(os.path.join(data_dir, 'locks', f'{source.lock}.lock')):
     try:
       # Another process may have made it while this one waited.
-      return _open(name, directory)
+      return _open(name, directory, source, kind)
     except (FileNotFoundError, errors.DamagedError):
       pass
     try:
@@ -170,17 +170,32 @@ def open_prepared(
       raise errors.UserError(
         'data.data_dir', data_dir, f'cannot be written: {refusal.strerror}'
       ) from error
-    return _open(name, directory)
+    return _open(name, directory, source, kind)
 
 
-def _open(name: str, directory: str) -> dataset_lib.Dataset:
-  store = token_store.open_store(directory)
+def _open(name: str, directory: str, source: sources.Source, kind: str) -> dataset_lib.Dataset:
+  store = _open_store(directory, source, kind)
   if not store.has_digest:
     sources.say(
       f'note: {directory} is from before {token_store.META} had a checksum; whether the names of '
       'its domains and its fingerprint are unchanged cannot be checked'
     )
   return dataset_lib.Dataset(name, store)
+
+
+def _open_store(directory: str, source: sources.Source, kind: str) -> token_store.TokenStore:
+  """Opens a store that must be of this text and this kind of tokenizer, wherever it came from.
+
+  Raises:
+    FileNotFoundError: if there is no such directory.
+    errors.DamagedError: if it is not whole, or one of another text or tokenizer under this name.
+  """
+  store = token_store.open_store(directory)
+  found = store.meta['identity'], store.tokenizer.name
+  for is_there, expected in zip(found, (source.key, kind.partition('-')[0]), strict=True):
+    if is_there != expected:
+      raise errors.DamagedError(f'{directory} is a copy of another store, of {is_there}')
+  return store
 
 
 def _prepare(

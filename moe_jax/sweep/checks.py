@@ -38,6 +38,10 @@ def _is_text_keyed(value: Any) -> bool:
 
 
 _TEXT = _Type(lambda value: _is_text(value), 'must be text in UTF-8')
+_LINE = _Type(
+  lambda value: _is_text(value) and (not value or value.isprintable()),
+  'must be text in one line, in UTF-8',
+)
 _BOOL = _Type(lambda value: isinstance(value, bool), 'must be True or False')
 _FIELD = _Type(
   lambda value: isinstance(value, str) and (not value or _is_field(value)),
@@ -80,11 +84,12 @@ TYPES: dict[type, dict[str, _Type]] = {
   },
   Point: {
     'name': _Type(
-      lambda value: _is_text(value) and bool(value), 'must be text in UTF-8, and not empty'
+      lambda value: _is_text(value) and bool(value) and value.isprintable(),
+      'must be text in one line, in UTF-8, and not empty',
     ),
     'changes': _Type(_is_text_keyed, 'must be {field of the config: value}'),
     'dropped': _TEXT,
-    'label': _TEXT,
+    'label': _LINE,
   },
   Comparison: {'arm': _TEXT, 'baseline': _TEXT},
   Metric: {'name': _TEXT, 'unit': _TEXT, 'lower_is_better': _BOOL},

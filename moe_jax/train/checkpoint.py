@@ -1,12 +1,14 @@
 """Checkpoints with Orbax: asynchronous, atomic, and checked against their own digest.
 
 A checkpoint holds the whole state (parameters, optimizer, step, and the seed that with the step
-makes every random number), the position in the data, the resolved config, and a digest of every
-array: an integer sum of its bits, which does not depend on the mesh. Orbax makes a checkpoint
-visible only when it is complete; the digest finds what rots afterwards.
+makes every random number), the position in the data, the resolved config, and digests: of every
+array an integer sum of its bits, which does not depend on the mesh, and the SHA-256 of the
+position. Orbax makes a checkpoint visible only when it is complete; the digests find what rots or
+is swapped afterwards.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
@@ -24,6 +26,7 @@ from moe_jax.train import layout
 from moe_jax.train.state import TrainState
 
 FOLDER = 'checkpoints'
+_POSITION = 'data_sha256'
 
 
 class Checkpoints:
@@ -74,7 +77,7 @@ class Checkpoints:
           state=ocp.args.StandardSave(state),
           data=ocp.args.JsonSave(data_position),
           config=ocp.args.JsonSave(config),
-          digest=ocp.args.JsonSave(digest(state)),
+          digest=ocp.args.JsonSave(digest(state) | {_POSITION: _position_digest(data_position)}),
         ),
       )
 
@@ -150,8 +153,12 @@ class Checkpoints:
       ),
     )
     state = TrainState(*restored['state'])
-    if digest(state) != restored['digest']:
+    if digest(state)['bit_sums'] != restored['digest']['bit_sums']:
       raise DamagedError('its arrays are not those that were saved')
+    # Earlier versions kept no digest of the position.
+    position = _position_digest(restored['data'])
+    if restored['digest'].get(_POSITION, position) != position:
+      raise DamagedError('its position in the data is not that which was saved')
     # Of a pack, one for each member.
     own = np.unique(np.asarray(state.step)).tolist()
     if own != [step]:
@@ -239,6 +246,11 @@ def _bit_sums(state: Any) -> list[jax.Array]:
 def digest(state: Any) -> dict[str, list[int]]:
   """Returns one integer for each array; equal on every mesh."""
   return {'bit_sums': [int(x) for x in _bit_sums(state)]}
+
+
+def _position_digest(data_position: dict[str, Any]) -> str:
+  """Returns the SHA-256 of a position in the data as JSON, in which it is saved."""
+  return hashlib.sha256(json.dumps(data_position, sort_keys=True).encode()).hexdigest()
 
 
 def _first_line(error: BaseException) -> str:

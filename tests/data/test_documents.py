@@ -50,12 +50,15 @@ def test_a_huge_work_is_not_held_out_for_a_small_share():
     assert splits[huge] == 'train'
 
 
-# One folded to two letters, one decomposed, one with a ligature, one both decomposed and folded.
+# One folded to two letters, one decomposed, one with a ligature, one both decomposed and folded, one
+# with an iota that folds to a letter of its own, and one square sign for letters.
 SAME = (
   ('Straße', 'STRASSE'),
   ('caf\u00e9', 'CAFE\u0301'),
   ('\ufb01n  de\nsi\u00e8cle', 'FIN DE SIE\u0300CLE'),
   ('\u1fb4', '\u0391\u0301\u0399'),
+  ('\u1fb4', '\u1fb3\u0301'),
+  ('\u3392', 'mhz'),
 )
 
 

@@ -254,6 +254,26 @@ def test_a_changed_meta_is_made_again(corpus, tmp_path, capsys):
   assert (after.fingerprint, after.domains) == (before.fingerprint, before.domains)
 
 
+def test_a_store_of_another_text_or_tokenizer_is_made_again(corpus, tmp_path, capsys):
+  """Each is whole, and would train on a text or with a tokenizer that nobody asked for."""
+  before = open_text(corpus, tmp_path)
+  store = _store_file(tmp_path, 'tokens/*/bytes/meta.json').parent
+  (corpus / 'letters' / '0.txt').write_text(conftest.prose('another', 6))
+  other = open_text(corpus, tmp_path)
+  (others,) = {p.parent for p in store.parents[1].glob('*/bytes/meta.json')} - {store}
+  assert other.fingerprint != before.fingerprint
+  shutil.rmtree(others)
+  shutil.copytree(store, others)
+  shutil.copytree(store, others.parent / 'bpe-512')
+  capsys.readouterr()
+  assert data.open_if_prepared(f'text:{corpus}', data_dir=str(tmp_path / 'data')) is None
+  assert open_text(corpus, tmp_path).fingerprint == other.fingerprint
+  said = capsys.readouterr().err
+  assert f'{others} is a copy of another store, of {store.parent.name}; making it again' in said
+  assert open_text(corpus, tmp_path, tokenizer='bpe', vocab_size=512).tokenizer.name == 'bpe'
+  assert 'bpe-512 is a copy of another store' in capsys.readouterr().err
+
+
 def test_a_store_from_before_the_digest_opens_with_a_note(corpus, tmp_path, capsys):
   before = open_text(corpus, tmp_path)
   path = _store_file(tmp_path, 'tokens/*/bytes/meta.json')

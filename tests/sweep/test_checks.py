@@ -60,6 +60,12 @@ def test_every_field_of_a_study_has_its_type():
     assert list(fields) == names, kind
 
 
+@pytest.mark.parametrize('field', ['name', 'label'])
+def test_an_arm_is_named_in_one_line(field):
+  arm = Point(**{'name': 'a', 'changes': {}, field: 'a\nb'})
+  assert refused(arms=(arm,)).startswith(f"study.arms[0].{field}='a\\nb': must be text in one line")
+
+
 @pytest.mark.parametrize('field', checks.TYPES[Study])
 def test_a_field_of_the_study_of_a_wrong_type(field):
   trials.trials_of(make_study())
@@ -141,9 +147,12 @@ def test_seeds_are_those_of_the_study():
 @pytest.mark.parametrize('field', ['data.valid_fraction', 'data.test_fraction'])
 def test_other_splits_are_other_data(field):
   arms = point('a', {}) + point('b', {field: 0.3})
-  text = refused(arms=arms)
+  base = tiny.config({'data.name': 'text:x'})
+  text = refused(arms=arms, base=base)
   assert text.startswith(f'{field}=') and "'data' to its may_differ" in text
-  assert len(trials.trials_of(make_study(arms=arms, may_differ=('data',)))) == 4
+  assert len(trials.trials_of(make_study(arms=arms, base=base, may_differ=('data',)))) == 4
+  # The tiers hold out fixed works.
+  assert 'is the same as arm' in refused(arms=arms)
 
 
 def test_a_margin_is_above_zero():

@@ -373,6 +373,26 @@ def test_a_checkpoint_under_the_number_of_another_step_is_damaged(whole, copy, c
   assert_same_run(copy, undisturbed, config)
 
 
+def test_a_position_in_the_data_that_is_not_the_saved_one_is_damage(whole, copy, capsys):
+  """Another position would train on other batches, and nothing else would tell."""
+  config, undisturbed = whole
+  shutil.rmtree(copy / 'checkpoints' / '6' / 'data')
+  shutil.copytree(copy / 'checkpoints' / '3' / 'data', copy / 'checkpoints' / '6' / 'data')
+  assert state_of(copy, config)[0] == 3
+  assert loop.train(config, str(copy)).finished
+  out = capsys.readouterr().out
+  assert f'damaged checkpoint moved to {copy / "damaged_checkpoint_6"}' in out
+  assert_same_run(copy, undisturbed, config)
+
+
+def test_a_checkpoint_from_before_the_position_had_a_digest_is_read(whole, copy):
+  config, _ = whole
+  for path in (copy / 'checkpoints').glob('*/digest/metadata'):
+    sums = json.loads(path.read_text())
+    path.write_text(json.dumps({'bit_sums': sums['bit_sums']}))
+  assert state_of(copy, config)[0] == 6
+
+
 def test_only_the_newest_checkpoints_stay(text, tmp_path):
   overrides = {'train.checkpoint_every': 1, 'train.keep_checkpoints': 3}
   loop.train(tiny.config({**text, **overrides}), str(tmp_path / 'run'))
