@@ -50,8 +50,8 @@ def test_a_huge_work_is_not_held_out_for_a_small_share():
     assert splits[huge] == 'train'
 
 
-# One folded to two letters, one decomposed, one with a ligature, one both decomposed and folded, one
-# with an iota that folds to a letter of its own, and one square sign for letters.
+# One folded to two letters, one decomposed, one with a ligature, one both decomposed and folded,
+# one whose iota becomes a letter, and one square sign for letters.
 SAME = (
   ('Straße', 'STRASSE'),
   ('caf\u00e9', 'CAFE\u0301'),
