@@ -66,7 +66,8 @@ def check() -> float:
 
   from moe_jax.benchmark import layer
   from moe_jax.benchmark.arms import Shape, expert_weights
-  from moe_jax.layers.moe import TokenInfo, moe_layer
+  from moe_jax.layers.moe_layer import moe_layer
+  from moe_jax.layers.moe_options import TokenInfo
   from moe_jax.parallel.mesh import make_mesh
 
   tokens, width, experts = 2048, 256, 16
@@ -87,7 +88,9 @@ def check() -> float:
     info, group_keys = jax.device_put(rest, on)
 
     def loss(params, x):
-      y = moe_layer(x, info, params, {}, group_keys, mesh, options, True)[0]
+      y = moe_layer(
+        x, info, params, state={}, keys=group_keys, mesh=mesh, options=options, deterministic=True
+      )[0]
       return jnp.sum(jnp.square(y)), y
 
     with jax.default_matmul_precision('highest'), jax.set_mesh(mesh):

@@ -25,7 +25,8 @@ from jax.experimental import topologies  # noqa: E402
 from moe_jax.benchmark import layer  # noqa: E402
 from moe_jax.benchmark.arms import MoeParams, Shape  # noqa: E402
 from moe_jax.dispatch import why_not  # noqa: E402
-from moe_jax.layers.moe import TokenInfo, moe_layer  # noqa: E402
+from moe_jax.layers.moe_layer import moe_layer  # noqa: E402
+from moe_jax.layers.moe_options import TokenInfo  # noqa: E402
 from moe_jax.parallel.mesh import make_mesh  # noqa: E402
 
 DISPATCHERS = ('gather', 'dropless')
@@ -55,7 +56,9 @@ def compiled(devices, data: int, ways: tuple[str, str], shape: Shape, num_expert
   def loss(params, x):
     info = TokenInfo(jnp.ones(tokens, bool), *2 * (jnp.zeros(tokens, jnp.int32),))
     keys = jax.random.split(jax.random.key(0), batch)
-    y = moe_layer(x, info, params, {}, keys, mesh, options, True)[0]
+    y = moe_layer(
+      x, info, params, state={}, keys=keys, mesh=mesh, options=options, deterministic=True
+    )[0]
     return jnp.sum(jnp.square(y.astype(jnp.float32)))
 
   x = struct((*tokens, width), jnp.dtype(shape.dtype))

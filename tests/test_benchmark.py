@@ -162,10 +162,10 @@ def test_whoever_reads_the_rows_may_leave(monkeypatch):
   def leave(*_, **__):
     raise BrokenPipeError
 
-  monkeypatch.setattr(text, 'of_products', leave)
+  monkeypatch.setattr(text, 'of_router', leave)
   left = []
   monkeypatch.setattr(cli, 'end_of_reading', lambda: left.append(True))
-  result = tiny.command('benchmark', 'products', *SMALL[1:-1])
+  result = tiny.command('benchmark', 'router', '--routers=top_k', *SMALL[1:-1])
   assert result.code == 0 and left, result.err
 
 
@@ -316,15 +316,6 @@ def test_help_is_no_error():
   of_layer = tiny.start('benchmark', 'layer', '--help')
   out, err = of_layer.communicate()
   assert of_layer.returncode == 0 and '--[no]reuse_memory' in out and not err
-
-
-def test_products_print_a_row_for_each_product_of_each_matrix():
-  result = tiny.command('benchmark', 'products', *SMALL)
-  assert result.code == 0, result.err
-  rows = [json.loads(line) for line in result.out.splitlines()]
-  assert [row['product'] for row in rows] == 2 * ['x W', 'dx', 'dW']
-  assert {row['num_rows'] for row in rows} == {40}  # 64 tokens x 2 x 1.25 / 4 experts
-  assert not any(row['loops'] for row in rows)
 
 
 def test_router_says_what_it_asks_of_the_experts():

@@ -14,10 +14,10 @@ import pytest
 
 from configs import debug, dense_matched, lm_small, quickstart
 from moe_jax import config as schema
-from moe_jax import data, dispatch, optim, routing
+from moe_jax import data, dispatch, experts, optim, routing
 from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.errors import UserError
-from moe_jax.layers import basic, moe
+from moe_jax.layers import moe_layer
 from moe_jax.models.build import build_model
 from moe_jax.models.decoder import forward
 from moe_jax.parallel.mesh import make_mesh
@@ -299,7 +299,7 @@ def test_choices_are_those_of_the_rooms_that_implement_them():
   assert set(_allowed('moe', 'renormalize')) == set(routing.RENORMALIZATIONS)
   assert set(_allowed('moe', 'dispatch')) == set(dispatch.DISPATCHERS)
   assert set(_allowed('moe', 'exchange')) == set(dispatch.EXCHANGES)
-  assert set(_allowed('model', 'activation')) == set(basic.ACTIVATIONS)
+  assert set(_allowed('model', 'activation')) == set(experts.ACTIVATIONS)
   assert set(_allowed('data', 'tokenizer')) == set(tokenizer_lib.KINDS)
   assert {data.ByteTokenizer.name, data.BpeTokenizer.name} == set(tokenizer_lib.KINDS)
   assert set(_allowed('moe', 'priority')) == set(routing.PRIORITIES)
@@ -347,7 +347,7 @@ def test_capacity_of_training_is_that_of_the_layer(changes, capacity):
   config.moe.update(changes)
   assert schema.training_capacity(config) == capacity
   model = build_model(config, make_mesh(1, 1), tiny.VOCAB_SIZE, 'train', 4)
-  assert moe.group_capacity(model.options.moe, config.data.sequence_length) == capacity
+  assert moe_layer.sizes_of(model.options.moe, config.data.sequence_length).capacity == capacity
 
 
 @pytest.mark.parametrize(

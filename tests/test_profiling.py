@@ -14,7 +14,7 @@ import pytest
 
 from moe_jax import profiling
 from moe_jax.errors import UserError
-from moe_jax.layers import moe
+from moe_jax.layers import moe_layer
 from moe_jax.parallel.mesh import make_mesh
 from tests import tiny
 from tests.layers import small_layer
@@ -125,7 +125,16 @@ def test_every_dispatcher_names_its_parts(name):
   info, keys = small_layer.info_of(inputs.valid), small_layer.group_keys(options, len(inputs.x))
 
   def loss(params):
-    layer = moe.moe_layer(inputs.x, info, params, {}, keys, make_mesh(1, 1), options, True)
+    layer = moe_layer.moe_layer(
+      inputs.x,
+      info,
+      params,
+      state={},
+      keys=keys,
+      mesh=make_mesh(1, 1),
+      options=options,
+      deterministic=True,
+    )
     return jnp.sum(layer.y**2)
 
   program = jax.jit(jax.grad(loss)).lower(inputs.params).compile().as_text()

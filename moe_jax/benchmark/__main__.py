@@ -6,7 +6,6 @@ dispatch: moving tokens and the experts' products under a given routing, against
   products alone, one-hot products, lax.ragged_dot, and a copy of the same bytes.
 ep: the MoE layer over a mesh against the same work on one device, and the bytes it exchanges.
 layer: the MoE layer against a dense layer of the same active FLOPs and its own batched products.
-products: the experts' products all in one against one expert at a time.
 router: choosing and planning, as a share of the experts' products.
 step: where the time of a training step goes, and how long it waits for data (--config=...).
 sweep: what it gains to train several trials as one program (--config=...).
@@ -25,8 +24,8 @@ from moe_jax import cli, schema
 from moe_jax.benchmark import names
 from moe_jax.errors import UserError, did_you_mean
 
-_COMMANDS = ('decode', 'dispatch', 'ep', 'layer', 'products', 'router', 'step', 'sweep')
-_OF_TOKENS = 'dispatch ep layer products router'  # compute layers of so many tokens
+_COMMANDS = ('decode', 'dispatch', 'ep', 'layer', 'router', 'step', 'sweep')
+_OF_TOKENS = 'dispatch ep layer router'  # compute layers of so many tokens
 _LAYERS = f'decode {_OF_TOKENS}'  # compute layers of given sizes
 _READERS: dict[str, Collection[str]] = {}  # the commands that read a flag
 
@@ -70,7 +69,7 @@ _define(
 )
 _define(
   flags.DEFINE_enum,
-  'decode dispatch ep layer products',
+  'decode dispatch ep layer',
   'activation',
   'swiglu',
   ['swiglu', 'gelu'],
@@ -119,7 +118,7 @@ _define(
 )
 _define(
   flags.DEFINE_integer,
-  'dispatch layer products',
+  'dispatch layer',
   'tokens_per_expert',
   0,
   'so many tokens for each expert; 0 for num_tokens.',

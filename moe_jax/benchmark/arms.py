@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from moe_jax.layers.basic import activate, hidden_dim
-from moe_jax.layers.experts import batched, run_experts
-from moe_jax.layers.moe import MoeParams
+from moe_jax.experts import activate, batched, hidden_dim, run_experts
+from moe_jax.layers.moe_options import MoeParams
 
 
 class Shape(NamedTuple):
@@ -124,4 +123,4 @@ def batched_of(
   On CPUs the layer's own products go one expert at a time where that is faster.
   """
   w_in, w_out = (w.astype(buffers.dtype) for w in (params.w_in, params.w_out))
-  return batched(activate(batched(buffers, w_in), activation), w_out)
+  return batched.forward(activation, buffers, w_in, w_out)[0]

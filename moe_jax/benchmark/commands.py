@@ -18,7 +18,6 @@ from moe_jax.benchmark import (
   layer,
   names,
   peers,
-  products,
   router,
   routings,
   step,
@@ -52,7 +51,6 @@ def run(command: str, config: Callable[[], ml_collections.ConfigDict]) -> None:
     'dispatch': _dispatch,
     'ep': _ep,
     'layer': _layer,
-    'products': _products,
     'router': _router,
     'step': lambda: _step(config()),
     'sweep': lambda: _sweep(config()),
@@ -227,17 +225,6 @@ def _layer() -> None:
   if not FLAGS.json:
     print(text.LAYER_HEAD)
   _show(rows, lambda row: text.of_layer(row) + _profile_text(row))
-
-
-def _products() -> None:
-  rows = products.rows(
-    _shape(),
-    num_experts=_values_of_e([8, 64, 256, 1024]),
-    tokens_per_expert=_tokens_per_expert(),
-    rounds=FLAGS.rounds,
-    seed=FLAGS.seed,
-  )
-  _show(rows, text.of_products)
 
 
 def _step(config: ml_collections.ConfigDict) -> None:

@@ -15,14 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import dispatch as dispatch_room
+from moe_jax import dispatch as dispatch_lib
 from moe_jax import routing
 from moe_jax.benchmark.arms import Shape, dense_of, dense_weights, expert_weights
 from moe_jax.benchmark.dispatch import choose, layer_of
 from moe_jax.benchmark.layer import options_of
 from moe_jax.benchmark.timing import Compiled, compile_arm, is_void, measure, profiled, ratio
-from moe_jax.layers.basic import hidden_dim
-from moe_jax.layers.decode import decode_experts, way_of
+from moe_jax.dispatch import decode_blocks
+from moe_jax.experts import hidden_dim
+from moe_jax.experts.decode import implementation
 from moe_jax.models.decoder import Decoder, DecoderOptions, init_cache
 from moe_jax.models.generate import Rows, Sampling, continue_rows
 from moe_jax.parallel.mesh import make_mesh
@@ -117,7 +118,7 @@ def _model_row(
   with jax.set_mesh(mesh):
     dense = _model_arm(decoder_of(shape, 0, num_layers, '', mesh), shape, seed)
     compiled = {'dense': dense, 'dense copy': dense}
-    for name, dispatcher in (('decode', dispatch_room.DECODE), ('slots', 'gather')):
+    for name, dispatcher in (('decode', dispatch_lib.DECODE), ('slots', 'gather')):
       why = _too_much(name, shape, num_experts)
       if why:
         not_measured[name] = why
@@ -144,8 +145,8 @@ def _row(
     'level': level,
     'batch': shape.num_tokens,
     'num_experts': num_experts,
-    'way': way_of(total, num_experts, jax.devices()[0].platform),
-    'rows_in_block': dispatch_room.decode.rows_in_block(total, num_experts),
+    'way': implementation(total, num_experts, jax.devices()[0].platform),
+    'rows_in_block': decode_blocks.rows_in_block(total, num_experts),
     'null': null._asdict(),
     'void': is_void(null),
   }
@@ -195,20 +196,22 @@ def arm_of(name: str, shape: Shape, num_experts: int) -> Callable:
 
   def arm(params, tokens, plan):
     weights = (params.w_in, params.w_out)
-    return decode_experts(tokens, plan, weights, shape.activation, platform=platform, **how)
+    return dispatch_lib.run_decode(
+      tokens, plan, weights, activation=shape.activation, platform=platform, **how
+    )
 
   return arm
 
 
 def _grouped_rows(num_assignments: int, num_experts: int) -> int:
-  return dispatch_room.decode.rows_in_block(max(num_assignments, num_experts), num_experts)
+  return decode_blocks.rows_in_block(max(num_assignments, num_experts), num_experts)
 
 
 def blocks_of(name: str, loads: np.ndarray, shape: Shape) -> int:
   """Returns how often an arm reads the weights of an expert, for the loads of a routing."""
   total, experts = int(loads.sum()), len(loads)
   rows_of = {
-    'decode': dispatch_room.decode.rows_in_block(total, experts),
+    'decode': decode_blocks.rows_in_block(total, experts),
     'gather': 1,
     'one_by_one': 1,
     'grouped': _grouped_rows(total, experts),

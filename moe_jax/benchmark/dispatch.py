@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from moe_jax import dispatch as dispatch_room
+from moe_jax import dispatch as dispatch_lib
 from moe_jax import routing
 from moe_jax.benchmark import peers as peers_lib
 from moe_jax.benchmark.arms import (
@@ -39,9 +39,8 @@ from moe_jax.benchmark.timing import (
   milliseconds,
   ratio,
 )
-from moe_jax.layers.basic import activate
-from moe_jax.layers.experts import run_experts
-from moe_jax.layers.moe import MoeParams
+from moe_jax.experts import activate, run_experts
+from moe_jax.layers.moe_options import MoeParams
 from moe_jax.parallel.mesh import BATCH_AXES, EXPERT_AXIS, make_mesh
 from moe_jax.routing.plan import Plan
 
@@ -192,7 +191,15 @@ def layer_of(arm: str, activation: str) -> Callable[[MoeParams, Array, Plan], Ar
     selected = plan.expert_index.shape[-1]
     if arm in DROPLESS:
       plan = plan._replace(keep=plan.asked, combine_weights=plan.asked / selected)
-    return dispatch_room.run(arm, tokens, plan, weights, experts, EXPERT_AXIS, selected)
+    return dispatch_lib.run_plan(
+      arm,
+      tokens,
+      plan,
+      weights=weights,
+      experts=experts,
+      axis_name=EXPERT_AXIS,
+      num_selected=selected,
+    )
 
   def layer(params, tokens, plan):
     run = jax.shard_map(

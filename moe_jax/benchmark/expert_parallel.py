@@ -14,7 +14,8 @@ from moe_jax.benchmark.arms import Shape, expert_weights, load_facts, timed
 from moe_jax.benchmark.layer import ROUTER_INIT_SCALE, options_of
 from moe_jax.benchmark.timing import Compiled, compile_arm, is_void, measure, ratio
 from moe_jax.errors import UserError
-from moe_jax.layers.moe import MoeOptions, TokenInfo, moe_layer
+from moe_jax.layers.moe_layer import moe_layer
+from moe_jax.layers.moe_options import MoeOptions, TokenInfo
 from moe_jax.parallel.mesh import BATCH_AXES, EXPERT_AXIS, make_mesh
 
 _ITEM_BYTES = {'f32': 4, 'bf16': 2}
@@ -141,7 +142,9 @@ def _arm(
   group_keys = jax.random.split(keys[3], groups)
 
   def layer(params, x):
-    return moe_layer(x, info, params, {}, group_keys, mesh, options, True)
+    return moe_layer(
+      x, info, params, state={}, keys=group_keys, mesh=mesh, options=options, deterministic=True
+    )
 
   function = timed(lambda params, x: layer(params, x).y, backward)
   arguments = params, put(x, BATCH_AXES)

@@ -32,7 +32,8 @@ from moe_jax.benchmark.timing import (
   ratio,
 )
 from moe_jax.errors import UserError
-from moe_jax.layers.moe import MoeOptions, TokenInfo, group_capacity, moe_layer
+from moe_jax.layers.moe_layer import moe_layer, sizes_of
+from moe_jax.layers.moe_options import MoeOptions, TokenInfo
 from moe_jax.parallel.mesh import make_mesh
 
 ROUTER_INIT_SCALE = 0.1
@@ -148,11 +149,13 @@ def _row(
   if options.capacity_factor is None:
     slots = -(-num_tokens * options.num_selected_experts // options.num_experts)
   else:
-    slots = num_groups * group_capacity(options, group_size)
+    slots = num_groups * sizes_of(options, group_size).capacity
   buffers = jax.random.normal(keys[3], (options.num_experts, slots, embed_dim), x.dtype)
 
   def moe(params, x):
-    return moe_layer(x, info, params, {}, group_keys, mesh, options, True)
+    return moe_layer(
+      x, info, params, state={}, keys=group_keys, mesh=mesh, options=options, deterministic=True
+    )
 
   def dense_layer(weights, x):
     return dense_of(weights, x, options.activation)

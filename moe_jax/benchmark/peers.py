@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from moe_jax.benchmark.arms import Shape
 from moe_jax.benchmark.timing import is_void, milliseconds, ratio
 from moe_jax.errors import UserError
-from moe_jax.layers.moe import MoeParams
+from moe_jax.layers.moe_options import MoeParams
 
 GROUPED = 'grouped_mm'
 DENSE, DENSE_COPY = 'torch dense', 'torch dense copy'
@@ -146,7 +146,7 @@ def summary(seconds: dict[str, list[float]], ours: Sequence[str]) -> dict[str, A
 
 
 def _activation(torch: Any, activation: str) -> tuple[Callable, Callable]:
-  """Returns hidden layer -> activated one as `basic.activate`, and the function within it."""
+  """Returns hidden layer -> activated one as `experts.activate`, and the function within it."""
   functional = torch.nn.functional
   if activation == 'gelu':
     gelu = lambda hidden: functional.gelu(hidden, approximate='tanh')  # noqa: E731

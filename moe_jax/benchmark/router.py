@@ -11,7 +11,7 @@ import numpy as np
 from moe_jax import routing
 from moe_jax.benchmark.arms import load_facts
 from moe_jax.benchmark.timing import Compiled, compile_arm, is_void, measure, ratio
-from moe_jax.layers.basic import activate, hidden_dim
+from moe_jax.experts import activate, hidden_dim
 from moe_jax.routing.router import Mixture
 
 VOCAB_SIZE = 32_768

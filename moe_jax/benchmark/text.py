@@ -86,15 +86,6 @@ def of_router(row: dict[str, Any]) -> str:
   )
 
 
-def of_products(row: dict[str, Any]) -> str:
-  """Returns a line."""
-  return (
-    f'E={row["num_experts"]:<5} {row["num_rows"]:>5} rows x {str(row["weights"]):<13} '
-    f'{row["product"]:<4} batched / loop {Ratio(**row["speed"])}, null {Ratio(**row["null"])}; '
-    f'on CPUs the layer {"loops" if row["loops"] else "batches"}{_void(row)}'
-  )
-
-
 def of_expert_parallel(row: dict[str, Any]) -> str:
   """Returns a line."""
   sent = ', '.join(f'{size / 1e6:.2f}' for size in row['exchanged_bytes']) or 'nothing'

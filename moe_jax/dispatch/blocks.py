@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moe_jax.experts.cpu_weight_gradients import add_at
+
 # The weights of all experts, E first in each; and (rows [E C D], weights, filled=None) -> [E C D].
 Weights = Any
 Experts = Callable[..., Array]
@@ -148,11 +150,3 @@ def rows(values: Float[Array, 'N D'], index: Int[Array, '*B']) -> Float[Array, '
 
 def _weights_of(weights: Weights, expert: Int[Array, '']) -> Weights:
   return jax.tree.map(lambda w: jax.lax.dynamic_slice_in_dim(w, expert, 1), weights)
-
-
-def add_at(
-  total: Float[Array, 'E *rest'], part: Float[Array, '1 *rest'], expert: Int[Array, '']
-) -> Float[Array, 'E *rest']:
-  """Adds to one expert's part, in place. A scatter-add would do the same, and slower."""
-  old = jax.lax.dynamic_slice_in_dim(total, expert, 1)
-  return jax.lax.dynamic_update_slice_in_dim(total, old + part, expert, 0)

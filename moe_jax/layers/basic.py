@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-ACTIVATIONS = ('swiglu', 'gelu')
+from moe_jax.experts import activate, hidden_dim
 
 # A matrix [.., fan_in, fan_out]; a leading expert dimension must not count into the fan-in.
 matrix_init = nn.initializers.variance_scaling(1.0, 'fan_in', 'truncated_normal')
@@ -19,22 +19,6 @@ experts_init = nn.initializers.variance_scaling(
 def logical(init: Callable, *dims: str | None) -> Callable:
   """Names the dimensions of a parameter; `parallel.mesh.LOGICAL_RULES` maps them to the mesh."""
   return nn.with_logical_partitioning(init, dims)
-
-
-def activate(hidden: Float[Array, '*any F2'], activation: str) -> Float[Array, '*any F']:
-  """Applies GELU, or SwiGLU to a hidden layer whose halves are gate and value.
-
-  Source: Shazeer 2020, arXiv:2002.05202, eq. 5-6, without biases.
-  """
-  if activation == 'gelu':
-    return jax.nn.gelu(hidden)
-  gate, value = jnp.split(hidden, 2, axis=-1)
-  return jax.nn.silu(gate) * value
-
-
-def hidden_dim(mlp_dim: int, activation: str) -> int:
-  """Columns of the first matrix: SwiGLU needs a gate and a value for each hidden unit."""
-  return 2 * mlp_dim if activation == 'swiglu' else mlp_dim
 
 
 class RMSNorm(nn.Module):
@@ -60,7 +44,7 @@ class Mlp(nn.Module):
 
   Attributes:
     mlp_dim: F, hidden units.
-    activation: one of `ACTIVATIONS`.
+    activation: one of `experts.ACTIVATIONS`.
   """
 
   mlp_dim: int

@@ -9,7 +9,7 @@ from moe_jax import config as config_lib
 from moe_jax import routing
 from moe_jax.dispatch import DECODE
 from moe_jax.errors import UserError
-from moe_jax.layers.moe import MoeOptions
+from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.models.decoder import Decoder, DecoderOptions
 
 MODES = ('train', 'eval', 'decode')

@@ -17,7 +17,8 @@ from moe_jax import routing
 from moe_jax.dispatch import DECODE, EXCHANGED
 from moe_jax.layers.attention import Attention, KeyValueCache, packed_causal_mask
 from moe_jax.layers.basic import Mlp, RMSNorm, logical, matrix_init
-from moe_jax.layers.moe import ROUTER_STATE, Moe, MoeOptions, TokenInfo, TokenRouting
+from moe_jax.layers.moe import ROUTER_STATE, Moe
+from moe_jax.layers.moe_options import MoeOptions, TokenInfo, TokenRouting
 from moe_jax.parallel.mesh import BATCH_AXES
 
 

@@ -6,7 +6,7 @@ import ml_collections
 
 from moe_jax import config as config_lib
 from moe_jax import routing
-from moe_jax.layers.basic import hidden_dim
+from moe_jax.experts import hidden_dim
 
 
 def parameter_counts(config: ml_collections.ConfigDict, vocab_size: int) -> dict[str, int]:

@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from moe_jax import routing
-from moe_jax.layers.moe import MoeOptions
+from moe_jax.layers.moe_options import MoeOptions
 
 
 class LossWeights(NamedTuple):

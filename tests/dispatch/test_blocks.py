@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moe_jax import routing
-from moe_jax.dispatch import decode
+from moe_jax.dispatch import decode_blocks
 
 
 def draw_plan(groups, size, k, num_experts, keep, seed):
@@ -47,7 +47,7 @@ def test_each_kept_assignment_has_a_row_of_its_own_at_its_expert(
   tokens = np.random.default_rng(seed).normal(size=(groups, size, 3)).astype(np.float32)
   first, here = (num_experts // 2, num_experts - num_experts // 2) if half else (0, num_experts)
   how = {'num_rows': num_rows, 'num_experts': here, 'first_expert': first}
-  blocks = jax.jit(functools.partial(decode.dispatch, **how))(jnp.asarray(tokens), plan)
+  blocks = jax.jit(functools.partial(decode_blocks.dispatch, **how))(jnp.asarray(tokens), plan)
   rows, place = np.asarray(blocks.rows), np.asarray(blocks.place)
   flat, seen, loads = rows.reshape(-1, 3), set(), np.zeros(here, int)
   for at in np.ndindex(groups, size, k):
@@ -72,14 +72,14 @@ def test_combine_sums_what_is_here_in_float32():
   plan = draw_plan(1, 1, 3, 3, 1.0, 0)
   plan = plan._replace(combine_weights=jnp.array([[[256.0, 1.0, 1.0]]]))
   tokens = jnp.ones((1, 1, 2), jnp.bfloat16)
-  blocks = decode.dispatch(tokens, plan, num_rows=1, num_experts=3)
-  y = decode.combine(blocks.rows, blocks, plan)
+  blocks = decode_blocks.dispatch(tokens, plan, num_rows=1, num_experts=3)
+  y = decode_blocks.combine(blocks.rows, blocks, plan)
   assert y.dtype == jnp.float32
   np.testing.assert_array_equal(y, 258)
-  of_one = decode.dispatch(
+  of_one = decode_blocks.dispatch(
     tokens, plan, num_rows=1, num_experts=1, first_expert=plan.expert_index[0, 0, 1]
   )
-  np.testing.assert_array_equal(decode.combine(of_one.rows, of_one, plan), 1)
+  np.testing.assert_array_equal(decode_blocks.combine(of_one.rows, of_one, plan), 1)
 
 
 @pytest.mark.parametrize(
@@ -101,14 +101,14 @@ def test_combine_sums_what_is_here_in_float32():
   ],
 )
 def test_rows_in_a_block_follow_the_mean_load(assignments, experts, rows):
-  assert decode.rows_in_block(assignments, experts) == rows
+  assert decode_blocks.rows_in_block(assignments, experts) == rows
 
 
 def test_number_of_blocks_is_enough_for_the_worst_routing():
   # 7 assignments to 3 experts, blocks of 2: loads 3, 3, 1 need 2 + 2 + 1 blocks; 7 // 2 + 3 = 6.
   expert = jnp.array([[[0], [0], [0], [1], [1], [1], [2]]], jnp.int32)
   plan = draw_plan(1, 7, 1, 3, 1.0, 0)._replace(expert_index=expert)
-  blocks = decode.dispatch(jnp.ones((1, 7, 2)), plan, num_rows=2, num_experts=3)
+  blocks = decode_blocks.dispatch(jnp.ones((1, 7, 2)), plan, num_rows=2, num_experts=3)
   assert blocks.rows.shape == (6, 2, 2)
   assert blocks.num_filled == 5
   np.testing.assert_array_equal(blocks.expert[:5], [0, 0, 1, 1, 2])

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.layers import moe
+from moe_jax.layers import moe_layer
 from tests import tiny
 
 PATH = tiny.REPOSITORY / 'launch' / 'accelerator.py'
@@ -130,14 +130,14 @@ def test_a_wrong_accelerator_is_refused(error, monkeypatch):
 
 
 def test_nan_in_a_gradient_alone_is_seen(monkeypatch):
-  run = moe.dispatch_room.run
+  run = moe_layer.dispatch_lib.run_plan
 
   def broken(name, *rest):
     outputs = run(name, *rest)
     # The root of zeros is zero, its gradient 0 * infinity.
     return outputs if name == 'einsum' else outputs + jnp.sqrt(0 * outputs)
 
-  monkeypatch.setattr(moe.dispatch_room, 'run', broken)
+  monkeypatch.setattr(moe_layer.dispatch_lib, 'run_plan', broken)
   monkeypatch.setitem(SCRIPT['check'].__globals__, 'CASES', (('gather', 1.0),))
   assert np.isnan(SCRIPT['check']())
 

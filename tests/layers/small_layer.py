@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import routing
-from moe_jax.layers import moe
+from moe_jax.layers import moe_layer, moe_options
+from moe_jax.routing import groups
 from tests import oracle
 
 WIDTH = 8
 VOCAB_SIZE = 11
-OPTIONS = moe.MoeOptions(
+OPTIONS = moe_options.MoeOptions(
   router='top_k',
   choice=routing.RouterOptions(num_experts=8, num_selected_experts=2),
   mlp_dim=8,
@@ -32,7 +33,7 @@ OPTIONS = moe.MoeOptions(
 class Inputs(NamedTuple):
   x: jax.Array
   valid: jax.Array
-  params: moe.MoeParams
+  params: moe_options.MoeParams
 
 
 def change(options, **changes):
@@ -66,7 +67,7 @@ def draw(options, batch=16, length=8, seed=0):
 
 
 def make_params(router, w_in, w_out):
-  return moe.MoeParams({'router': router}, w_in, w_out)
+  return moe_options.MoeParams({'router': router}, w_in, w_out)
 
 
 def info_of(valid):
@@ -74,12 +75,12 @@ def info_of(valid):
   rows, length = valid.shape
   places = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), valid.shape)
   ids = (places * 7 + jnp.arange(rows, dtype=jnp.int32)[:, None] * 3) % VOCAB_SIZE
-  return moe.TokenInfo(jnp.asarray(valid), ids, places)
+  return moe_options.TokenInfo(jnp.asarray(valid), ids, places)
 
 
 def probes(params, num_experts):
   """Experts in whose presence y[b, t, e] is expert e's weight times a constant: 0 if not kept."""
-  return moe.MoeParams(
+  return moe_options.MoeParams(
     router=params.router,
     w_in=jnp.zeros_like(params.w_in).at[:, -1].set(1.0),
     w_out=jnp.zeros_like(params.w_out).at[:, 0, :num_experts].set(jnp.eye(num_experts)),
@@ -102,13 +103,22 @@ def auxiliary(sums, options):
 def apply(inputs, mesh, options, deterministic=False):
   keys = group_keys(options, inputs.x.shape[0])
   info = info_of(inputs.valid)
-  return moe.moe_layer(inputs.x, info, inputs.params, {}, keys, mesh, options, deterministic)[:2]
+  return moe_layer.moe_layer(
+    inputs.x,
+    info,
+    inputs.params,
+    state={},
+    keys=keys,
+    mesh=mesh,
+    options=options,
+    deterministic=deterministic,
+  )[:2]
 
 
 def expected(inputs, options, deterministic=False):
   """The oracle's layer, given the noise and the permutations that the group's keys stand for."""
   batch, length, _ = inputs.x.shape
-  noise_keys, _, order_keys = moe.split_keys(group_keys(options, batch))
+  noise_keys, _, order_keys = groups.split_keys(group_keys(options, batch))
   size = length * options.group_size
   noise = None
   if options.jitter and not deterministic:

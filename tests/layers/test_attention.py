@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax import experts
 from moe_jax.layers import attention as attention_lib
 from moe_jax.layers import basic
 from tests import oracle
@@ -118,12 +119,12 @@ def test_rms_norm_by_hand():
   np.testing.assert_array_equal(zero, 0)
 
 
-@pytest.mark.parametrize('activation', basic.ACTIVATIONS)
+@pytest.mark.parametrize('activation', experts.ACTIVATIONS)
 def test_mlp_matches_the_definition(activation):
   x = draw()[0]
   module = basic.Mlp(5, activation)
   params = nn.unbox(module.init(jax.random.key(0), x))['params']
-  assert params['w_in'].shape == (WIDTH, basic.hidden_dim(5, activation))
+  assert params['w_in'].shape == (WIDTH, experts.hidden_dim(5, activation))
   y = module.apply({'params': params}, x)
   np.testing.assert_allclose(
     y,

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from moe_jax import routing
-from moe_jax.layers import experts, moe
+from moe_jax.experts import implementations
+from moe_jax.layers import moe_layer
 from moe_jax.parallel.mesh import make_mesh
 from tests.layers import small_layer
 
@@ -35,7 +36,9 @@ def lower(num_experts, batch, length, mesh=(1, 1), backward=False, dtype=jnp.flo
   keys = small_layer.group_keys(options, batch)
 
   def layer(params, x):
-    return moe.moe_layer(x, info, params, {}, keys, mesh, options, True)[:2]
+    return moe_layer.moe_layer(
+      x, info, params, state={}, keys=keys, mesh=mesh, options=options, deterministic=True
+    )[:2]
 
   def loss(params, x):
     return jnp.sum(jnp.square(layer(params, x)[0].astype(jnp.float32)))
@@ -61,8 +64,8 @@ def test_flops_and_memory_are_those_of_the_products(num_experts, backward):
 
 @pytest.mark.parametrize('backward', [False, True])
 def test_products_in_a_loop_need_no_more_memory(backward, monkeypatch):
-  """XLA counts a loop's body once; the FLOPs of these: test_experts.py and test_filled.py."""
-  monkeypatch.setattr(experts, 'LEAST_WEIGHTS', 1)
+  """XLA counts a loop's body once; the FLOPs of these: tests/experts."""
+  monkeypatch.setattr(implementations, 'LEAST_WEIGHTS', 1)
   tokens, num_experts = 2048, 64
   compiled = lower(num_experts, 1, tokens, backward=backward).compile()
   assert ' while(' in compiled.as_text()
@@ -74,7 +77,7 @@ def test_products_in_a_loop_need_no_more_memory(backward, monkeypatch):
 @pytest.mark.parametrize('backward', [False, True])
 @pytest.mark.parametrize('num_experts', [8, 64])
 def test_memory_of_a_device_where_rows_are_packed(num_experts, backward, monkeypatch):
-  monkeypatch.setattr(experts, 'LEAST_WEIGHTS', 1)
+  monkeypatch.setattr(implementations, 'LEAST_WEIGHTS', 1)
   devices, length = 8, 256
   compiled = lower(num_experts, devices, length, (1, devices), backward).compile()
   # As many slots as the device's own tokens fill of all experts come from all devices for its own.
@@ -88,7 +91,7 @@ def test_memory_of_a_device_where_rows_are_packed(num_experts, backward, monkeyp
 @pytest.mark.parametrize('packs', [False, True])
 def test_exchanged_bytes_are_the_formula(dtype, backward, packs, monkeypatch):
   if packs:
-    monkeypatch.setattr(experts, 'LEAST_WEIGHTS', 1)
+    monkeypatch.setattr(implementations, 'LEAST_WEIGHTS', 1)
   data, expert, batch, length, num_experts = 2, 4, 8, 64, 8
   text = lower(num_experts, batch, length, (data, expert), backward, dtype).as_text()
   # Before compiling: XLA on CPUs widens bfloat16.

@@ -16,8 +16,10 @@ import pytest
 
 from moe_jax import config as schema
 from moe_jax import routing
-from moe_jax.layers import experts, moe
+from moe_jax.experts import implementations
+from moe_jax.layers import moe_layer
 from moe_jax.parallel.mesh import make_mesh
+from moe_jax.routing import groups
 from moe_jax.train.step import over_scopes
 from tests import tiny
 from tests.layers import small_layer
@@ -73,7 +75,16 @@ def run(options, mesh, inputs, state, deterministic=False):
   """Returns y and sums."""
   keys = small_layer.group_keys(options, inputs.x.shape[0])
   info = small_layer.info_of(inputs.valid)
-  layer = moe.moe_layer(inputs.x, info, inputs.params, state, keys, mesh, options, deterministic)
+  layer = moe_layer.moe_layer(
+    inputs.x,
+    info,
+    inputs.params,
+    state=state,
+    keys=keys,
+    mesh=mesh,
+    options=options,
+    deterministic=deterministic,
+  )
   return layer.y, layer.sums
 
 
@@ -117,7 +128,7 @@ def outcome(names, mesh, **changes):
 def few_weights_are_many():
   """Lets `gather` and `dropless` tell small experts, too, which rows are filled."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(experts, 'LEAST_WEIGHTS', 1)
+    patch.setattr(implementations, 'LEAST_WEIGHTS', 1)
     yield
 
 
@@ -308,17 +319,17 @@ def test_padding_influences_nothing(name, one_device):
 
 def test_control_numbers_of_one_device_are_refused(monkeypatch):
   """The router's own sums, its loss and state hang on them, left without their psum."""
-  original, tried = moe._sum_over_devices, []
+  original, tried = moe_layer._sum_over_devices, []
   for name in ROUTERS:
     options = options_of(name)
     inputs, state = drawn(options)
     trace = functools.partial(jax.eval_shape, functools.partial(run, options, make_mesh(1, 2)))
-    monkeypatch.setattr(moe, '_sum_over_devices', lambda sums: sums)
+    monkeypatch.setattr(moe_layer, '_sum_over_devices', lambda sums: sums)
     with pytest.raises(ValueError, match='out_specs'):
       trace(inputs, state)
     if has_sums(options, inputs, state):
       tried.append(name)
-      monkeypatch.setattr(moe, '_sum_over_devices', lambda s: original(s)._replace(own=s.own))
+      monkeypatch.setattr(moe_layer, '_sum_over_devices', lambda s: original(s)._replace(own=s.own))
       with pytest.raises(ValueError, match='out_specs'):
         trace(inputs, state)
   assert {'gshard', 'group_limited', 'kmeans', 'quantile', 'remoe', 'vmoe'} <= set(tried)
@@ -337,8 +348,13 @@ def forward(names):
 
 
 def test_control_a_slot_too_few_is_noticed_in_every_router(monkeypatch, one_device):
-  original = moe.group_capacity
-  monkeypatch.setattr(moe, 'group_capacity', lambda *numbers: original(*numbers) - 1)
+  original = moe_layer.sizes_of
+
+  def one_too_few(*numbers):
+    sizes = original(*numbers)
+    return sizes._replace(capacity=sizes.capacity - 1)
+
+  monkeypatch.setattr(moe_layer, 'sizes_of', one_too_few)
   # The others have a slot for every token, or slots that are no token's.
   names = [name for name in ROUTERS if not routing.ROUTERS[name].keeps_all]
   for name, (y, _) in forward(names).items():
@@ -347,9 +363,9 @@ def test_control_a_slot_too_few_is_noticed_in_every_router(monkeypatch, one_devi
 
 
 def test_control_sums_of_too_many_devices_are_noticed_in_every_router(monkeypatch, one_device):
-  original = moe._sum_over_devices
+  original = moe_layer._sum_over_devices
   monkeypatch.setattr(
-    moe, '_sum_over_devices', lambda sums: jax.tree.map(lambda a: 2 * a, original(sums))
+    moe_layer, '_sum_over_devices', lambda sums: jax.tree.map(lambda a: 2 * a, original(sums))
   )
   for name, (_, sums) in forward(ROUTERS).items():
     with pytest.raises(AssertionError, match='Not equal to tolerance'):
@@ -358,7 +374,7 @@ def test_control_sums_of_too_many_devices_are_noticed_in_every_router(monkeypatc
 
 def has_sums(options, inputs, state):
   router = routing.ROUTERS[options.router]
-  x = moe.to_groups(inputs.x, options.group_size)
+  x = groups.to_groups(inputs.x, options.group_size)
   size = x.shape[:2]
   places = jnp.zeros(size, jnp.int32)
   arguments = routing.RouterInputs(
@@ -372,13 +388,13 @@ def has_sums(options, inputs, state):
 
 def test_control_a_state_fed_with_twice_the_sums_is_noticed(monkeypatch, one_device):
   # What a psum too many does to quantile's bias: counts double, and so do thresholds times tokens.
-  original = moe._sum_over_devices
+  original = moe_layer._sum_over_devices
 
   def doubled(sums):
     total = original(sums)
     return total._replace(own=jax.tree.map(lambda a: 2 * a, total.own))
 
-  monkeypatch.setattr(moe, '_sum_over_devices', doubled)
+  monkeypatch.setattr(moe_layer, '_sum_over_devices', doubled)
   result = outcome(['quantile', 'remoe'], (1, 2))
   for name in ('quantile', 'remoe'):
     with pytest.raises(AssertionError, match='Not equal to tolerance'):

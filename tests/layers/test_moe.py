@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import routing
-from moe_jax.layers import moe
+from moe_jax.layers import moe, moe_layer
 from moe_jax.layers.basic import Mlp
 from moe_jax.parallel.mesh import make_mesh
+from moe_jax.routing import capacity, groups
 from tests import oracle
 from tests.layers import small_layer
 
@@ -176,9 +176,9 @@ def test_narrow_tokens_are_routed_in_float32():
 def test_groups_stand_in_order_of_position():
   # Two sequences a and b: a0 b0 a1 b1 a2 b2.
   x = jnp.array([[[0], [1], [2]], [[10], [11], [12]]], jnp.float32)
-  grouped = moe.to_groups(x, 2)
+  grouped = groups.to_groups(x, 2)
   np.testing.assert_array_equal(grouped[0, :, 0], [0, 10, 1, 11, 2, 12])
-  np.testing.assert_array_equal(moe.from_groups(grouped, 2), x)
+  np.testing.assert_array_equal(groups.from_groups(grouped, 2), x)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_what_does_not_divide_is_an_error(mesh, batch, changes, message):
 @pytest.mark.parametrize(('factor', 'slots'), [(None, 16), (0.5, 2), (1.25, 5), (100.0, 16)])
 def test_capacity_of_a_group(factor, slots):
   # S = 16, K = 2, E = 8: 4 slots per unit of the factor, never more than the S that can be filled.
-  assert moe.group_capacity(small_layer.make_options(capacity_factor=factor), 16) == slots
+  assert moe_layer.sizes_of(small_layer.make_options(capacity_factor=factor), 16).capacity == slots
 
 
 def module_and_params(options):
@@ -243,8 +243,8 @@ def test_control_capacity_off_by_one_is_noticed(monkeypatch):
   options = small_layer.make_options()
   inputs = small_layer.draw(options, batch=4)
   small_layer.check_layer(inputs, make_mesh(1, 2), options)
-  original = routing.expert_capacity
-  monkeypatch.setattr(routing, 'expert_capacity', lambda *sizes: original(*sizes) - 1)
+  original = capacity.expert_capacity
+  monkeypatch.setattr(capacity, 'expert_capacity', lambda *sizes: original(*sizes) - 1)
   with pytest.raises(AssertionError, match='Not equal to tolerance'):
     small_layer.check_layer(inputs, make_mesh(1, 2), options)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import routing
-from moe_jax.layers.moe import MoeOptions
+from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.models.decoder import Decoder, DecoderOptions
 from moe_jax.parallel.mesh import make_mesh
 from tests.layers import small_layer

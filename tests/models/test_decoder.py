@@ -8,7 +8,8 @@ import pytest
 
 from moe_jax.layers.attention import Attention, packed_causal_mask
 from moe_jax.layers.basic import Mlp, RMSNorm
-from moe_jax.layers.moe import Moe, TokenInfo
+from moe_jax.layers.moe import Moe
+from moe_jax.layers.moe_options import TokenInfo
 from moe_jax.models.decoder import forward
 from moe_jax.parallel.mesh import EXPERT_AXIS, LOGICAL_RULES
 from tests import tiny

@@ -10,19 +10,20 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from moe_jax.layers import experts, filled, weight_gradients
+from moe_jax import experts
+from moe_jax.experts import cpu, cpu_weight_gradients, implementations
 from moe_jax.parallel.mesh import make_mesh
 from tests import tiny
-from tests.layers import test_experts
+from tests.experts import test_implementations
 
-E, C, D, F = test_experts.E, 50, test_experts.D, test_experts.F
+E, C, D, F = test_implementations.E, 50, test_implementations.D, test_implementations.F
 
 
 @pytest.fixture(autouse=True, params=['weights in the loop', 'weights after it'])
 def takes_small_weights(monkeypatch, request):
   """Of the backward pass; C lies between the two bounds."""
-  monkeypatch.setattr(experts, 'LEAST_WEIGHTS', 1)
-  monkeypatch.setattr(filled, 'MOST_BATCHED', C - 1 if 'in' in request.param.split() else C)
+  monkeypatch.setattr(implementations, 'LEAST_WEIGHTS', 1)
+  monkeypatch.setattr(cpu, 'MOST_BATCHED', C - 1 if 'in' in request.param.split() else C)
 
 
 def make_inputs(num_filled, seed=0):
@@ -42,14 +43,14 @@ gradient = functools.partial(jax.value_and_grad, argnums=(0, 1, 2))
 
 
 def test_sizes():
-  assert filled.sizes_of(1) == (1,)
-  assert filled.sizes_of(5) == (2, 4, 5)
+  assert cpu.sizes_of(1) == (1,)
+  assert cpu.sizes_of(5) == (2, 4, 5)
   # Steps of 25 / 20 and 25 / 4, from 25 on, all rounded up to even numbers.
-  assert filled.sizes_of(50) == (8, 16, 24, *range(26, 50, 2), 50)
+  assert cpu.sizes_of(50) == (8, 16, 24, *range(26, 50, 2), 50)
   # Below 544 in steps of 544 / 4, from there in steps of 544 / 20 = 27.2, so 28.
-  assert filled.sizes_of(1088) == (136, 272, 408, *range(544, 1088, 28), 1088)
+  assert cpu.sizes_of(1088) == (136, 272, 408, *range(544, 1088, 28), 1088)
   for capacity in range(1, 3000):
-    sizes = filled.sizes_of(capacity)
+    sizes = cpu.sizes_of(capacity)
     assert sizes == tuple(sorted(set(sizes))) and sizes[-1] == capacity and len(sizes) <= 24
 
 
@@ -58,40 +59,40 @@ def test_sizes():
 def test_outputs_and_gradients_are_the_formulas(num_filled):
   inputs = make_inputs(num_filled)
   got = jax.jit(gradient(loss))(*inputs)
-  tiny.assert_close(got, test_experts.expected(*inputs[:3]))
+  tiny.assert_close(got, test_implementations.expected(*inputs[:3]))
 
 
 @pytest.mark.parametrize('num_filled', [[0] * E, [C] * E, [8, 9, 16, 17, 48, 49, 50, 1]])
 def test_the_edges_of_the_sizes(num_filled):
   inputs = make_inputs(num_filled)
   got = jax.jit(gradient(loss))(*inputs)
-  tiny.assert_close(got, test_experts.expected(*inputs[:3]))
+  tiny.assert_close(got, test_implementations.expected(*inputs[:3]))
 
 
 def test_each_turn_multiplies_the_rows_of_its_size():
   """So an expert costs at most C rows, and all of them the capacity factor of what is active."""
   x, w_in, w_out, counts = make_inputs([C] * E)
   of_row = 2 * (D * F + (F // 2) * D)  # of both products
-  forward = functools.partial(filled._looped_forward, 'swiglu', True)
-  assert turns(forward, x, counts, w_in, w_out) == [n * of_row for n in filled.sizes_of(C)]
-  backward = functools.partial(filled._looped_backward, 'swiglu')
+  forward = functools.partial(cpu._looped_forward, 'swiglu', True)
+  assert turns(forward, x, counts, w_in, w_out) == [n * of_row for n in cpu.sizes_of(C)]
+  backward = functools.partial(cpu._looped_backward, 'swiglu')
   got = turns(backward, x, x, counts, jnp.zeros((E, C, F)), w_in, w_out)
-  weights_in_loop = filled.MOST_BATCHED < C
-  assert got == [n * of_row * (1 + weights_in_loop) for n in filled.sizes_of(C)]
+  weights_in_loop = cpu.MOST_BATCHED < C
+  assert got == [n * of_row * (1 + weights_in_loop) for n in cpu.sizes_of(C)]
 
 
 def turns(function, *arrays):
   """Returns the operations of products in one turn of each loop, in order."""
   equations = jax.make_jaxpr(function)(*arrays).jaxpr.eqns
   bodies = [e.params['body_jaxpr'].jaxpr for e in equations if e.primitive.name == 'while']
-  return [test_experts.product_flops(body) for body in bodies]
+  return [test_implementations.product_flops(body) for body in bodies]
 
 
 def test_rows_beyond_are_not_computed():
   """What is not filled is not looked at: the loop alone, since others compute all rows."""
   x, w_in, w_out, counts = make_inputs([16] * E)
   looked = jnp.where(jnp.arange(C)[None, :, None] < 16, x, jnp.nan)
-  y = jax.jit(functools.partial(filled.run_filled, 'swiglu'))(looked, counts, w_in, w_out)
+  y = jax.jit(functools.partial(cpu.run_filled, 'swiglu'))(looked, counts, w_in, w_out)
   assert np.all(np.isfinite(y)) and np.all(y[:, 16:] == 0) and np.all(y[:, :16] != 0)
 
 
@@ -99,7 +100,7 @@ def test_experts_without_rows_are_left_out():
   """Nothing looks at their weights, whose gradients are zero."""
   x, w_in, w_out, counts = make_inputs([0, 5, *[0] * (E - 2)])
   spoilt = [w.at[0].set(jnp.nan) for w in (w_in, w_out)]
-  run = jax.jit(functools.partial(filled.run_filled, 'swiglu'))
+  run = jax.jit(functools.partial(cpu.run_filled, 'swiglu'))
   y, pull = jax.vjp(lambda *of: run(of[0], counts, *of[1:]), x, *spoilt)
   np.testing.assert_array_equal(y, run(x, counts, w_in, w_out))
   of_x, *of_weights = pull(jnp.ones_like(y).at[:, 5:].set(0))
@@ -114,7 +115,7 @@ def test_one_expert_alone(num_filled):
   x, w_in, w_out, counts = make_inputs([num_filled] * E)
   inputs = x[:1], w_in[:1], w_out[:1], counts[:1]
   run = jax.jit(gradient(loss))
-  tiny.assert_close(run(*inputs), test_experts.expected(*inputs[:3]))
+  tiny.assert_close(run(*inputs), test_implementations.expected(*inputs[:3]))
   text = run.lower(*inputs).compile().as_text()
   outside = text[text.index('\nENTRY') :]
   products = [line for line in outside.splitlines() if ' dot(' in line or 'ynn' in line]
@@ -160,17 +161,17 @@ def test_devices_with_other_loads(data):
   )
   total = lambda *arrays: jnp.sum(jnp.square(layer(*arrays))) / 2  # noqa: E731
   got = jax.jit(gradient(total))(*inputs[:3])
-  tiny.assert_close(got, test_experts.expected(*inputs[:3]))
+  tiny.assert_close(got, test_implementations.expected(*inputs[:3]))
 
 
 def test_a_cpu_loops_and_other_platforms_do_not():
   inputs = make_inputs([C] * E)
   traced = jax.jit(gradient(loss)).trace(*inputs)
   text = traced.lower(lowering_platforms=('cpu',)).compile().as_text()
-  weights_after = filled.MOST_BATCHED >= C
+  weights_after = cpu.MOST_BATCHED >= C
   # A loop for each size in each direction; of the weights, one for each number of rows but all.
-  of_weights = len(weight_gradients.sizes_of(C)) - 1
-  assert text.count(' while(') == 2 * len(filled.sizes_of(C)) + weights_after * of_weights
+  of_weights = len(cpu_weight_gradients.sizes_of(C)) - 1
+  assert text.count(' while(') == 2 * len(cpu.sizes_of(C)) + weights_after * of_weights
   assert text.count(' conditional(') == weights_after
   for platform in ('tpu', 'cuda'):
     text = traced.lower(lowering_platforms=(platform,)).as_text()

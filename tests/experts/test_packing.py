@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.dispatch import packing
+from moe_jax.experts import packing
 
 
 def test_by_hand():

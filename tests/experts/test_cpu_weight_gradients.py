@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.layers import filled, weight_gradients
-from moe_jax.layers.weight_gradients import costs, filled_gradients, sizes_of
+from moe_jax.experts import cpu, cpu_weight_gradients
+from moe_jax.experts.cpu_weight_gradients import costs, filled_gradients, sizes_of
 
 E, C = 8, 50
 
@@ -44,7 +44,7 @@ def assert_right(num_filled):
 @hypothesis.given(st.lists(st.integers(0, C), min_size=E, max_size=E), st.sampled_from([0, 20, 85]))
 def test_any_loads(num_filled, rows_to_add):
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(weight_gradients, 'ROWS_TO_ADD', rows_to_add)
+    patch.setattr(cpu_weight_gradients, 'ROWS_TO_ADD', rows_to_add)
     assert_right(num_filled)
 
 
@@ -52,7 +52,7 @@ def test_any_loads(num_filled, rows_to_add):
 def test_each_number_of_rows(monkeypatch, size):
   """Also where it is not the cheapest, with loads below, at and above it."""
   choice = lambda filled, sizes: jnp.array([abs(n - size) for n in sizes])  # noqa: E731
-  monkeypatch.setattr(weight_gradients, 'costs', choice)
+  monkeypatch.setattr(cpu_weight_gradients, 'costs', choice)
   assert_right([0, 1, size - 1, size, min(size + 1, C), C, 31, 49])
 
 

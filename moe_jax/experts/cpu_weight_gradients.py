@@ -1,7 +1,7 @@
 """Gradients of experts' weights from few rows each, of which each expert has its own number.
 
-One batched product writes each gradient once, where a loop over the experts writes zeros, then each
-gradient into the cache, and from there to its place. But a batched product has equally many rows
+One batched matmul writes each gradient once, where a loop over the experts writes zeros, then each
+gradient into the cache, and from there to its place. But a batched matmul has equally many rows
 for all. So as many rows are multiplied for all experts as most of them have, and what the fullest
 have beyond is added in a loop over these. How many is chosen when the program runs, by least cost.
 """
@@ -13,24 +13,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moe_jax.dispatch.blocks import add_at
+from moe_jax.experts import batched
 
-# What the numbers of rows that are chosen from are multiples of, and their steps from half of all
-# rows on: more take longer to compile, and the least cost is flat.
+# Sizes are multiples of this, and there are so many steps from half of all rows on: more take
+# longer to compile, and the least cost is flat.
 MULTIPLE = 4
 STEPS = 6
-# Adding to an expert's gradient takes as long as multiplying so many rows more: measured, 1 to 40
-# are level, 85 and 160 as good or worse.
+# Adding to an expert's gradient takes as long as multiplying this many rows more; the optimum is
+# flat.
 ROWS_TO_ADD = 20
 
 Pair = tuple[Float[Array, 'E C _'], Float[Array, 'E C _']]
-
-
-def batched_gradient(
-  rows: Float[Array, 'E C D'], grad: Float[Array, 'E C F']
-) -> Float[Array, 'E D F']:
-  """Returns rows.T @ grad of each expert, of all rows in one product."""
-  return jnp.einsum('ecd,ecf->edf', rows, grad)
 
 
 def filled_gradients(
@@ -64,7 +57,7 @@ def costs(filled: Int[Array, 'E'], sizes: tuple[int, ...]) -> Int[Array, 'N']:
 
 def _gradients(size, filled, pairs):
   """Multiplies `size` rows of all experts, and the rest of those that have more."""
-  totals = tuple(batched_gradient(rows[:, :size], grad[:, :size]) for rows, grad in pairs)
+  totals = tuple(batched.weights_gradient(rows[:, :size], grad[:, :size]) for rows, grad in pairs)
   if size == pairs[0][0].shape[1]:
     return totals
   has_more = filled > size
@@ -83,3 +76,11 @@ def _gradients(size, filled, pairs):
 def _rest(expert: Int[Array, ''], size: int, values: Float[Array, 'E C D']) -> Float[Array, 'n D']:
   own = jax.lax.dynamic_index_in_dim(values, expert, keepdims=False)
   return own[size:]
+
+
+def add_at(
+  total: Float[Array, 'E *rest'], part: Float[Array, '1 *rest'], expert: Int[Array, '']
+) -> Float[Array, 'E *rest']:
+  """Adds to one expert's part, in place. A scatter-add would do the same, and slower."""
+  old = jax.lax.dynamic_slice_in_dim(total, expert, 1)
+  return jax.lax.dynamic_update_slice_in_dim(total, old + part, expert, 0)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from moe_jax.layers import experts
+from moe_jax import experts
+from moe_jax.experts import implementations
 from moe_jax.parallel.mesh import make_mesh
 
 E, C, D, F = 8, 6, 4, 10
@@ -20,8 +21,8 @@ E, C, D, F = 8, 6, 4, 10
 def way(request, monkeypatch):
   """Makes shapes small enough for a test take one way or the other."""
   if request.param == 'loop':
-    monkeypatch.setattr(experts, 'LEAST_EXPERTS', 2)
-    monkeypatch.setattr(experts, 'LEAST_WEIGHTS', 1)
+    monkeypatch.setattr(implementations, 'LEAST_EXPERTS', 2)
+    monkeypatch.setattr(implementations, 'LEAST_WEIGHTS', 1)
   return request.param
 
 
@@ -34,7 +35,7 @@ def make_inputs():
 def expected(x, w_in, w_out):
   """Returns sum(y^2) / 2 of the SwiGLU experts and its gradients, from the formulas, in float64."""
   x, w_in, w_out = (np.asarray(a, np.float64) for a in (x, w_in, w_out))
-  of_x, of_in, of_out = np.zeros_like(x), np.zeros_like(w_in), np.zeros_like(w_out)
+  d_x, d_in, d_out = np.zeros_like(x), np.zeros_like(w_in), np.zeros_like(w_out)
   total, half = 0.0, F // 2
   for e in range(x.shape[0]):
     hidden = x[e] @ w_in[e]
@@ -43,13 +44,13 @@ def expected(x, w_in, w_out):
     active = gate * sigmoid * value
     y = active @ w_out[e]
     total += np.sum(y * y) / 2
-    of_out[e] = active.T @ y
-    of_active = y @ w_out[e].T
-    of_gate = of_active * value * (sigmoid + gate * sigmoid * (1 - sigmoid))
-    of_hidden = np.concatenate([of_gate, of_active * gate * sigmoid], axis=1)
-    of_in[e] = x[e].T @ of_hidden
-    of_x[e] = of_hidden @ w_in[e].T
-  return total, (of_x, of_in, of_out)
+    d_out[e] = active.T @ y
+    d_active = y @ w_out[e].T
+    d_gate = d_active * value * (sigmoid + gate * sigmoid * (1 - sigmoid))
+    d_hidden = np.concatenate([d_gate, d_active * gate * sigmoid], axis=1)
+    d_in[e] = x[e].T @ d_hidden
+    d_x[e] = d_hidden @ w_in[e].T
+  return total, (d_x, d_in, d_out)
 
 
 def loss_of(data, expert):
@@ -98,11 +99,11 @@ def test_a_cpu_loops_and_other_platforms_do_not(way):
 
 def test_which_shapes_loop():
   # As benchmarked: many experts, few rows, and weights that are not small.
-  assert experts.prefers_loop(40, (256, 512, 2048))
-  assert experts.prefers_loop(160, (64, 1024, 512))
-  assert not experts.prefers_loop(1280, (8, 512, 2048))  # few experts, many rows
-  assert not experts.prefers_loop(512, (64, 512, 2048))  # many rows
-  assert not experts.prefers_loop(40, (256, 64, 128))  # small weights
+  assert implementations.prefers_loop(40, (256, 512, 2048))
+  assert implementations.prefers_loop(160, (64, 1024, 512))
+  assert not implementations.prefers_loop(1280, (8, 512, 2048))  # few experts, many rows
+  assert not implementations.prefers_loop(512, (64, 512, 2048))  # many rows
+  assert not implementations.prefers_loop(40, (256, 64, 128))  # small weights
 
 
 def test_both_ways_compute_each_product_once(way):

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax import dispatch, experts
 from moe_jax.dispatch import einsum
-from moe_jax.layers import decode, experts
+from moe_jax.experts import decode
 from moe_jax.parallel.mesh import make_mesh
 from tests.dispatch.test_blocks import draw_plan
 from tests.layers import small_layer
@@ -43,7 +44,7 @@ def oracle(tokens, plan, weights, activation):
   k=st.integers(1, 3),
   num_experts=st.sampled_from([3, 16]),
   num_rows=st.sampled_from([0, 1, 2]),
-  way=st.sampled_from([None, *decode.WAYS]),
+  way=st.sampled_from([None, *decode.IMPLEMENTATIONS]),
   activation=st.sampled_from(list(ACTIVATIONS)),
   keep=st.sampled_from([0.6, 1.0]),
   stacked=st.booleans(),
@@ -59,8 +60,8 @@ def test_every_way_gives_what_one_hot_products_give(
   def both(tokens, plan, weights):
     of_layer = jax.tree.map(lambda w: w[2], weights) if stacked else weights
     layer = jnp.int32(2) if stacked else None
-    found = decode.decode_experts(
-      tokens, plan, weights, activation, layer=layer, way=way, num_rows=num_rows
+    found = dispatch.run_decode(
+      tokens, plan, weights, activation=activation, layer=layer, which=way, num_rows=num_rows
     )
     return found, oracle(tokens, plan, of_layer, activation)
 
@@ -88,7 +89,7 @@ def test_narrow_tokens_are_multiplied_narrow_and_summed_in_float32():
   plan = draw_plan(2, 3, 2, 8, 1.0, seed=0)
   tokens = jnp.asarray(np.random.default_rng(2).normal(size=(2, 3, 4)), jnp.bfloat16)
   weights = draw_weights(8, 4, 5, 'swiglu')
-  found = decode.decode_experts(tokens, plan, weights, 'swiglu')
+  found = dispatch.run_decode(tokens, plan, weights, activation='swiglu')
   assert found.dtype == jnp.bfloat16
   expected = oracle(tokens, plan, weights, 'swiglu')
   np.testing.assert_allclose(
@@ -101,10 +102,10 @@ def test_narrow_tokens_are_multiplied_narrow_and_summed_in_float32():
   [(63, 'gpu', 'gather'), (64, 'gpu', 'loop'), (63, 'tpu', 'gather'), (63, 'cpu', 'loop')],
 )
 def test_the_way_goes_by_shape_and_platform(assignments, platform, way):
-  assert decode.way_of(assignments, 64, platform) == way
+  assert decode.implementation(assignments, 64, platform) == way
 
 
-@pytest.mark.parametrize('way', decode.WAYS)
+@pytest.mark.parametrize('way', decode.IMPLEMENTATIONS)
 def test_the_loop_copies_the_weights_of_one_block_at_a_time(way):
   # 32 assignments: gathering them needs 32 times the weights of an expert, the loop once or twice.
   width, hidden, layers = 64, 128, 3
@@ -113,7 +114,7 @@ def test_the_loop_copies_the_weights_of_one_block_at_a_time(way):
   weights = draw_weights(64, width, hidden, 'swiglu', (layers,))
 
   def run(weights, layer):
-    return decode.decode_experts(tokens, plan, weights, 'swiglu', layer=layer, way=way)
+    return dispatch.run_decode(tokens, plan, weights, activation='swiglu', layer=layer, which=way)
 
   compiled = jax.jit(run).lower(weights, jnp.int32(1)).compile()
   of_expert = 4 * 3 * width * hidden

@@ -14,12 +14,12 @@ Source: Gale et al. 2022, arXiv:2211.15841 (blocks of one expert each). Differs:
 """
 
 import math
-from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe_jax.dispatch import blocks as blocks_lib
+from moe_jax.experts.decode import Blocks
 from moe_jax.routing.plan import Plan
 
 # Rows of a block at most: more gain nothing, and where a prompt is mostly padding, which is counted
@@ -27,25 +27,8 @@ from moe_jax.routing.plan import Plan
 MOST_ROWS = 144
 
 
-class Blocks(NamedTuple):
-  """Rows for the experts of one device.
-
-  Attributes:
-    rows: of each block; zero where there is no assignment.
-    expert: of each block, counted from the first of the device; any of them from `num_filled` on.
-    num_filled: blocks that hold an assignment. They come first.
-    place: the row, of all N * b, of each assignment; N * b where its expert is not here or it was
-      not kept.
-  """
-
-  rows: Float[Array, 'N b D']
-  expert: Int[Array, 'N']
-  num_filled: Int[Array, '']
-  place: Int[Array, 'G S K']
-
-
 def rows_in_block(num_assignments: int, num_experts: int) -> int:
-  """Returns b, by shape: measured, experiments/LOG.md, 2026-11-27. Prompts are run so, too.
+  """Returns b, by shape, as measured on CPUs. Prompts are run in blocks, too.
 
   1 while there are fewer assignments than half the experts: then most chosen experts have one row.
   Then about twice the mean load, so that most experts need one block, whose weights are read once.
@@ -99,8 +82,8 @@ def combine(outputs: Float[Array, 'N b D'], blocks: Blocks, plan: Plan) -> Float
     float32: where experts are spread over devices, a part of the sum.
   """
   flat = outputs.reshape(-1, outputs.shape[-1])
-  here = blocks.place < flat.shape[0]
-  rows = jnp.where(here[..., None], flat[jnp.where(here, blocks.place, 0)], 0)
+  here = blocks.row_index < flat.shape[0]
+  rows = jnp.where(here[..., None], flat[jnp.where(here, blocks.row_index, 0)], 0)
   return jnp.einsum(
     'gskd,gsk->gsd', rows.astype(jnp.float32), plan.combine_weights, precision='highest'
   )
