@@ -18,7 +18,7 @@ import sys
 import tempfile
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
-_TIMES = ('time', 'second', 'goodput')
+_TIMES = ('time', 'second', 'goodput', 'data_wait')
 
 _STUDY = """
 from configs import debug

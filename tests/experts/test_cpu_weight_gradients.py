@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.experts import cpu, cpu_weight_gradients
+from moe_jax.experts import cpu_weight_gradients
 from moe_jax.experts.cpu_weight_gradients import costs, filled_gradients, sizes_of
 
 E, C = 8, 50
