@@ -1,6 +1,6 @@
 """Decoding: a batch of single tokens, each of which meets all experts and chooses few.
 
-Two levels. `layer`: the experts alone under a uniform random routing given beforehand, each way of
+Two levels. `layer`: the experts alone under a uniform random routing given beforehand, each implementation of
 running them against a dense layer of the same active FLOPs. `model`: whole decoding steps with
 router, attention and cache, against a dense model of the same active FLOPs. A layer measured alone
 finds its weights in the cache of the CPU if they fit; in a model they come from memory.
@@ -188,9 +188,9 @@ def arm_of(name: str, shape: Shape, num_experts: int) -> Callable:
   total = shape.num_tokens * shape.num_selected_experts
   how: dict[str, Any] = {
     'decode': {},
-    'gather': {'way': 'gather', 'num_rows': 1},
-    'one_by_one': {'way': 'loop', 'num_rows': 1},
-    'grouped': {'way': 'loop', 'num_rows': _grouped_rows(total, num_experts)},
+    'gather': {'which': 'gather', 'num_rows': 1},
+    'one_by_one': {'which': 'loop', 'num_rows': 1},
+    'grouped': {'which': 'loop', 'num_rows': _grouped_rows(total, num_experts)},
   }[name]
   platform = jax.devices()[0].platform
 
