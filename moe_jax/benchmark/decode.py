@@ -1,9 +1,10 @@
 """Decoding: a batch of single tokens, each of which meets all experts and chooses few.
 
-Two levels. `layer`: the experts alone under a uniform random routing given beforehand, each implementation of
-running them against a dense layer of the same active FLOPs. `model`: whole decoding steps with
-router, attention and cache, against a dense model of the same active FLOPs. A layer measured alone
-finds its weights in the cache of the CPU if they fit; in a model they come from memory.
+Two levels. `layer`: the experts alone under a uniform random routing given beforehand, each
+implementation of running them against a dense layer of the same active FLOPs. `model`: whole
+decoding steps with router, attention and cache, against a dense model of the same active FLOPs. A
+layer measured alone finds its weights in the cache of the CPU if they fit; in a model they come
+from memory.
 """
 
 import dataclasses
