@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from moe_jax import experts
+from moe_jax.errors import UserError
 from moe_jax.experts import implementations
 from moe_jax.parallel.mesh import make_mesh
 
@@ -95,6 +96,35 @@ def test_a_cpu_loops_and_other_platforms_do_not(way):
   # Of each of two products: itself and the gradient of its rows.
   assert loops('cpu') == {'batched': 0, 'loop': 4}[way]
   assert loops('tpu') == loops('cuda') == 0
+
+
+def test_cpu_paths_can_be_switched_off(monkeypatch):
+  monkeypatch.setattr(implementations, 'LEAST_EXPERTS', 2)
+  monkeypatch.setattr(implementations, 'LEAST_WEIGHTS', 1)
+  x, w_in, w_out = make_inputs()
+  counts = jnp.full((E,), 2 * C, jnp.int32)
+
+  def run(filled):
+    loss = lambda *a: jnp.sum(experts.run_experts(a[0], a[1:], 'swiglu', filled) ** 2) / 2  # noqa: E731
+    gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+    text = gradient.trace(x, w_in, w_out).lower(lowering_platforms=('cpu',)).as_text()
+    return (
+      gradient(x, w_in, w_out),
+      'stablehlo.while' in text,
+      experts.should_pack((w_in, w_out), 'cpu'),
+    )
+
+  for filled in (None, counts):
+    monkeypatch.setenv(implementations.CPU_PATHS, 'on')
+    with_paths, loops, packs = run(filled)
+    assert loops and packs
+    monkeypatch.setenv(implementations.CPU_PATHS, 'off')
+    without, loops, packs = run(filled)
+    assert not loops and not packs
+    chex.assert_trees_all_close(without, with_paths, rtol=2e-5, atol=2e-5)
+  monkeypatch.setenv(implementations.CPU_PATHS, 'no')
+  with pytest.raises(UserError, match='MOE_JAX_CPU_EXPERTS=.no.: must be on or off'):
+    run(None)
 
 
 def test_which_shapes_loop():
