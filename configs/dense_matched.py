@@ -8,7 +8,7 @@ Each MoE layer becomes a dense layer whose hidden units are those of the experts
 """
 
 from configs import debug, lm_small, quickstart
-from moe_jax.errors import did_you_mean
+from moe_jax.errors import UserError, did_you_mean
 
 _ORIGINALS = {'quickstart': quickstart, 'debug': debug, 'lm_small': lm_small}
 
@@ -16,14 +16,16 @@ _ORIGINALS = {'quickstart': quickstart, 'debug': debug, 'lm_small': lm_small}
 def get_config(arg: str = 'quickstart'):
   """Returns the dense twin of the config that `arg` names."""
   if arg not in _ORIGINALS:
-    allowed = f'must be one of {", ".join(_ORIGINALS)}{did_you_mean(arg, _ORIGINALS)}'
-    raise ValueError(f'dense_matched:{arg}: {allowed}')
+    allowed = f'the argument must be one of {", ".join(_ORIGINALS)}{did_you_mean(arg, _ORIGINALS)}'
+    raise UserError('--config', arg, allowed)
   config = _ORIGINALS[arg].get_config()
   moe = config.moe
   if moe.every != 1:
     active = (moe.num_selected_experts + moe.num_shared_experts) * moe.mlp_dim
     if active != config.model.mlp_dim:
-      raise ValueError(f'{arg}: dense and MoE layers differ in active width; no one width matches')
+      raise UserError(
+        '--config', arg, 'dense and MoE layers differ in active width; no one width matches'
+      )
   config.model.mlp_dim = (moe.num_selected_experts + moe.num_shared_experts) * moe.mlp_dim
   moe.num_experts = 0
   return config

@@ -25,8 +25,17 @@ def __getattr__(name: str) -> Any:
 if sys.argv[:1] == ['-m']:
   # A command is about to load its libraries, which takes seconds. Ctrl-C meanwhile has nothing to
   # save and needs no traceback; `moe_jax.cli` takes over from there.
+  # A package that is not installed needs none either.
   def _report(kind, value, traceback):
-    if kind is not KeyboardInterrupt:
+    if kind is KeyboardInterrupt:
+      return
+    from moe_jax import installed
+
+    message = installed.missing(value)
+    if not message:
       sys.__excepthook__(kind, value, traceback)
+      return
+    print(f'error: {message}', file=sys.stderr)
+    sys.exit(2)
 
   sys.excepthook = _report

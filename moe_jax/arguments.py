@@ -198,7 +198,7 @@ def _check_override(word: _Word) -> None:
   if known and not field:
     raise UserError(name, word.value, f'a section; set one of its fields, {", ".join(known)}')
   if field not in known:
-    raise UserError(name, word.value, f'unknown field{_near_fields(name)}')
+    raise UserError(name, word.value, f'unknown field{near_fields(name)}')
   if word.value is None:
     raise UserError(name, None, f'must have a value; {known[field].allowed}')
   value: Any = word.value
@@ -212,7 +212,7 @@ def _check_override(word: _Word) -> None:
   check_field(name, value, known[field])
 
 
-def _near_fields(name: str) -> str:
+def near_fields(name: str) -> str:
   """Returns the fields that resemble an unknown one; all of its section where none does."""
   section, _, field = name.partition('.')
   everywhere = [f'{s}.{f}' for s, fields in SCHEMA.items() for f in fields]

@@ -18,7 +18,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from moe_jax import arguments
+from moe_jax import arguments, installed
 from moe_jax import config as config_lib
 from moe_jax.errors import (
   DAMAGED_EXIT_CODE,
@@ -26,6 +26,7 @@ from moe_jax.errors import (
   DamagedError,
   UserError,
   is_refusal,
+  raised_by,
 )
 
 _WRAPPER = textwrap.TextWrapper(
@@ -159,10 +160,28 @@ def _parse(explain: Callable[[UserError], UserError], argv: Sequence[str]) -> li
     raise _UsageError(f'--config: cannot be read: {error}') from error
   except SyntaxError as error:
     raise _UsageError(f'--config: {error.filename}:{error.lineno}: {error.msg}') from error
+  except Exception as error:
+    # A config file may raise anything.
+    if not raised_by(error, _config_path()):
+      raise
+    raise _UsageError(_describe(error)) from error
+
+
+def _config_path() -> str:
+  """Returns the file of --config; '' without one."""
+  given = next((word for word in _WORDS if word.startswith('--config=')), '')
+  return given.removeprefix('--config=').partition(':')[0]
 
 
 def _describe(error: Exception) -> str:
   """Returns one line; ml_collections puts what a config file raised, traceback and all, into it."""
+  if needed := installed.missing(error):
+    return needed
+  path = _config_path()
+  if path and (raised := raised_by(error, path)):
+    return f'--config={path!r}: {raised}'
+  if path and str(error) == "module 'config_config' has no attribute 'get_config'":
+    return f'--config={path!r}: defines no get_config(), which must return a ConfigDict'
   if 'Traceback' not in str(error):
     return ' '.join(str(error).split())
   flag = next((word for word in _WORDS if word.startswith('--config=')), '--config')
@@ -184,6 +203,10 @@ def _guard(main: Callable[[], int | None]) -> int | None:
     if not is_refusal(error):
       raise
     message, code = f'path={error.filename!r}: {error.strerror}', USER_ERROR_EXIT_CODE
+  except ModuleNotFoundError as error:
+    message, code = installed.missing(error), USER_ERROR_EXIT_CODE
+    if not message:
+      raise
   except KeyboardInterrupt:
     sys.exit(130)
   # Here the exception is gone, and with it what it kept alive: half-done coroutines of Orbax would

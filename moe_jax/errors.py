@@ -7,6 +7,7 @@ import difflib
 import errno
 import os
 import re
+import traceback
 from collections.abc import Iterable
 from typing import Any
 
@@ -81,6 +82,26 @@ def did_you_mean(word: str, known: Iterable[str], prefix: str = '') -> str:
   """Returns '; did you mean X?' with the known names that resemble a word, '' if none does."""
   near = difflib.get_close_matches(word, list(known), n=2, cutoff=0.7)
   return f'; did you mean {" or ".join(prefix + name for name in near)}?' if near else ''
+
+
+def raised_by(error: BaseException | None, path: str) -> str:
+  """Returns 'line 3: NameError: ...' if the code of a file raised an error, or one of its causes.
+
+  Returns '' for what it did not raise, and for a UserError, which says itself what is wrong.
+  """
+  file = os.path.abspath(path)
+  while error is not None and not isinstance(error, UserError):
+    if isinstance(error, SyntaxError) and error.filename is not None:
+      own = os.path.abspath(error.filename) == file
+      place = f'line {error.lineno}' if own else f'{error.filename}:{error.lineno}'
+      return f'{place}: {type(error).__name__}: {error.msg}'
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if os.path.abspath(frame.filename) == file]
+    if lines:
+      text = ' '.join(str(error).split())
+      return f'line {lines[-1]}: {type(error).__name__}{": " if text else ""}{text}'
+    error = error.__cause__ or error.__context__
+  return ''
 
 
 class DamagedError(RuntimeError):

@@ -6,6 +6,7 @@ Examples:
 """
 
 import collections
+import fcntl
 import json
 import os
 import pathlib
@@ -17,18 +18,25 @@ from typing import Any
 from moe_jax import cli
 from moe_jax.errors import UserError
 from moe_jax.schema import FREE_FIELDS
-from moe_jax.train.manifest_kinds import problem_of
+from moe_jax.train.manifest_kinds import LOCK, problem_of
 
 _MANIFEST, _METRICS = 'manifest.json', 'metrics.jsonl'
 # What a run may differ in from others without being another experiment.
 _UNSHOWN = (*FREE_FIELDS, 'train.seed')
 _SHOWN_DIFFERENCES = 4
+# Of a run whose manifest says that it is running: whether a process does hold it.
+RUNNING, STOPPED, UNFINISHED = 'running', 'stopped', 'unfinished'
 _COLUMNS = ('run', 'status', 'step', 'loss', 'bits/byte', 'seed', 'commit', 'age', 'differs in')
 
 
 def find(folder: str) -> Iterator[pathlib.Path]:
-  """Yields every directory of a run below a folder, itself included; links are not followed."""
+  """Yields every directory of a run below a folder, itself included; links are not followed.
+
+  What a sweep keeps of trials that it trains together (`packs`) is no run: its members are.
+  """
   for path, folders, files in os.walk(folder):
+    if 'packs' in folders and 'trials' in folders:
+      folders.remove('packs')
     if _MANIFEST in files or _has_checkpoint(path):
       # Nothing below a run is one.
       folders.clear()
@@ -46,21 +54,32 @@ def _has_checkpoint(path: str) -> bool:
 def describe(run: pathlib.Path) -> dict[str, Any]:
   """Returns what a run's files say; `problem` says what is wrong with its manifest, '' if nothing.
 
-  Keys: status, step, num_steps, seed, git_commit, git_dirty, loss (the last of training),
-  bits_per_byte ({split: value} of its evaluations), modified (seconds since the epoch of what was
-  written last), config, problem. What is not known is None.
+  Keys: status, step, num_steps, seed, git_commit, git_dirty, loss (the last of training), loss_step
+  (whose loss it is), bits_per_byte ({split: value} of its evaluations), modified (seconds since the
+  epoch of what was written last), config, problem. What is not known is None.
+
+  A manifest says `running` until its run ends by itself, which one that is killed never does. The
+  status is then `running` if a process holds the run, `stopped` if none does on this host, and
+  `unfinished` where that can't be known. The step of such a run is the last that it logged; a run
+  that goes on starts from its newest checkpoint, which may be earlier.
   """
   facts, problem = _manifest(run)
+  loss_step, loss = _last_loss(run / _METRICS)
+  status, step = facts.get('status', 'damaged'), facts.get('step')
+  if status == RUNNING:
+    status = _who_holds(run)
+    step = max(step or 0, loss_step or 0)
   config = facts.get('config', {})
   train = config.get('train', {})
   return {
-    'status': facts.get('status', 'damaged'),
-    'step': facts.get('step'),
+    'status': status,
+    'step': step,
     'num_steps': train.get('num_steps'),
     'seed': train.get('seed'),
     'git_commit': facts.get('git_commit'),
     'git_dirty': facts.get('git_dirty'),
-    'loss': _last_loss(run / _METRICS),
+    'loss': loss,
+    'loss_step': loss_step,
     'bits_per_byte': _evaluations(run),
     'modified': _modified(run),
     'config': {
@@ -80,6 +99,21 @@ def _manifest(run: pathlib.Path) -> tuple[dict[str, Any], str]:
   return ({}, f'{_MANIFEST}: {problem}') if problem else (facts, '')
 
 
+def _who_holds(run: pathlib.Path) -> str:
+  """Returns whether the lock of a run is held: running, stopped, or unfinished if none can tell."""
+  try:
+    with open(run / LOCK, 'rb') as lock:
+      # Shared and for a moment: two listings don't disturb each other, and a run that begins
+      # meanwhile tries again.
+      fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return RUNNING
+  except OSError:
+    # No lock, as in a copy; or a file system that has none.
+    return UNFINISHED
+  return STOPPED
+
+
 def _json_of(path: pathlib.Path) -> Any:
   try:
     # A pipe would be waited for.
@@ -88,10 +122,10 @@ def _json_of(path: pathlib.Path) -> Any:
     return None
 
 
-def _last_loss(path: pathlib.Path) -> float | None:
-  """Returns the loss of the last whole line of training; reads no more of the file than needed."""
+def _last_loss(path: pathlib.Path) -> tuple[int | None, float | None]:
+  """Returns step and loss of the last whole line of training; reads no more than needed."""
   if not path.is_file():
-    return None
+    return None, None
   try:
     with open(path, 'rb') as file:
       end = file.seek(0, os.SEEK_END)
@@ -102,24 +136,25 @@ def _last_loss(path: pathlib.Path) -> float | None:
         lines = file.read(end - start).split(b'\n')
         # The first may have begun earlier.
         for line in reversed(lines[1 if start else 0 :]):
-          loss = _loss_of(line)
-          if loss is not None:
-            return loss
+          found = _loss_of(line)
+          if found is not None:
+            return found
         if not start:
-          return None
+          return None, None
         size *= 4
   except OSError:
-    return None
+    return None, None
 
 
-def _loss_of(line: bytes) -> float | None:
+def _loss_of(line: bytes) -> tuple[int | None, float] | None:
   try:
     record = json.loads(line)
   except (ValueError, RecursionError):
     return None
   if not isinstance(record, dict) or record.get('split') != 'train':
     return None
-  return _number(record.get('loss'))
+  loss, step = _number(record.get('loss')), record.get('step')
+  return None if loss is None else (step if type(step) is int else None, loss)
 
 
 def _number(value: Any) -> float | None:
@@ -182,13 +217,21 @@ def _row(name: str, run: dict[str, Any], fields: list[str], now: float) -> tuple
     name,
     run['status'],
     f'{_text(run["step"])}/{_text(run["num_steps"])}',
-    f'{run["loss"]:.4f}' if run['loss'] is not None else '-',
+    _loss_text(run),
     '-' if split is None else f'{bits[split]:.4f}' + ('' if split == 'test' else f' ({split})'),
     _text(run['seed']),
     commit,
     '-' if run['modified'] is None else _age(now - run['modified']),
     text or '-',
   )
+
+
+def _loss_text(run: dict[str, Any]) -> str:
+  """Returns the loss, with its step if that is another than the run's."""
+  if run['loss'] is None:
+    return '-'
+  other = run['loss_step'] not in (None, run['step'])
+  return f'{run["loss"]:.4f}' + (f' (step {run["loss_step"]})' if other else '')
 
 
 def _text(value: Any) -> str:

@@ -12,6 +12,7 @@ import shutil
 import numpy as np
 import pytest
 
+from configs import presets
 from moe_jax.data import ByteTokenizer, token_store
 from moe_jax.train import loop, manifest, opening
 from tests import tiny
@@ -123,6 +124,13 @@ def test_presets_that_are_refused(tmp_path, config, words):
   tiny.command('train', *flags).assert_error(*words)
 
 
+def test_the_guide_names_every_model_of_a_preset():
+  guide = (tiny.REPOSITORY / 'configs' / 'README.md').read_text()
+  row = next(line for line in guide.splitlines() if line.startswith('| `presets/'))
+  named = set(re.findall(r'`(\w+)`', row))
+  assert named == {name for name in presets._BASES if name}
+
+
 def test_overrides_may_stand_before_the_config(path, tmp_path):
   workdir = f'--workdir={tmp_path / "run"}'
   result = tiny.command('train', workdir, '--config.moe.num_experts=6', f'--config={path}')
@@ -161,6 +169,15 @@ def test_train_refuses_flags(path, tmp_path):
   tiny.command('train', f'--config={wrong}', workdir).assert_error('get_config')
   wrong.write_text('def get_config():\n  return {}\n')
   tiny.command('train', f'--config={wrong}', workdir).assert_error('wrong.py', 'ConfigDict')
+  for content, words in (
+    ('x = 1\ny = undefined_name\n', 'line 2: NameError'),
+    ('def get_config():\n  return len(1, 2)\n', 'line 2: TypeError'),
+    ('def get_config():\n  return [][1]\n', 'line 2: IndexError'),
+    ('import nowhere_at_all\n', 'line 1: ModuleNotFoundError'),
+  ):
+    wrong.write_text(content)
+    result = tiny.command('train', f'--config={wrong}', workdir)
+    result.assert_error(f'--config={str(wrong)!r}: {words}')
   tiny.command('train', f'--config={path}:nonsense', workdir).assert_error('--config')
   tiny.command('train', '--config=configs/debug.py:nonsense', workdir).assert_error('nonsense')
   assert not (tmp_path / 'run').exists()

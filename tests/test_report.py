@@ -225,7 +225,8 @@ def test_columns_are_chosen(swept, tmp_path):
   assert '| arm | bits per byte | MaxVio, max of layers | tokens |' in result.out
   assert r'\begin{table*}' in (tmp_path / 'r' / 'table.tex').read_text()
   wrong = report(study, workdir, tmp_path / 'w', '--columns=metrik', '--nofigures')
-  wrong.assert_error("--columns='metrik'", 'must be among seeds, metric')
+  wrong.assert_error("--columns='metrik'", 'did you mean metric?')
+  assert not (tmp_path / 'w').exists()
 
 
 def test_what_was_tampered_with_is_named_and_not_averaged(swept, tmp_path):

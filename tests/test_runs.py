@@ -1,5 +1,6 @@
 """The list of runs, over manifests and metrics that are whole, damaged, missing or strange."""
 
+import fcntl
 import json
 import os
 
@@ -7,6 +8,7 @@ import pytest
 
 from moe_jax import config as config_lib
 from moe_jax import runs
+from moe_jax.train import manifest
 from tests import tiny
 
 FACTS = {
@@ -81,9 +83,9 @@ def test_every_run_is_listed_with_what_its_files_say(folder):
   assert (a['status'], a['step'], a['num_steps'], a['seed']) == ('finished', 3, 1000, 1)
   assert (a['git_commit'], a['git_dirty'], a['problem']) == ('0123456789abcdef', True, '')
   # The last whole line of training, not that of an evaluation, not what a kill cut.
-  assert a['loss'] == 1.5
+  assert (a['loss'], a['loss_step']) == (1.5, 2)
   assert a['bits_per_byte'] == {'test': 2.25, 'valid': 2.5}
-  assert (b['status'], b['loss'], b['config']['moe.num_experts']) == ('running', None, 4)
+  assert (b['status'], b['loss'], b['config']['moe.num_experts']) == ('unfinished', None, 4)
   assert found['study/trials/c']['bits_per_byte'] == {'text_new': 3.0}
   for name in bad:
     assert (found[name]['status'], found[name]['step']) == ('damaged', None)
@@ -98,12 +100,49 @@ def test_the_table_shows_in_what_runs_differ(folder):
   head, *rows = result.out.splitlines()
   assert head.split('  ')[0] == 'run' and head.endswith('differs in')
   cells = {row.split()[0]: row.split() for row in rows}
-  assert cells['a'][1:8] == ['finished', '3/1000', '1.5000', '2.2500', '1', '01234567+', '0s']
+  assert cells['a'][1:5] == ['finished', '3/1000', '1.5000', '(step']
+  assert cells['a'][5:10] == ['2)', '2.2500', '1', '01234567+', '0s']
   # The seed has a column of its own, and a mesh is no difference.
-  assert cells['a'][8:] == ['num_experts=8']
+  assert cells['a'][10:] == ['num_experts=8']
   assert cells['study/trials/b'][-1] == 'num_experts=4'
   assert cells['study/trials/c'][4:6] == ['3.0000', '(text_new)']
   assert 'bad/lost: manifest.json is missing' in rows
+
+
+def test_a_run_that_was_killed_is_not_running(tmp_path):
+  """A killed process leaves `running` in the manifest, and its lock free."""
+  metrics = line(1, 4.0) + line(2, 3.5)
+  run = write(tmp_path / 'run', metrics=metrics, status='running', step=0)
+  with manifest.claimed(str(run)):
+    held = listed(tmp_path)['run']
+    assert (held['status'], held['step'], held['loss_step']) == ('running', 2, 2)
+    assert not {p.name for p in run.iterdir()} - {'manifest.json', 'metrics.jsonl', '.lock'}
+  free = listed(tmp_path)['run']
+  assert (free['status'], free['step']) == ('stopped', 2)
+  assert ' stopped  2/1000  3.5000  ' in tiny.command('runs', tmp_path).out
+  # A copy without the lock: nobody can tell.
+  (run / '.lock').unlink()
+  assert listed(tmp_path)['run']['status'] == 'unfinished'
+  # What has ended by itself has.
+  done = write(tmp_path / 'done', status='interrupted')
+  with manifest.claimed(str(done)):
+    assert listed(tmp_path)['done']['status'] == 'interrupted'
+
+
+def test_a_run_that_begins_while_runs_are_listed_waits_for_the_lock(tmp_path, monkeypatch):
+  run = write(tmp_path / 'run', status='running')
+  with open(run / '.lock', 'w') as listing:
+    fcntl.flock(listing, fcntl.LOCK_SH)
+    monkeypatch.setattr('time.sleep', lambda _: fcntl.flock(listing, fcntl.LOCK_UN))
+    with manifest.claimed(str(run)):
+      assert runs.describe(run)['status'] == 'running'
+
+
+def test_what_a_sweep_keeps_of_a_pack_is_no_run(tmp_path):
+  write(tmp_path / 'sweep' / 'trials' / 'a')
+  (tmp_path / 'sweep' / 'packs' / 'p' / 'checkpoints' / '3').mkdir(parents=True)
+  write(tmp_path / 'packs' / 'mine')
+  assert set(listed(tmp_path)) == {'sweep/trials/a', 'packs/mine'}
 
 
 def test_ages_and_differences():
@@ -123,11 +162,11 @@ def test_the_last_loss_is_found_behind_long_lines(tmp_path):
   path = tmp_path / 'metrics.jsonl'
   path.write_text(line(1, 4.0) + line(2, 3.5) + long)
   assert len(long) > 1 << 18
-  assert runs._last_loss(path) == 3.5
+  assert runs._last_loss(path) == (2, 3.5)
   path.write_text(long)
-  assert runs._last_loss(path) is None
+  assert runs._last_loss(path) == (None, None)
   path.write_text(line(1, 'x') + line(1, 10**400) + '[]\n')
-  assert runs._last_loss(path) is None
+  assert runs._last_loss(path) == (None, None)
 
 
 def test_a_loss_that_is_not_finite_is_null_in_json(tmp_path):

@@ -6,6 +6,7 @@ there with its reason.
 """
 
 import csv
+import difflib
 import io
 import math
 from collections.abc import Sequence
@@ -129,9 +130,29 @@ def _made(summary: Summary, keys: Sequence[str]) -> list[Column]:
     possible.remove(DIFFERENCE)
   for key in keys:
     if key not in possible:
-      raise UserError('--columns', key, f'must be among {", ".join(possible)}')
+      raise UserError('--columns', key, _nearest_columns(key, possible))
   titles = metric_titles([summary.study.metric.name, *(key for key in keys if key in known)])
   return [_column(summary, key, titles) for key in keys]
+
+
+def _nearest_columns(key: str, possible: Sequence[str]) -> str:
+  """Returns what to write in place of a column that there is not: the nearest, or those without /.
+
+  A path may be near by its last parts alone: 'drop_share' to 'capacity/router/drop_share'.
+  """
+  endings = {
+    '/'.join(path.split('/')[first:]): path
+    for path in reversed(possible)
+    for first in range(path.count('/') + 1)
+  }
+  near = difflib.get_close_matches(key, endings, 3, 0.6)
+  names = list(dict.fromkeys(endings[ending] for ending in near))
+  if names:
+    return f'no such column; did you mean {" or ".join(names)}?'
+  plain = ', '.join(name for name in possible if '/' not in name)
+  paths = [name for name in possible if '/' in name]
+  example = f', as {paths[0]}' if paths else ''
+  return f'must be among {plain}, or the path of a metric{example}; table.csv names them all'
 
 
 def _column(summary: Summary, key: str, titles: dict[str, str]) -> Column:

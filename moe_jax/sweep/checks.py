@@ -11,6 +11,7 @@ import ml_collections
 import numpy as np
 
 from moe_jax import routing, unread
+from moe_jax.arguments import near_fields
 from moe_jax.data import SPLITS, Dataset, documents
 from moe_jax.errors import UserError
 from moe_jax.schema import SCHEMA
@@ -152,7 +153,8 @@ def check_types(name: str, value: Any) -> None:
   for field, kind in TYPES[type(value)].items():
     found = getattr(value, field)
     if not kind.holds(found):
-      raise UserError(f'{name}.{field}', found, kind.allowed)
+      near = near_fields(found) if kind is _FIELD and isinstance(found, str) else ''
+      raise UserError(f'{name}.{field}', found, f'{kind.allowed}{near}')
     if type(found) in TYPES:
       check_types(f'{name}.{field}', found)
     elif isinstance(found, tuple | list):
@@ -165,18 +167,24 @@ def _check_base(base: ml_collections.ConfigDict) -> None:
   """Checks that every field is there; values are checked with the arms' changes."""
   for section in base:
     if section not in SCHEMA:
-      raise UserError(
-        'study.base', section, f'is no section of a config; these are {", ".join(SCHEMA)}'
-      )
+      why = f'of study.base: unknown section{near_fields(section)}'
+      raise UserError(section, _shown(base[section]), why)
   for section, fields in SCHEMA.items():
     if not isinstance(base.get(section), ml_collections.ConfigDict):
       raise UserError(
         'study.base', f'...{section}', 'is missing; begin with moe_jax.config.get_config()'
       )
     for name in [*fields, *base[section]]:
-      if name not in base[section] or name not in fields:
-        why = 'is missing' if name in fields else 'is no field of a config'
-        raise UserError('study.base', f'{section}.{name}', why)
+      field = f'{section}.{name}'
+      if name not in base[section]:
+        raise UserError('study.base', field, 'is missing')
+      if name not in fields:
+        why = f'of study.base: unknown field{near_fields(field)}'
+        raise UserError(field, _shown(base[section][name]), why)
+
+
+def _shown(value: Any) -> Any:
+  return value.to_dict() if isinstance(value, ml_collections.ConfigDict) else value
 
 
 def _check_arms(study: Study) -> None:

@@ -1,6 +1,7 @@
 """Says what a sweep would do: its trials, what stands in their way, and the time they take."""
 
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -23,12 +24,14 @@ class Plan(NamedTuple):
       is done.
     problems: what a trial would fail of here, the first of each kind.
     estimate: of the trials that are not done, one after the other.
+    unprepared: whether the data of some of them is still to be prepared.
   """
 
   study: Study
   rows: list[dict[str, Any]]
   problems: list[UserError]
   estimate: Estimate
+  unprepared: bool
 
 
 def make_plan(study: Study, trials: Sequence[Trial], workdir: str | None, probes: bool) -> Plan:
@@ -41,7 +44,7 @@ def make_plan(study: Study, trials: Sequence[Trial], workdir: str | None, probes
     probes: whether a few steps and batches of each program are run first.
   """
   found = problems(study, trials)
-  batches = _num_batches(study, trials) if not found else {}
+  batches = _num_batches(study, trials)
   work = {t.id: time_estimate.work_of(study, t, batches.get(t.id)) for t in trials}
   measured: dict[tuple[str, str], list[Measured]] = {}
   done = set()
@@ -59,9 +62,8 @@ def make_plan(study: Study, trials: Sequence[Trial], workdir: str | None, probes
   rate = time_estimate.matmul_rate() / 3 if left else 1.0
   rows = [_row(study, trial, None if trial.id in done else work[trial.id], measured, rate)
           for trial in trials]  # fmt: skip
-  return Plan(
-    study, rows, found, time_estimate.estimate([work[t.id] for t in left], measured, rate)
-  )
+  estimate = time_estimate.estimate([work[t.id] for t in left], measured, rate)
+  return Plan(study, rows, found, estimate, any(t.id not in batches for t in left))
 
 
 def _outcome(trial: Trial, workdir: str) -> dict[str, Any]:
@@ -137,7 +139,10 @@ def _num_batches(study: Study, trials: Sequence[Trial]) -> dict[str, int]:
     length = config.data.sequence_length
     key = json.dumps([config.data.to_dict(), microbatch], sort_keys=True)
     if key not in of_data:
-      dataset = opening.prepared_dataset_of(config)
+      try:
+        dataset = opening.prepared_dataset_of(config)
+      except (UserError, DamagedError):
+        dataset = None  # `problems` says what is wrong with it.
       of_data[key] = (
         None if dataset is None else evaluate.num_batches(dataset, study.split, length, microbatch)
       )
@@ -161,19 +166,40 @@ def text(plan: Plan) -> str:
       f'{row["tokens"]:>13,}{row["flops"]:>10.1e}{about:>8}  {row["arm"]}, {row["seed"]}'
     )
   lines += [f'{"dropped":<14}{arm.name}: {arm.dropped}' for arm in study.arms if arm.dropped]
-  lines += [f'{"problem":<14}{problem}' for problem in plan.problems]
-  estimate = plan.estimate
+  # The command ends with the first as its error.
+  lines += [f'{"problem, too":<14}{problem}' for problem in plan.problems[1:]]
   done = sum(row['seconds'] is None for row in plan.rows)
-  least = 'at least ' if estimate.unknown else 'about '
-  lines.append(
-    f'{len(plan.rows)} trials, {done} of them done, {sum(row["flops"] for row in plan.rows):.1e} '
-    f'FLOPs of training; {least}{duration(estimate.total)} here, one trial after the other:'
-  )
-  for part, basis in estimate.basis.items():
-    lines.append(f'  {part:<12}{duration(estimate.seconds[part]):>7}  {basis}')
-  not_counted = ', '.join(filter(None, [estimate.unknown, 'preparing data']))
-  lines.append(f'  not counted: {not_counted}')
-  return '\n'.join(lines)
+  flops = sum(row['flops'] for row in plan.rows)
+  num = len(plan.rows)
+  lines.append(f'{num} trials, {done} of them done; {flops:.1e} FLOPs of training in all')
+  return '\n'.join([*lines, *_time_lines(plan, num - done)])
+
+
+def _time_lines(plan: Plan, left: int) -> list[str]:
+  """Returns a sentence on the time of the trials that are left, and what each part is known from.
+
+  Args:
+    plan: of the trials.
+    left: trials that are not done.
+  """
+  if not left:
+    return []
+  estimate = plan.estimate
+  parts = [f'{duration(estimate.seconds[part])} {part}' for part in estimate.basis]
+  missing = []
+  if plan.unprepared:
+    missing.append('preparing the data')
+  if estimate.unknown:
+    missing.append('evaluation, whose length is known once the data is prepared')
+  without = f'; not included: {" and ".join(missing)} (--probe does both)' if missing else ''
+  least = 'at least ' if missing else 'about '
+  many = f'the {left} trials' if left > 1 else 'the trial'
+  after = ', one after the other,' if left > 1 else ''
+  lines = [
+    f'On this machine {many} left will take {least}{duration(estimate.total)}{after} of which '
+    f'{", ".join(parts)}{without}.'
+  ]
+  return [*lines, *(f'  {part}: {basis}' for part, basis in estimate.basis.items())]
 
 
 def as_json(plan: Plan) -> str:
@@ -189,13 +215,14 @@ def as_json(plan: Plan) -> str:
       'seconds': {**estimate.seconds, 'total': estimate.total},
       'basis': estimate.basis,
       'not_counted': estimate.unknown,
+      'data_to_prepare': plan.unprepared,
     }
   )
 
 
 def duration(seconds: float) -> str:
-  """Returns hours and minutes: 1h05m, 12m, <1m."""
+  """Returns hours and minutes, or seconds below a minute and a half: 1h05m, 12m, 45s."""
+  if seconds < 90:
+    return f'{math.ceil(seconds)}s'
   minutes = round(seconds / 60)
-  if not minutes:
-    return '<1m'
   return f'{minutes // 60}h{minutes % 60:02}m' if minutes >= 60 else f'{minutes}m'

@@ -65,8 +65,8 @@ def report(
   if thinned:
     records = thin.thin(records, study.metric.name)
   try:
-    out.mkdir(parents=True, exist_ok=True)
     _refuse_early(study, records, out, columns)
+    out.mkdir(parents=True, exist_ok=True)
     write_records(out / 'results.jsonl', records, compact=thinned)
     drawn = _shown_in_readme(out) if thinned and figures else figures
     return write_report(
@@ -88,13 +88,15 @@ def _shown_in_readme(out: pathlib.Path) -> frozenset[str]:
 def _refuse_early(
   study: Study, records: list[Record], out: pathlib.Path, columns: Sequence[str]
 ) -> None:
-  """Ends before an earlier report is touched; without one, what was found is kept."""
+  """Ends before an earlier report is touched; without one, what can't be compared is kept."""
   try:
-    tables.columns(summarize(study, records), columns)
+    summary = summarize(study, records)
   except UserError:
     if not (out / 'results.jsonl').exists():
+      out.mkdir(parents=True, exist_ok=True)
       write_records(out / 'results.jsonl', records)
     raise
+  tables.columns(summary, columns)
 
 
 def _check_out(study: Study, out: pathlib.Path, thinned_study: str) -> None:

@@ -24,9 +24,9 @@ from moe_jax.study import Study
 from moe_jax.sweep import outcome, user_metrics
 from moe_jax.sweep.checks import check_dataset
 from moe_jax.sweep.evaluations import config_for
-from moe_jax.sweep.stopwatch import Stopwatch
+from moe_jax.sweep.stopwatch import Pace, Stopwatch
 from moe_jax.sweep.trials import Trial, training_flops
-from moe_jax.train import ancestry, device_errors, evaluate, manifest, packed
+from moe_jax.train import ancestry, device_errors, evaluate, manifest, packed, timing
 from moe_jax.train.loop import DivergedError, Listener, program_of, train
 from moe_jax.train.opening import dataset_of
 from moe_jax.train.restore import restore_run
@@ -422,7 +422,7 @@ def eval_step(
 
 
 class _Progress:
-  """One bar over all trials. Time left is judged by floating-point operations, not by steps."""
+  """One bar over all trials; the time left is that of training, in proportion to FLOPs."""
 
   def __init__(self, study: Study, trials: list[Trial], workdir: str):
     self._study, self._workdir = study, workdir
@@ -432,11 +432,14 @@ class _Progress:
     self._bar = tqdm.tqdm(
       total=total,
       initial=sum(self._cost[id_] * steps for id_, steps in self._done.items()),
-      bar_format='{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}',
+      # The library's own estimate would count compiling as if every step compiled.
+      bar_format='{percentage:3.0f}%|{bar:20}| {elapsed}{postfix}',
       mininterval=0.5 if sys.stderr.isatty() else 30.0,
       dynamic_ncols=True,
     )
     self._trials: tuple[Trial, ...] = ()
+    self._phase = ''
+    self._pace = Pace()
 
   def _steps_done(self, trial: Trial) -> int:
     """Returns the steps of the last checkpoint of a trial that the manifest knows of."""
@@ -450,19 +453,38 @@ class _Progress:
   def begin(self, *trials: Trial) -> None:
     """Shows the trials that run now."""
     self._trials = trials
+    self._pace.begin()
     self.show_phase('')
 
   def show_phase(self, phase: str) -> None:
     """Shows what the trials that run now are doing."""
+    self._phase = phase
+    if phase == timing.TRAINING:
+      self._pace.resume()
+    else:
+      self._pace.pause()
+    # Away from a terminal each refresh is a line.
+    self._bar.set_postfix_str(self._text(), refresh=not phase or sys.stderr.isatty())
+
+  def _text(self) -> str:
+    """Returns what runs, and the time of training that is left once a step was timed."""
     first, *more = self._trials
     others = f' and {len(more)} more' if more else ''
-    doing = f': {phase}' if phase else ''
-    text = f' {first.arm}, seed {first.seed}{others}{doing}'
-    # Away from a terminal each refresh is a line.
-    self._bar.set_postfix_str(text, refresh=not phase or sys.stderr.isatty())
+    doing = f': {self._phase}' if self._phase else ''
+    seconds = self._pace.left(self._bar.total - self._bar.n)
+    left = (
+      '' if seconds is None else f' about {tqdm.tqdm.format_interval(seconds)} of training left,'
+    )
+    return f'{left} {first.arm}, seed {first.seed}{others}{doing}'
 
   def at(self, step: int) -> None:
     """Shows a step of the trials that run."""
+    self._pace.step(sum(self._cost[trial.id] for trial in self._trials))
+    self._bar.set_postfix_str(self._text(), refresh=False)
+    self._count(step)
+
+  def _count(self, step: int) -> None:
+    """Counts the trials that run as done up to a step."""
     for trial in self._trials:
       new = max(0, step - self._done[trial.id])
       self._done[trial.id] += new
@@ -471,7 +493,8 @@ class _Progress:
   def end(self, trial: Trial) -> None:
     """Counts what a trial that ended early did not do as done."""
     self._trials = (trial,)
-    self.at(trial.config.train.num_steps)
+    self._pace.pause()
+    self._count(trial.config.train.num_steps)
 
   def __enter__(self) -> '_Progress':
     return self

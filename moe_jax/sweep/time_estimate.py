@@ -27,7 +27,12 @@ TRAINING, EVALUATION = 'training', 'evaluation'
 COMPILING = {TRAINING: 30.0, EVALUATION: 15.0}
 STARTING = 5.0
 # How the seconds of a step are known, best first.
-_HOW = ('as measured', 'as others measured, by FLOPs', 'by FLOPs')
+_HOW = (
+  'as measured',
+  'as measured of other programs, in proportion to FLOPs',
+  'from its FLOPs at {rate:.1e} FLOP/s, a third of what a large matmul reaches here (--probe '
+  'measures it)',
+)
 
 
 class Measured(NamedTuple):
@@ -137,16 +142,31 @@ def estimate(work: Sequence[Sequence[Work]], measured: Measurements, rate: float
       unknown = 'evaluation, as its data is not prepared here (--probe prepares and measures it)'
     each = [step_seconds(one, measured, rate) for one in known]
     seconds[part] = sum((one.steps or 0) * s for one, (_, s) in zip(known, each, strict=True))
-    counts = {how: sum(one == how for one, _ in each) for how in _HOW}
-    said = ', '.join(f'{count} {how}' for how, count in counts.items() if count)
-    at = f' ({rate:.1e} FLOP/s, a third of a matmul here)' if counts[_HOW[2]] else ''
-    total = sum(one.steps or 0 for one in known)
-    noun = 'steps' if part == TRAINING else 'batches'
     if known:
-      basis[part] = f'{total:,} {noun} of {len(known)} runs: {said}{at}'
+      basis[part] = _basis(part, known, [how for how, _ in each], rate)
   seconds['compiling'], basis['compiling'] = _compiling(work, measured)
   seconds['starting'], basis['starting'] = _starting(len(work), measured)
   return Estimate(seconds, basis, unknown)
+
+
+def _basis(part: str, known: Sequence[Work], hows: Sequence[str], rate: float) -> str:
+  """Returns how many steps or batches there are, and how their seconds are known.
+
+  Args:
+    part: training or evaluation.
+    known: work of the part, whose steps are known.
+    hows: of `_HOW`, for each.
+    rate: floating-point operations a second where nothing was measured.
+  """
+  training = part == TRAINING
+  noun, one = ('steps', 'step') if training else ('batches', 'batch')
+  counts = {how: hows.count(how) for how in _HOW if how in hows}
+  said = [how.format(rate=rate) for how in counts]
+  if len(counts) > 1:
+    said = [f'{text} ({count})' for text, count in zip(said, counts.values(), strict=True)]
+  total = sum(work.steps or 0 for work in known)
+  runs = f'{len(known)} {"trials" if training else "evaluations"}'
+  return f'{total:,} {noun} of {runs}, the time of a {one} {", ".join(said)}'
 
 
 def _compiling(work: Sequence[Sequence[Work]], measured: Measurements) -> tuple[float, str]:
@@ -159,10 +179,11 @@ def _compiling(work: Sequence[Sequence[Work]], measured: Measurements) -> tuple[
     others = [max(m.setup for m in many) for (of, _), many in measured.items() if of == part]
     total += rest * (float(np.median(others)) if others else COMPILING[part])
   assumed = (
-    f'{COMPILING[TRAINING]:.0f} s to train, {COMPILING[EVALUATION]:.0f} s to evaluate assumed'
+    f'assumed to take {COMPILING[TRAINING]:.0f} s each of training, {COMPILING[EVALUATION]:.0f} s '
+    'of evaluation'
   )
-  how = 'the longest set-up of each, or as others' if measured else assumed
-  return total, f'{len(programs)} programs: {how}'
+  how = 'the longest set-up of each, or that of others' if measured else assumed
+  return total, f'{len(programs)} programs, {how}'
 
 
 def _starting(num_trials: int, measured: Measurements) -> tuple[float, str]:
@@ -174,7 +195,7 @@ def _starting(num_trials: int, measured: Measurements) -> tuple[float, str]:
     ]
     each += float(np.median(warm)) if warm else 0.0
   if not each:
-    return num_trials * STARTING, f'{num_trials} trials, {STARTING:.0f} s assumed of each'
+    return num_trials * STARTING, f'{num_trials} trials, assumed to take {STARTING:.0f} s each'
   return num_trials * each, f'{num_trials} trials, {each:.1f} s each as measured'
 
 

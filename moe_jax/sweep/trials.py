@@ -2,19 +2,21 @@
 
 import hashlib
 import importlib.util
+import inspect
 import json
 import os
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_collections
 
 from moe_jax import config as config_lib
-from moe_jax import unread
+from moe_jax import installed, unread
+from moe_jax.arguments import near_fields
 from moe_jax.data import ByteTokenizer
-from moe_jax.errors import UserError, did_you_mean
+from moe_jax.errors import UserError, raised_by
 from moe_jax.study import TOLERANCE, FinishedTrial, Point, Study
 from moe_jax.sweep.checks import check_study, same_model, unfrozen
 from moe_jax.sweep.metric_paths import check_layers
@@ -65,16 +67,37 @@ def load_study(path: str) -> Study:
   sys.modules['moe_jax_study'] = module
   try:
     spec.loader.exec_module(module)
-    study = module.get_study()
+    study = _get_study(module, path)()
   except UserError:
     raise
   except (Exception, SystemExit) as error:
+    if installed.missing(error):
+      raise
     # It is the user's code: whatever it raises is theirs to mend.
     text = ' '.join(str(error).split())
-    raise UserError('--study', path, f'{type(error).__name__}: {text}') from error
+    why = raised_by(error, path) or f'{type(error).__name__}: {text}'
+    raise UserError('--study', path, why) from error
   if not isinstance(study, Study):
     raise UserError('--study', path, f'get_study() must return a Study, not {type(study).__name__}')
   return study
+
+
+def _get_study(module: Any, path: str) -> Callable[[], Any]:
+  """Returns the function of a study file, which must be there and take no argument."""
+  function = getattr(module, 'get_study', None)
+  if not callable(function):
+    raise UserError(
+      '--study',
+      path,
+      "defines no get_study(); it must be, for example: def get_study(): return Study('mine', "
+      "'Does it help?', get_config(), point('a', {}), seeds=(0, 1, 2)), with Study and point of "
+      'moe_jax.study and get_config of moe_jax.config or a file of configs/',
+    )
+  try:
+    inspect.signature(function).bind()
+  except TypeError as error:
+    raise UserError('--study', path, f'get_study() must take no argument: {error}') from error
+  return function
 
 
 def _check_comparable(study: Study, trials: list[Trial]) -> None:
@@ -173,9 +196,7 @@ def _config(
     room, _, name = field.partition('.')
     known = config_lib.SCHEMA.get(room, {})
     if name not in known:
-      fields = [f'{section}.{one}' for section, of in config_lib.SCHEMA.items() for one in of]
-      near = did_you_mean(field, fields)
-      raise UserError(field, value, f'of arm {arm.name!r}: unknown field{near}')
+      raise UserError(field, value, f'of arm {arm.name!r}: unknown field{near_fields(field)}')
     try:
       # An int serves as a float, and as nothing else.
       if isinstance(known[name].default, float) and type(value) is int:

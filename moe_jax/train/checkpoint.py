@@ -124,12 +124,16 @@ class Checkpoints:
         state, position = self._restore(step, abstract)
       # Orbax raises what it likes for files that are missing, cut or changed, Exception included.
       except Exception as error:
-        reasons.append(f'step {step}: {_first_line(error)}')
+        reasons.append(f'step {step}: {_reason(error)}')
         self.damaged.append(step)
         continue
       return step, state, position
     if reasons:
-      raise DamagedError(f'no good checkpoint in {self._folder}: {"; ".join(reasons)}')
+      raise DamagedError(
+        f'no good checkpoint in {self._folder}; tried, newest first: {"; ".join(reasons)}; nothing '
+        'was changed: put the folder of one of these steps back from a copy, or train again in '
+        f'another --workdir, or in this one after moving {self._folder.parent} away'
+      )
     return None
 
   def _as_saved(self, step: int, abstract: TrainState) -> TrainState | None:
@@ -174,7 +178,7 @@ class Checkpoints:
     try:
       return self._restore(step, abstract)[0]
     except Exception as error:
-      raise DamagedError(f'checkpoint {step} in {self._folder}: {_first_line(error)}') from error
+      raise DamagedError(f'checkpoint {step} in {self._folder}: {_reason(error)}') from error
 
   def set_damaged_aside(self) -> list[str]:
     """Moves damaged checkpoints out of the way, so that their steps can be saved anew."""
@@ -251,6 +255,21 @@ def digest(state: Any) -> dict[str, list[int]]:
 def _position_digest(data_position: dict[str, Any]) -> str:
   """Returns the SHA-256 of a position in the data as JSON, in which it is saved."""
   return hashlib.sha256(json.dumps(data_position, sort_keys=True).encode()).hexdigest()
+
+
+# What TensorStore, Orbax and Python say of files, and what it means.
+_MEANINGS = (
+  (r'NOT_FOUND|was not found|No such file', 'a file of it is missing'),
+  (r'OUT_OF_RANGE', 'a file of it is cut short'),
+  (r'DATA_LOSS|checksum', 'a file of it is damaged'),
+)
+
+
+def _reason(error: BaseException) -> str:
+  """Returns why a checkpoint can't be restored: in plain words, then as the library says it."""
+  line = _first_line(error)
+  meaning = next((words for pattern, words in _MEANINGS if re.search(pattern, line)), '')
+  return f'{meaning} ({line.rstrip(".:;")})' if meaning else line
 
 
 def _first_line(error: BaseException) -> str:

@@ -9,8 +9,9 @@ import os
 import pathlib
 import platform
 import subprocess
+import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import jax
 import ml_collections
@@ -21,6 +22,7 @@ from moe_jax import optim
 from moe_jax.errors import DamagedError, UserError
 from moe_jax.schema import FREE_FIELDS, LATER_FIELDS, LATER_FIELDS_IN_IDS
 from moe_jax.train import accounting, manifest_kinds
+from moe_jax.train.manifest_kinds import LOCK
 
 MANIFEST = 'manifest.json'
 # The status that stands for a manifest that could not be read.
@@ -350,7 +352,20 @@ def check_same_data(
 
 
 # What a run that was stopped before its manifest was written may leave.
-_BEGINNINGS = ('.lock', 'checkpoints', 'tokenizer', 'manifest.tmp')
+_BEGINNINGS = (LOCK, 'checkpoints', 'tokenizer', 'manifest.tmp')
+
+
+def _hold(lock: IO[str]) -> None:
+  """Locks a file; tries twice, as `moe_jax.runs` holds it for a moment to see whether it is free.
+
+  Raises:
+    OSError: if another process holds it.
+  """
+  try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    time.sleep(0.1)
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @contextlib.contextmanager
@@ -366,13 +381,13 @@ def claimed(workdir: str) -> Iterator[None]:
   try:
     new = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
-    had_lock = (path / '.lock').exists()
-    lock = open(path / '.lock', 'w')  # noqa: SIM115
+    had_lock = (path / LOCK).exists()
+    lock = open(path / LOCK, 'w')  # noqa: SIM115
   except OSError as error:
     raise UserError('workdir', workdir, f'cannot be written: {error.strerror}') from error
   with lock:
     try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      _hold(lock)
     except OSError as error:
       raise UserError('workdir', workdir, 'another process is writing this run') from error
     try:
@@ -382,7 +397,7 @@ def claimed(workdir: str) -> Iterator[None]:
       yield
     finally:
       if not (path / MANIFEST).exists() and not had_lock:
-        (path / '.lock').unlink(missing_ok=True)
+        (path / LOCK).unlink(missing_ok=True)
         if new and not any(path.iterdir()):
           path.rmdir()
 

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+# The file in the directory of a run that the process which writes it holds locked.
+LOCK = '.lock'
 _TEXT, _COUNT, _OBJECT, _NUMBERS = 'text', 'a count', 'an object', 'an object of numbers'
 # Kinds of the fields. Those of `NEEDED` must be there; others came later, or some runs lack them.
 KINDS = {

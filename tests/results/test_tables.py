@@ -81,9 +81,15 @@ def test_columns_are_those_that_are_asked_for(broken):
   assert rows[0] == ['arm', 'drop share', 'tokens', 'bits per byte']
   # 0.25 and 0.5: deviation 0.177, standard error 0.125, half width 12.7062 * 0.125.
   assert rows[3] == [made.HOSTILE, '0.4 ± 1.6', '800k', '1.56 ± 0.76']
-  for key in ('capacity/drop_share', 'arm', ''):
-    with pytest.raises(UserError, match='--columns=.*capacity/router/drop_share'):
+  for key in ('capacity/drop_share', 'drop_share', 'router/drop_shar'):
+    with pytest.raises(UserError, match='did you mean .*capacity/router/drop_share') as caught:
+      tables.columns(broken, ['tokens', key])
+    assert str(caught.value).startswith(f'--columns={key!r}: no such column')
+  for key in ('zzzz', ''):
+    with pytest.raises(UserError, match='must be among seeds, metric, .*, as ') as caught:
       tables.columns(broken, [key])
+    # A single path stands for all of them.
+    assert str(caught.value).count('capacity/') + str(caught.value).count('dropless/') == 1
   with pytest.raises(UserError, match='--columns='):
     tables.columns(summary.summarize(made.make_study(), []), ['difference'])
 

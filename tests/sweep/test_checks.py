@@ -121,9 +121,13 @@ def test_a_base_that_is_no_config():
   good = tiny.config().to_dict()
   for words, changes in (
     ("study.base='...model'", {'model': 3}),
-    ("study.base='moe.num_exprets': is no field", {'moe': {**good['moe'], 'num_exprets': 3}}),
+    ('moe.num_exprets=3: of study.base: unknown', {'moe': {**good['moe'], 'num_exprets': 3}}),
     ("study.base='moe.num_experts': is missing", {'moe': {'mlp_dim': 3}}),
-    ("study.base='new'", {'new': {}}),
+    ('new={}: of study.base: unknown section; must be one of model', {'new': {}}),
+    (
+      "optims={'name': 'x'}: of study.base: unknown section; did you mean optim?",
+      {'optims': {'name': 'x'}},
+    ),
     (
       "moe.num_experts='four': must be of type int",
       {'moe': {**good['moe'], 'num_experts': 'four'}},
@@ -217,6 +221,67 @@ def test_a_study_file_that_is_no_python(tmp_path):
   path.write_text('get_study = None')
   with pytest.raises(UserError, match='must be a Python file'):
     trials.load_study(str(path))
+
+
+@pytest.mark.parametrize(
+  ('content', 'words'),
+  [
+    ('import os\nx = undefined_name\n', ('line 2: NameError', 'undefined_name')),
+    ('x = 1\ndef get_study(:\n', ('line 2: SyntaxError',)),
+    ('\n\nimport nowhere_at_all\n', ('line 3: ModuleNotFoundError', 'nowhere_at_all')),
+    ('def get_study():\n  return len(1, 2)\n', ('line 2: TypeError: len() takes exactly one',)),
+    # Raised by our own code, called from there.
+    (
+      'from moe_jax.study import Study\n\n\ndef get_study():\n  return Study("a")\n',
+      ('line 5: TypeError', "'question'"),
+    ),
+    ('def get_study(a):\n  return a\n', ('get_study() must take no argument', "'a'")),
+    ('', ('defines no get_study()', 'def get_study(): return Study(')),
+    ('get_study = None\n', ('defines no get_study()',)),
+    ('def get_study():\n  return 1\n', ('must return a Study, not int',)),
+  ],
+)
+def test_what_a_study_file_raises_is_named_with_its_line(tmp_path, content, words):
+  path = tmp_path / 'study.py'
+  path.write_text(content)
+  with pytest.raises(UserError) as caught:
+    trials.load_study(str(path))
+  assert str(caught.value).startswith(f'--study={str(path)!r}: ')
+  for word in words:
+    assert word in str(caught.value)
+
+
+def test_the_example_of_a_study_is_one(tmp_path):
+  path = tmp_path / 'study.py'
+  path.write_text('')
+  with pytest.raises(UserError) as caught:
+    trials.load_study(str(path))
+  example = str(caught.value).partition('example: ')[2].partition(', with')[0]
+  path.write_text(
+    'from moe_jax.config import get_config\nfrom moe_jax.study import Study, point\n\n\n'
+    f'{example}\n'
+  )
+  trials.load_study(str(path))
+
+
+@pytest.mark.parametrize(
+  ('field', 'near'),
+  [
+    ('moe.num_expert', 'did you mean moe.num_experts'),
+    ('moe.num_steps', 'did you mean train.num_steps?'),
+    ('moe.zzz', 'must be one of num_experts'),
+  ],
+)
+def test_unknown_fields_are_named_with_their_value_and_neighbours(field, near):
+  base = tiny.config()
+  section, _, name = field.partition('.')
+  with base.unlocked():
+    base[section][name] = 4
+  said = refused(base=base)
+  assert said.startswith(f'{field}=4: of study.base: unknown field; ') and near in said
+  said = refused(arms=point('b', {field: 4}))
+  assert said.startswith(f"{field}=4: of arm 'b': unknown field; ") and near in said
+  assert near in refused(x=field)
 
 
 def test_all_arms_may_be_points_and_grids():

@@ -7,7 +7,7 @@ import pytest
 
 from moe_jax.study import Metric, Study, point, product
 from moe_jax.sweep import dry_run, probe, time_estimate, trials
-from moe_jax.sweep.stopwatch import Stopwatch
+from moe_jax.sweep.stopwatch import Pace, Stopwatch
 from moe_jax.sweep.time_estimate import EVALUATION, TRAINING, Measured, Work
 from moe_jax.train import accounting
 from tests import tiny
@@ -27,7 +27,9 @@ def test_seconds_by_flops():
     'starting': 2 * 5,
   }
   assert found.total == pytest.approx(100 + 2 + 45 + 10) and not found.unknown
-  assert '200 steps of 2 runs: 2 by FLOPs' in found.basis[TRAINING]
+  said = '200 steps of 2 trials, the time of a step from its FLOPs at 1.0e+09 FLOP/s'
+  assert found.basis[TRAINING].startswith(said)
+  assert '20 batches of 2 evaluations, the time of a batch from' in found.basis[EVALUATION]
   assert time_estimate.seconds_of(trial, {}, RATE) == pytest.approx(50 + 1)
 
 
@@ -48,7 +50,8 @@ def test_seconds_as_measured_and_of_programs_that_were_not():
     'compiling': 20 + 10 + 20,
     'starting': 2 * (2 + 1),
   }
-  assert '1 as measured, 1 as others measured, by FLOPs' in found.basis[TRAINING]
+  said = 'as measured (1), as measured of other programs, in proportion to FLOPs (1)'
+  assert found.basis[TRAINING].endswith(said)
 
 
 def test_evaluation_of_data_that_is_not_prepared_is_not_counted():
@@ -118,6 +121,59 @@ def test_what_stands_in_the_way_is_said_of_each_kind(text, tmp_path):
   assert found.startswith("study.metric='dropless/domains/drama/loss'") and 'prose, verse' in found
 
 
+def test_time_is_one_sentence_that_leaves_out_only_what_is_not_known(text):
+  study = make_study(text)
+  # Too few devices: the data is there, and is looked at all the same.
+  plan = dry_run.make_plan(
+    study, trials.trials_of(study, {'mesh.data': 4, 'mesh.expert': 4}), None, probes=False
+  )
+  assert len(plan.problems) == 1 and not plan.unprepared and not plan.estimate.unknown
+  said = dry_run.text(plan)
+  sentence = next(line for line in said.splitlines() if line.startswith('On this machine'))
+  assert 'the 2 trials left will take about ' in sentence and 'not included' not in sentence
+  assert all(f's {part}' in sentence for part in (TRAINING, EVALUATION, 'compiling', 'starting'))
+  # The error line says the first problem; the text repeats none of it.
+  assert 'mesh.data' not in said
+  new = make_study({**text, 'data.valid_fraction': 0.25})
+  plan = dry_run.make_plan(new, trials.trials_of(new), None, probes=False)
+  assert plan.unprepared
+  said = dry_run.text(plan)
+  assert 'at least' in said and 'not included: preparing the data' in said
+  assert [dry_run.duration(x) for x in (0.2, 89.5, 90, 3599, 3900)] == [
+    '1s', '90s', '2m', '1h00m', '1h05m'
+  ]  # fmt: skip
+
+
+def test_time_left_waits_for_a_step_that_does_not_compile():
+  now = [0.0]
+  pace = Pace(lambda: now[0])
+
+  def step(seconds, cost=10.0):
+    now[0] += seconds
+    pace.step(cost)
+
+  pace.begin()
+  step(600)  # Compiles.
+  step(0.1)  # Begun before the first ended.
+  assert pace.left(100) is None
+  step(2)
+  assert pace.left(100) == pytest.approx(20)
+  # Saving takes no time of training.
+  pace.pause()
+  now[0] += 50
+  pace.resume()
+  step(4)
+  assert pace.left(100) == pytest.approx((2 + 4) / 20 * 100)
+  # Nor does the start of the next trial, whose estimate is that of the steps before.
+  now[0] += 30
+  pace.pause()
+  spent = pace.left(100)
+  pace.begin()
+  step(600)
+  step(0.1)
+  assert pace.left(100) == spent
+
+
 def test_the_command_says_problems_last(text, tmp_path):
   study = make_study(text)
   base = study.base.to_dict() | {'data': study.base.data.to_dict() | {'name': 'text:/nowhere'}}
@@ -142,12 +198,13 @@ def test_a_probe_measures_every_program_and_leaves_nothing(text, tmp_path, monke
   study = make_study({**text, 'train.num_steps': 8}, evaluations=('dropless',))
   plan = dry_run.make_plan(study, trials.trials_of(study), None, probes=True)
   # Both arms are one program, which ran twice; so is their evaluation.
-  assert '16 steps of 2 runs: 2 as measured' in plan.estimate.basis[TRAINING]
-  assert '2 as measured' in plan.estimate.basis[EVALUATION]
+  measured = '16 steps of 2 trials, the time of a step as measured'
+  assert plan.estimate.basis[TRAINING] == measured
+  assert 'of 2 evaluations, the time of a batch as measured' in plan.estimate.basis[EVALUATION]
   assert '2 programs' in plan.estimate.basis['compiling'] and not plan.estimate.unknown
   assert not list(tmp_path.iterdir())
   text_ = dry_run.text(plan)
-  assert '2 trials, 0 of them done' in text_ and 'not counted: preparing data' in text_
+  assert '2 trials, 0 of them done' in text_ and 'not included' not in text_
   measured = probe.probe(study, trials.trials_of(study)[:1])
   assert all(len(many) == 2 and many[0].step > 0 for many in measured.values())
 

@@ -391,7 +391,7 @@ def test_the_command_plans_runs_and_refuses(text, tmp_path):
     tiny.command('sweep', study, workdir, *flags).assert_error(*words)
   tiny.command('sweep', '--study=nowhere.py', workdir).assert_error('--study=', 'does not exist')
   path.write_text('def get_study():\n  return 1 / 0\n')
-  tiny.command('sweep', study, workdir).assert_error('--study=', 'ZeroDivisionError')
+  tiny.command('sweep', study, workdir).assert_error('--study=', 'line 2: ZeroDivisionError')
   path.write_text('raise SystemExit(0)\n')
   tiny.command('sweep', study, workdir).assert_error('--study=', 'SystemExit')
   tiny.command('sweep', f'--study={tmp_path}', workdir).assert_error('--study=', 'is no file')
