@@ -139,7 +139,7 @@ def test_time_is_one_sentence_that_leaves_out_only_what_is_not_known(text):
   assert plan.unprepared
   said = dry_run.text(plan)
   assert 'at least' in said and 'not included: preparing the data' in said
-  assert [dry_run.duration(x) for x in (0.2, 89.5, 90, 3599, 3900)] == [
+  assert [dry_run.duration(x) for x in (0.2, 89.5, 90.0, 3599.0, 3900.0)] == [
     '1s', '90s', '2m', '1h00m', '1h05m'
   ]  # fmt: skip
 
