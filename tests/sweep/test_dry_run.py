@@ -155,23 +155,23 @@ def test_time_left_waits_for_a_step_that_does_not_compile():
   pace.begin()
   step(600)  # Compiles.
   step(0.1)  # Begun before the first ended.
-  assert pace.left(100) is None
+  assert pace.left(100.0) is None
   step(2)
-  assert pace.left(100) == pytest.approx(20)
+  assert pace.left(100.0) == pytest.approx(20)
   # Saving takes no time of training.
   pace.pause()
   now[0] += 50
   pace.resume()
   step(4)
-  assert pace.left(100) == pytest.approx((2 + 4) / 20 * 100)
+  assert pace.left(100.0) == pytest.approx((2 + 4) / 20 * 100)
   # Nor does the start of the next trial, whose estimate is that of the steps before.
   now[0] += 30
   pace.pause()
-  spent = pace.left(100)
+  spent = pace.left(100.0)
   pace.begin()
   step(600)
   step(0.1)
-  assert pace.left(100) == spent
+  assert pace.left(100.0) == spent
 
 
 def test_the_command_says_problems_last(text, tmp_path):
