@@ -6,11 +6,13 @@ and 143 interrupted by SIGINT and SIGTERM, with the state saved; 1 a defect of o
 
 import functools
 import gc
+import importlib.machinery
 import json
 import math
 import os
 import sys
 import textwrap
+import types
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn
 
@@ -156,37 +158,42 @@ def _parse(explain: Callable[[UserError], UserError], argv: Sequence[str]) -> li
     raise _UsageError(_describe(error)) from error
   except BrokenPipeError:
     end_of_reading()
-  except OSError as error:
-    raise _UsageError(f'--config: cannot be read: {error}') from error
-  except SyntaxError as error:
-    raise _UsageError(f'--config: {error.filename}:{error.lineno}: {error.msg}') from error
-  except Exception as error:
-    # A config file may raise anything.
-    if not raised_by(error, _config_path()):
-      raise
-    raise _UsageError(_describe(error)) from error
 
 
-def _config_path() -> str:
-  """Returns the file of --config; '' without one."""
-  given = next((word for word in _WORDS if word.startswith('--config=')), '')
-  return given.removeprefix('--config=').partition(':')[0]
+def _describe(error: BaseException) -> str:
+  return ' '.join(str(error).split())
 
 
-def _describe(error: Exception) -> str:
-  """Returns one line; ml_collections puts what a config file raised, traceback and all, into it."""
-  if needed := installed.missing(error):
-    return needed
-  path = _config_path()
-  if path and (raised := raised_by(error, path)):
-    return f'--config={path!r}: {raised}'
-  if path and str(error) == "module 'config_config' has no attribute 'get_config'":
-    return f'--config={path!r}: defines no get_config(), which must return a ConfigDict'
-  if 'Traceback' not in str(error):
-    return ' '.join(str(error).split())
-  flag = next((word for word in _WORDS if word.startswith('--config=')), '--config')
-  last = str(error).strip().splitlines()[-1].strip()
-  return f'{flag}: {last.removeprefix("moe_jax.errors.UserError: ")}'
+class _ConfigParser(flags.ArgumentParser):
+  """Loads a config file, whose code may raise anything.
+
+  The parser of ml_collections forgets where an OSError comes from.
+  """
+
+  def parse(self, argument: str) -> ml_collections.ConfigDict:
+    """Returns the config, locked, of 'FILE' or 'FILE:ARGUMENT'."""
+    path, *words = argument.split(':', 1)
+    loader = importlib.machinery.SourceFileLoader('config_config', path)
+    module = types.ModuleType(loader.name)
+    module.__file__ = path
+    sys.modules[loader.name] = module
+    try:
+      loader.exec_module(module)
+      get_config = getattr(module, 'get_config', None)
+      config = get_config(*words) if callable(get_config) else None
+    except UserError as error:
+      # Of its argument, which --config holds, or of a field.
+      why = error.allowed if error.field == '--config' else _describe(error)
+      raise _UsageError(f'--config={argument!r}: {why}') from error
+    except (Exception, SystemExit) as error:
+      why = raised_by(error, path) or _describe(error) or type(error).__name__
+      raise _UsageError(installed.missing(error) or f'--config={argument!r}: {why}') from error
+    if not isinstance(config, ml_collections.ConfigDict):
+      why = 'defines no get_config(), which must return a ConfigDict'
+      if callable(get_config):
+        why = f'get_config() must return a ConfigDict, not {type(config).__name__}'
+      raise _UsageError(f'--config={path!r}: {why}')
+    return config.lock()
 
 
 def _guard(main: Callable[[], int | None]) -> int | None:
@@ -247,13 +254,11 @@ def define_config_flag() -> Callable[[], ml_collections.ConfigDict]:
     'a field (python -m moe_jax.config lists them all).',
     sys_argv=_WORDS,
   )
+  flags.FLAGS['config'].parser = _ConfigParser()
 
   def config() -> ml_collections.ConfigDict:
     if holder.value is None:
       raise UserError('--config', None, 'must be given, for example configs/quickstart.py')
-    if not isinstance(holder.value, ml_collections.ConfigDict):
-      path = config_flags.get_config_filename(flags.FLAGS['config'])
-      raise UserError('--config', path, 'must be a file whose get_config() returns a ConfigDict')
     config_lib.validate(holder.value)
     return holder.value
 

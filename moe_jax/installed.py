@@ -26,6 +26,7 @@ NEEDED = {
   'tensorflow_datasets': 'tensorflow-datasets',
   'tokenizers': 'tokenizers',
   'tqdm': 'tqdm',
+  'yaml': 'pyyaml',
 }
 
 

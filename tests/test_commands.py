@@ -163,8 +163,6 @@ def test_train_refuses_flags(path, tmp_path):
   tiny.command('train', f'--config={path}', workdir, '--speed=9').assert_error('speed')
   tiny.command('train', f'--config={path}', workdir, 'more').assert_error("argument='more'")
   wrong = tmp_path / 'wrong.py'
-  wrong.write_text('def get_config(:\n')
-  tiny.command('train', f'--config={wrong}', workdir).assert_error('wrong.py:1')
   wrong.write_text('x = 1\n')
   tiny.command('train', f'--config={wrong}', workdir).assert_error('get_config')
   wrong.write_text('def get_config():\n  return {}\n')
@@ -174,10 +172,19 @@ def test_train_refuses_flags(path, tmp_path):
     ('def get_config():\n  return len(1, 2)\n', 'line 2: TypeError'),
     ('def get_config():\n  return [][1]\n', 'line 2: IndexError'),
     ('import nowhere_at_all\n', 'line 1: ModuleNotFoundError'),
+    ('def get_config():\n  return {}["a"]\n', "line 2: KeyError: 'a'"),
+    ('def get_config():\n  assert not 1, "why"\n', 'line 2: AssertionError: why'),
+    ('\nopen("/nowhere/text")\n', 'line 2: FileNotFoundError'),
+    ('def get_config():\n  open("/nowhere/text")\n', 'line 2: FileNotFoundError'),
+    ('def get_config():\n  open("/")\n', 'line 2: IsADirectoryError'),
+    ('raise SystemExit(0)\n', 'line 1: SystemExit: 0'),
+    ('def get_config(:\n', 'line 1: SyntaxError'),
+    ('def get_config():\n  pass\n', 'get_config() must return a ConfigDict, not NoneType'),
   ):
     wrong.write_text(content)
-    result = tiny.command('train', f'--config={wrong}', workdir)
-    result.assert_error(f'--config={str(wrong)!r}: {words}')
+    for override in ((), ('--config.moe.every=1',)):
+      result = tiny.command('train', f'--config={wrong}', workdir, *override)
+      result.assert_error(f'--config={str(wrong)!r}: {words}')
   tiny.command('train', f'--config={path}:nonsense', workdir).assert_error('--config')
   tiny.command('train', '--config=configs/debug.py:nonsense', workdir).assert_error('nonsense')
   assert not (tmp_path / 'run').exists()
