@@ -262,8 +262,10 @@ def test_a_plan_counts_what_is_left_by_what_was_measured(swept):
   study = dataclasses.replace(study, arms=study.arms[:2] + wide)
   plan = dry_run.make_plan(study, trials.trials_of(study), workdir, probes=False)
   assert [row['seconds'] is None for row in plan.rows] == [True] * 4 + [False] * 2
-  assert '8 steps of 2 runs: 2 as others measured' in plan.estimate.basis['training']
-  assert '4 as others measured' in plan.estimate.basis['evaluation']
+  basis = plan.estimate.basis['training']
+  assert '8 steps of 2 trials, the time of a step as measured of other programs' in basis
+  basis = plan.estimate.basis['evaluation']
+  assert 'of 4 evaluations, the time of a batch as measured of other programs' in basis
   assert '4 of them done' in dry_run.text(plan) and ' done  load_bal' in dry_run.text(plan)
 
 
