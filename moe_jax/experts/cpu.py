@@ -39,7 +39,7 @@ from moe_jax.routing.router import varying_like
 # Sizes are multiples of this; there are so many steps above half of all rows, and below. Matmuls
 # gain nothing from multiples of 8; more sizes take longer to compile.
 MULTIPLE = 2
-FINE_STEPS, COARSE_STEPS = 20, 4
+FINE_STEPS, COARSE_STEPS = 6, 2
 # Up to this many rows of an expert the gradients of the weights come after the loops: then one
 # batched matmul writes each once, instead of zeros first and the gradient later.
 MOST_BATCHED = 192
