@@ -3,6 +3,7 @@
 import gc
 import importlib.metadata
 import os
+import tempfile
 
 NUM_DEVICES = 8
 
@@ -37,12 +38,43 @@ hypothesis.settings.load_profile('deterministic')
 
 def pytest_configure(config):
   config.addinivalue_line('markers', 'slow: starts processes of its own.')
+  config.addinivalue_line(
+    'markers', 'all: only with ./launch/test --all; another case stands for it.'
+  )
   config.addinivalue_line('filterwarnings', 'error')
   # What threads of TensorStore say to the loop that Orbax closed after a damaged file, whenever.
   closed = r'ignore:(?s).*Event loop is closed:pytest.PytestUnraisableExceptionWarning'
   config.addinivalue_line('filterwarnings', closed)
   # Of third parties.
   config.addinivalue_line('filterwarnings', r'ignore:the load_module\(\) method:DeprecationWarning')
+  # One worker may find what another is just writing, and then compiles for itself.
+  damaged = 'ignore:Error reading persistent compilation cache entry:UserWarning'
+  config.addinivalue_line('filterwarnings', damaged)
+  keep_programs(config)
+
+
+def keep_programs(config):
+  """Keeps compiled programs on disk, for all workers of this run, since `forget_programs` forgets.
+
+  Set here rather than in the environment: what a test kills must not leave half a program to
+  others. A folder that JAX_COMPILATION_CACHE_DIR names outlives the run.
+  """
+  if jax.config.jax_compilation_cache_dir:
+    return
+  if hasattr(config, 'workerinput'):
+    folder = config.workerinput['programs']
+  else:
+    made = tempfile.TemporaryDirectory(prefix='moe_jax_programs_', ignore_cleanup_errors=True)
+    config.add_cleanup(made.cleanup)
+    folder = config.programs = made.name
+  jax.config.update('jax_compilation_cache_dir', folder)
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+  """Tells a worker of pytest-xdist the folder."""
+  node.workerinput['programs'] = getattr(node.config, 'programs', '')
 
 
 def pytest_sessionstart():

@@ -60,10 +60,14 @@ def run(checkout, *arguments, **codes):
 
 def test_everything_is_tests_then_lint(checkout):
   pytest_call = 'python -m pytest -n 2 --dist loadfile'
-  assert run(checkout)[:2] == (0, [pytest_call, *_LINT])
-  assert run(checkout, '--fast')[:2] == (0, [f'{pytest_call} -m not slow', *_LINT])
-  # Words for pytest alone choose among all tests.
-  assert run(checkout, '-k', 'name')[:2] == (0, [f'{pytest_call} -k name', *_LINT])
+  most = f'{pytest_call} -m not all'
+  assert run(checkout)[:2] == (0, [most, *_LINT])
+  assert run(checkout, '--all')[:2] == (0, [pytest_call, *_LINT])
+  fast = f'{pytest_call} -m not slow'
+  assert run(checkout, '--fast')[:2] == (0, [f'{fast} and not all', *_LINT])
+  assert run(checkout, '--fast', '--all')[:2] == (0, [fast, *_LINT])
+  # Words for pytest alone choose among all files.
+  assert run(checkout, '-k', 'name')[:2] == (0, [f'{most} -k name', *_LINT])
 
 
 def test_either_fails_all_and_neither_hides_the_other(checkout):
@@ -78,12 +82,20 @@ def test_either_fails_all_and_neither_hides_the_other(checkout):
 
 def test_paths_are_tested_at_once_without_lint(checkout):
   one, two = 'tests/a/test_one.py', 'tests/test_three.py::test_x'
-  call = 'python -m pytest -n {} --dist loadfile {}'.format
+  call = 'python -m pytest -n {} --dist loadfile -m not all {}'.format
   assert run(checkout, one, ruff=1)[:2] == (0, [call(0, one)])
   assert run(checkout, f'./{one}', ruff=1)[:2] == (0, [call(0, one)])
-  assert run(checkout, two, '-x')[:2] == (0, [call(0, f'{two} -x')])
-  assert run(checkout, one, two)[:2] == (0, [call(2, f'{one} {two}')])
-  assert run(checkout, 'tests/a', '--fast')[:2] == (0, [call(2, '-m not slow tests/a')])
+  # One test by its name runs whatever its mark.
+  named = call(0, f'{two} -x').replace('-m not all ', '')
+  assert run(checkout, two, '-x')[:2] == (0, [named])
+  assert run(checkout, one, 'tests/a/test_two.py')[:2] == (
+    0,
+    [call(2, f'{one} tests/a/test_two.py')],
+  )
+  assert run(checkout, 'tests/a', '--fast')[:2] == (
+    0,
+    [call(2, 'tests/a').replace('not all', 'not slow and not all')],
+  )
   assert run(checkout, one, python=1)[0] == 1
   code, calls, output = run(checkout, 'tests/a/test_none.py')
   assert (code, calls) == (2, []) and output.startswith('error: path=tests/a/test_none.py')
