@@ -48,7 +48,7 @@ def test_each_kept_assignment_has_a_row_of_its_own_at_its_expert(
   first, here = (num_experts // 2, num_experts - num_experts // 2) if half else (0, num_experts)
   how = {'num_rows': num_rows, 'num_experts': here, 'first_expert': first}
   blocks = jax.jit(functools.partial(decode_blocks.dispatch, **how))(jnp.asarray(tokens), plan)
-  rows, place = np.asarray(blocks.rows), np.asarray(blocks.place)
+  rows, place = np.asarray(blocks.rows), np.asarray(blocks.row_index)
   flat, seen, loads = rows.reshape(-1, 3), set(), np.zeros(here, int)
   for at in np.ndindex(groups, size, k):
     expert = int(plan.expert_index[at]) - first

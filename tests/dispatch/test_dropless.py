@@ -31,8 +31,15 @@ def layer(mesh, k):
 
   def local(tokens, expert, keep, weights, gates):
     plan = plan_of(expert, keep, gates)
-    args = (weights, experts, EXPERT_AXIS, k)
-    return dispatch.run('dropless', tokens[None], plan, *args)[0]
+    return dispatch.run_plan(
+      'dropless',
+      tokens[None],
+      plan,
+      weights=weights,
+      experts=experts,
+      axis_name=EXPERT_AXIS,
+      num_selected=k,
+    )[0]
 
   specs = (by_token, by_token, by_token, by_expert, by_token)
   return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=by_token)

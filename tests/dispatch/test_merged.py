@@ -53,8 +53,14 @@ def test_experts_on_one_device_hear_of_every_empty_slot(capacity, priority):
     return jnp.tanh(rows * weights[:, None])
 
   def run(name, experts):
-    local = lambda tokens, plan, weights: dispatch.run(  # noqa: E731
-      name, tokens, plan, weights, experts, EXPERT_AXIS, 2
+    local = lambda tokens, plan, weights: dispatch.run_plan(  # noqa: E731
+      name,
+      tokens,
+      plan,
+      weights=weights,
+      experts=experts,
+      axis_name=EXPERT_AXIS,
+      num_selected=2,
     )
     layer = jax.shard_map(
       local,

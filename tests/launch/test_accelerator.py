@@ -132,8 +132,8 @@ def test_a_wrong_accelerator_is_refused(error, monkeypatch):
 def test_nan_in_a_gradient_alone_is_seen(monkeypatch):
   run = moe_layer.dispatch_lib.run_plan
 
-  def broken(name, *rest):
-    outputs = run(name, *rest)
+  def broken(name, *rest, **named):
+    outputs = run(name, *rest, **named)
     # The root of zeros is zero, its gradient 0 * infinity.
     return outputs if name == 'einsum' else outputs + jnp.sqrt(0 * outputs)
 

@@ -79,7 +79,7 @@ def test_a_wrong_slice_would_be_seen(field, stand_in, monkeypatch):
     there, back = exchange_room.slices_of(*arguments)
     return there, back._replace(**{field: jnp.roll(getattr(back, field), 1)})
 
-  monkeypatch.setattr(dispatch, 'slices_of', wrong)
+  monkeypatch.setattr(dispatch.run, 'slices_of', wrong)
   found = results(make_mesh(2, 4), ('gather',), dispatch.EXCHANGES)
   assert not largest_difference(found, 'gather') < 1e-3
 
