@@ -112,7 +112,7 @@ def test_train_refuses_text(path, tmp_path, content, words):
 @pytest.mark.parametrize(
   ('config', 'words'),
   [
-    ('configs/presets/top_k.py:nonsense', ("--config='nonsense'", 'quickstart')),
+    ('configs/presets/top_k.py:nonsense', ("top_k.py:nonsense': the argument", 'quickstart')),
     ('configs/presets/top_k.py:quikstart', ('did you mean quickstart?',)),
     ('configs/dense_matched.py:lm_smal', ('lm_smal', 'did you mean lm_small?')),
     ('configs/presets/none.py', ('configs/presets/none.py', 'does not exist')),
