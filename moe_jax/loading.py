@@ -18,7 +18,7 @@ from moe_jax.data.windows import Example, padding
 from moe_jax.errors import UserError
 from moe_jax.models.build import build_model
 from moe_jax.models.decoder import forward
-from moe_jax.parallel.mesh import batch_sharding, replicated
+from moe_jax.parallel.sharding import batch_sharding, replicated
 from moe_jax.train import metrics
 from moe_jax.train.opening import dataset_of
 from moe_jax.train.restore import restore_run

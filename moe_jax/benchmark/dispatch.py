@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from moe_jax import dispatch as dispatch_lib
@@ -41,7 +40,8 @@ from moe_jax.benchmark.timing import (
 )
 from moe_jax.experts import activate, run_experts
 from moe_jax.layers.moe_options import MoeParams
-from moe_jax.parallel.mesh import BATCH_AXES, EXPERT_AXIS, make_mesh
+from moe_jax.parallel.mesh import EXPERT_AXIS, make_mesh
+from moe_jax.parallel.sharding import spec
 from moe_jax.routing.plan import Plan
 
 # Arms that drop nothing. Their products are those of balanced rows, without a capacity factor.
@@ -185,7 +185,7 @@ def layer_of(arm: str, activation: str) -> Callable[[MoeParams, Array, Plan], Ar
     product = jax.lax.ragged_dot if arm == 'ragged_dot' else peers_lib.tokamax_ragged_dot()
     return functools.partial(_ragged, activation, product)
   experts = functools.partial(run_experts, activation=activation)
-  everywhere = PartitionSpec(BATCH_AXES)
+  everywhere = spec('batch')
 
   def local(weights, tokens, plan):
     selected = plan.expert_index.shape[-1]

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import routing
 from moe_jax.benchmark.arms import Shape, expert_weights, load_facts, timed
@@ -16,7 +15,8 @@ from moe_jax.benchmark.timing import Compiled, compile_arm, is_void, measure, ra
 from moe_jax.errors import UserError
 from moe_jax.layers.moe_layer import moe_layer
 from moe_jax.layers.moe_options import MoeOptions, TokenInfo
-from moe_jax.parallel.mesh import BATCH_AXES, EXPERT_AXIS, make_mesh
+from moe_jax.parallel.mesh import make_mesh
+from moe_jax.parallel.sharding import sharding
 
 _ITEM_BYTES = {'f32': 4, 'bf16': 2}
 
@@ -125,15 +125,15 @@ def _arm(
   mesh = make_mesh(*sizes)
   keys = jax.random.split(jax.random.key(seed), 4)
 
-  def put(array: jax.Array, *axes: Any) -> jax.Array:
-    return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*axes)))
+  def put(array: jax.Array, *dims: str) -> jax.Array:
+    return jax.device_put(array, sharding(mesh, *dims))
 
   params = expert_weights(keys[0], shape, options.num_experts)
   router = jax.random.normal(keys[1], (shape.embed_dim, options.num_experts))
   params = params._replace(
     router={'router': put(router * (ROUTER_INIT_SCALE / shape.embed_dim) ** 0.5)},
-    w_in=put(params.w_in, EXPERT_AXIS),
-    w_out=put(params.w_out, EXPERT_AXIS),
+    w_in=put(params.w_in, 'expert'),
+    w_out=put(params.w_out, 'expert'),
   )
   sequences = (groups, shape.num_tokens // groups)
   x = jax.random.normal(keys[2], (*sequences, shape.embed_dim), jnp.dtype(shape.dtype))
@@ -147,7 +147,7 @@ def _arm(
     )
 
   function = timed(lambda params, x: layer(params, x).y, backward)
-  arguments = params, put(x, BATCH_AXES)
+  arguments = params, put(x, 'batch')
   with jax.set_mesh(mesh):
     text = jax.jit(function).lower(*arguments).as_text()
     return compile_arm(function, *arguments), text, lambda: jax.jit(layer)(*arguments).sums

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from moe_jax import optim
 from moe_jax.benchmark.timing import is_void, measure, ratio
 from moe_jax.data import ByteTokenizer
 from moe_jax.models.build import build_model
-from moe_jax.parallel.mesh import BATCH_AXES
+from moe_jax.parallel.sharding import sharding
 from moe_jax.train.knobs import knobs_of
 from moe_jax.train.loop import program_of, step_of
 from moe_jax.train.opening import mesh_of
@@ -82,10 +82,10 @@ def _calls(
     'segment_ids': np.ones_like(tokens),
     'positions': places,
   }
-  spec = PartitionSpec(BATCH_AXES)
+  dims = ['batch']
   state: Any = states[0]
   if number > 1:
-    spec = PartitionSpec(None, BATCH_AXES)
+    dims = ['trials', 'batch']
     knobs = jax.tree.map(lambda x: jnp.stack([x] * number), knobs)
     state = jax.jit(
       lambda *s: jax.tree.map(lambda *x: jnp.stack(x), *s),
@@ -93,7 +93,7 @@ def _calls(
     )(*states)
   else:
     rows = {name: value[0] for name, value in rows.items()}
-  batch = {name: jax.device_put(value, NamedSharding(mesh, spec)) for name, value in rows.items()}
+  batch = {name: jax.device_put(value, sharding(mesh, *dims)) for name, value in rows.items()}
   held = [state]
 
   def call() -> None:

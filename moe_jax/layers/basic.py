@@ -17,7 +17,7 @@ experts_init = nn.initializers.variance_scaling(
 
 
 def logical(init: Callable, *dims: str | None) -> Callable:
-  """Names the dimensions of a parameter; `parallel.mesh.LOGICAL_RULES` maps them to the mesh."""
+  """Names the dimensions of a parameter; `parallel.sharding.RULES` maps them to the mesh."""
   return nn.with_logical_partitioning(init, dims)
 
 

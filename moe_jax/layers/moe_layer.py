@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from moe_jax import dispatch as dispatch_lib
@@ -26,6 +26,7 @@ from moe_jax import routing
 from moe_jax.dispatch.mixture import mix_slots, mix_tokens
 from moe_jax.layers.moe_options import LayerOutput, MoeOptions, MoeParams, TokenInfo, TokenRouting
 from moe_jax.parallel.mesh import BATCH_AXES, DATA_AXIS, EXPERT_AXIS
+from moe_jax.parallel.sharding import expert_spec, spec
 from moe_jax.routing.groups import from_groups, split_keys, to_groups
 from moe_jax.routing.router import Mixture
 from moe_jax.routing.sizes import Sizes, group_sizes
@@ -72,13 +73,9 @@ def moe_layer(
     platform=platform,
   )
 
-  by_token: Any = PartitionSpec(BATCH_AXES)
-  copied: Any = PartitionSpec()
-  # Over a data axis of one device the experts' gradients need no sum. Unless that axis is named,
-  # JAX asks for one all the same, and XLA on CPUs copies all of them for it.
-  unit_axes = (DATA_AXIS,) if mesh.shape[DATA_AXIS] == 1 else ()
-  by_layer = () if layer is None else (None,)
-  by_expert: Any = PartitionSpec(*by_layer, (*unit_axes, EXPERT_AXIS))
+  by_token: Any = spec('batch')
+  copied: Any = spec()
+  by_expert: Any = expert_spec(mesh, has_layers=layer is not None)
   params_specs = MoeParams(router=copied, w_in=by_expert, w_out=by_expert)
   output_specs = LayerOutput(y=by_token, sums=copied, choices=by_token, routed=by_token)
   return jax.shard_map(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax import routing
@@ -19,7 +19,7 @@ from moe_jax.layers.attention import Attention, KeyValueCache, packed_causal_mas
 from moe_jax.layers.basic import Mlp, RMSNorm, logical, matrix_init
 from moe_jax.layers.moe import ROUTER_STATE, Moe
 from moe_jax.layers.moe_options import MoeOptions, TokenInfo, TokenRouting
-from moe_jax.parallel.mesh import BATCH_AXES
+from moe_jax.parallel.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +179,7 @@ class Decoder(nn.Module):
       (options.vocab_size, options.embed_dim),
     )
     with jax.named_scope('embedding'):
-      x = _shard_batch(embedding.astype(dtype)[inputs], self.mesh)
+      x = constrain(embedding.astype(dtype)[inputs], self.mesh, 'batch', None, 'embed')
     mask = packed_causal_mask(segment_ids) if cache is None else _cache_mask(positions, cache)
     unit = _Unit
     if options.remat:
@@ -297,7 +297,3 @@ def _cache_mask(positions: Int[Array, 'B T'], cache: tuple) -> Bool[Array, 'B 1 
   """A query sees the cells up to its own position; later ones hold nothing of its past."""
   cell = jnp.arange(cache[0].key.shape[2])
   return (cell[None, None, :] <= positions[:, :, None])[:, None]
-
-
-def _shard_batch(x: Float[Array, 'B T D'], mesh: Mesh) -> Float[Array, 'B T D']:
-  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(BATCH_AXES)))

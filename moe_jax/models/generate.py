@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from moe_jax.data import Tokenizer
 from moe_jax.errors import UserError
 from moe_jax.models.decoder import Decoder, forward, init_cache, logits
-from moe_jax.parallel.mesh import batch_sharding, replicated
+from moe_jax.parallel.sharding import batch_sharding, constrain
 
 # Of sums of probabilities in float32.
 _ROUNDING = 1e-6
@@ -248,8 +248,7 @@ def continue_rows(
     return rows._replace(token=drawn, done=done, place=rows.place + 1, cache=out.cache), drawn
 
   rows, new = jax.lax.scan(step, rows, None, length=num_tokens)
-  new = jax.lax.with_sharding_constraint(new.T, replicated(model.mesh))
-  return new, _by_row(rows, model)
+  return constrain(new.T, model.mesh), _by_row(rows, model)
 
 
 def _draw(
@@ -263,13 +262,6 @@ def _draw(
 
 def _by_row(rows: Rows, model: Decoder) -> Rows:
   """Fixes how rows lie on the mesh: a donated array is used again only if it comes back alike."""
-  constrain = jax.lax.with_sharding_constraint
-  by_row = batch_sharding(model.mesh)
-  return rows._replace(
-    token=constrain(rows.token, by_row),
-    done=constrain(rows.done, by_row),
-    lengths=constrain(rows.lengths, by_row),
-    place=constrain(rows.place, replicated(model.mesh)),
-    keys=constrain(rows.keys, by_row),
-    cache=constrain(rows.cache, by_row),
-  )
+  by_row = {name: value for name, value in rows._asdict().items() if name != 'place'}
+  by_row = constrain(by_row, model.mesh, 'batch')
+  return rows._replace(place=constrain(rows.place, model.mesh), **by_row)

@@ -1,4 +1,4 @@
-"""The device mesh, and the one table that says which array dimension lies on which mesh axis.
+"""The device mesh and its axes; `sharding` has the rules by which arrays lie on it.
 
                  expert ->
           +--------+--------+--------+--------+
@@ -15,25 +15,11 @@ Every device holds its own tokens: the expert axis is a data axis too, outside t
 from collections.abc import Sequence
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh
 
 DATA_AXIS = 'data'
 EXPERT_AXIS = 'expert'
 BATCH_AXES = (DATA_AXIS, EXPERT_AXIS)
-
-# Logical dimension -> mesh axes. The only place where parameters and activations meet the mesh.
-LOGICAL_RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
-  ('batch', BATCH_AXES),
-  ('expert', EXPERT_AXIS),
-  ('layers', None),
-  ('embed', None),
-  ('mlp', None),
-  ('heads', None),
-  ('kv_heads', None),
-  ('head_dim', None),
-  ('vocab', None),
-  ('router', None),
-)
 
 
 def make_mesh(data: int, expert: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -59,13 +45,3 @@ def make_mesh(data: int, expert: int, devices: Sequence[jax.Device] | None = Non
     axis_types=(AxisType.Auto, AxisType.Auto),
     devices=devices[:needed],
   )
-
-
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Sharding of an array whose leading dimension is the batch."""
-  return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-  """Sharding of an array that every device holds whole."""
-  return NamedSharding(mesh, PartitionSpec())

@@ -9,11 +9,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.models.decoder import logits
 from moe_jax.parallel.mesh import BATCH_AXES
+from moe_jax.parallel.sharding import spec
 
 # Logits that a device holds at once: what fits a cache on a CPU; elsewhere what keeps it busy.
 _CPU_LOGITS, _LOGITS = 2**20, 2**26
@@ -52,12 +53,12 @@ def cross_entropy_sum(
     parts = _parts(rows, targets.ravel(), valid.ravel(), rows_in_part)
     return jax.lax.psum(_nats(*parts, output), BATCH_AXES)
 
-  by_sequence = PartitionSpec(BATCH_AXES)
+  by_sequence = spec('batch')
   return jax.shard_map(
     local,
     mesh=mesh,
-    in_specs=(by_sequence, PartitionSpec(), by_sequence, by_sequence),
-    out_specs=PartitionSpec(),
+    in_specs=(by_sequence, spec(), by_sequence, by_sequence),
+    out_specs=spec(),
     check_vma=True,
   )(hidden, output, targets, segment_ids > 0)
 

@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 from moe_jax import routing
 from moe_jax.data import Dataset, eval_batches
 from moe_jax.models.decoder import Decoder, forward
-from moe_jax.parallel.mesh import EXPERT_AXIS, batch_sharding, replicated
+from moe_jax.parallel.mesh import EXPERT_AXIS
+from moe_jax.parallel.sharding import batch_sharding, replicated
 from moe_jax.train import metrics, routing_counts, specialization
 from moe_jax.train.cross_entropy import cross_entropy_sum
 from moe_jax.train.expert_similarity import expert_similarity

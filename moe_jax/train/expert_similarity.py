@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from moe_jax.models.decoder import Decoder
-from moe_jax.parallel.mesh import replicated
+from moe_jax.parallel.sharding import replicated
 from moe_jax.train.specialization import random_similarity
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import jax
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 
+from moe_jax.parallel.sharding import replicated
 from moe_jax.train.state import TrainState
 
 Shapes = Mapping[tuple[str, ...], tuple[int, ...]]
@@ -37,8 +37,7 @@ def as_saved(abstract: TrainState, saved: Shapes) -> TrainState | None:
     shape = saved.get(('opt_state', *_words(path)))
     if shape is None or shape == leaf.shape:
       return None if shape is None else leaf
-    whole = NamedSharding(leaf.sharding.mesh, PartitionSpec())
-    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=whole)
+    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=replicated(leaf.sharding.mesh))
 
   def is_gone(node):
     return isinstance(node, tuple) and bool(node) and all(x is None for x in node)

@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from moe_jax import optim
 from moe_jax.data import Dataset, train_iterator
 from moe_jax.errors import UserError
 from moe_jax.models.build import build_model
-from moe_jax.parallel.mesh import BATCH_AXES
+from moe_jax.parallel.sharding import sharding
 from moe_jax.train import device_errors, loop, manifest, metrics, opening
 from moe_jax.train.causal_claim import check_causal_claim
 from moe_jax.train.checkpoint import Checkpoints
@@ -222,9 +222,10 @@ class _Pack:
 
   def _next_batch(self) -> dict[str, jax.Array]:
     rows = [next(iterator) for iterator in self._iterators]
-    sharding = NamedSharding(self._mesh, PartitionSpec(None, BATCH_AXES))
+    of_trials = sharding(self._mesh, 'trials', 'batch')
     return {
-      name: jax.device_put(np.stack([row[name] for row in rows]), sharding) for name in BATCH_FIELDS
+      name: jax.device_put(np.stack([row[name] for row in rows]), of_trials)
+      for name in BATCH_FIELDS
     }
 
   def _save(self) -> None:

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
 from moe_jax import routing
 from moe_jax.models.decoder import Decoder
-from moe_jax.parallel.mesh import BATCH_AXES, batch_sharding, replicated
+from moe_jax.parallel.sharding import batch_sharding, replicated, spec
 
 # Entries of the largest table of token ids: 512 MiB on each device. A larger one is not kept.
 MOST_ENTRIES = 2**27
@@ -98,11 +98,11 @@ def add_batch(
     valid: False for padding.
     mesh: axes ('data', 'expert').
   """
-  by_sequence = PartitionSpec(BATCH_AXES)
+  by_sequence = spec('batch')
   return jax.shard_map(
     _add_local,
     mesh=mesh,
-    in_specs=(by_sequence, PartitionSpec(None, BATCH_AXES), by_sequence, by_sequence),
+    in_specs=(by_sequence, spec('layers', 'batch'), by_sequence, by_sequence),
     out_specs=by_sequence,
     check_vma=True,
   )(counts, choices, inputs, valid)

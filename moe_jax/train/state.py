@@ -11,12 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Int64
 
 from moe_jax import routing
 from moe_jax.models.decoder import Decoder, init_router_state
-from moe_jax.parallel.mesh import LOGICAL_RULES, replicated
+from moe_jax.parallel.sharding import named_shardings, of_leading_dims, replicated
 
 
 class TrainState(NamedTuple):
@@ -61,8 +60,7 @@ def params_shardings(model: Decoder) -> Any:
   boxed = jax.eval_shape(
     lambda tokens: model.init({'params': jax.random.key(0)}, tokens, tokens, tokens), tokens
   )
-  specs = nn.get_partition_spec(boxed)['params']
-  return nn.logical_to_mesh_sharding(specs, model.mesh, LOGICAL_RULES)
+  return named_shardings(model.mesh, nn.get_partition_spec(boxed)['params'])
 
 
 def state_shardings(model: Decoder, optimizer: optax.GradientTransformation) -> Any:
@@ -71,8 +69,7 @@ def state_shardings(model: Decoder, optimizer: optax.GradientTransformation) -> 
   Optimizer statistics lie where their parameter lies, Adafactor's factors by the dimensions that
   they share with it: those of layers and experts. Counters are copied to every device.
   """
-  mesh = model.mesh
-  everywhere = NamedSharding(mesh, PartitionSpec())
+  everywhere = replicated(model.mesh)
   of_params = params_shardings(model)
   params = jax.eval_shape(lambda: init_params(model, jnp.zeros((), jnp.int32)))
   opt_state = jax.eval_shape(optimizer.init, params)
@@ -85,7 +82,7 @@ def state_shardings(model: Decoder, optimizer: optax.GradientTransformation) -> 
     # The dimensions in front that both have; where none is split, this is `everywhere`.
     pairs = zip(statistic.shape[:-1], param.shape[:-2], strict=False)
     shared = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
-    return NamedSharding(mesh, PartitionSpec(*sharding.spec[:shared]))
+    return of_leading_dims(sharding, shared)
 
   of_opt_state = optax.tree_utils.tree_map_params(
     optimizer,

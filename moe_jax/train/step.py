@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax import routing
 from moe_jax.models.decoder import Decoder, DecoderOutput, forward
-from moe_jax.parallel.mesh import BATCH_AXES, batch_sharding, replicated
+from moe_jax.parallel.sharding import batch_sharding, constrain, replicated, stacked
 from moe_jax.train import objective
 from moe_jax.train.cross_entropy import cross_entropy_sum
 from moe_jax.train.state import TrainState, state_shardings
@@ -179,13 +178,10 @@ def _forward(
 
 def _split(batch: Batch, accumulation_steps: int, model: Decoder) -> MicroBatches:
   """Cuts a batch into consecutive parts, whatever the mesh."""
-  sharding = NamedSharding(model.mesh, PartitionSpec(None, BATCH_AXES))
-  return {
-    name: jax.lax.with_sharding_constraint(
-      array.reshape(accumulation_steps, -1, array.shape[-1]), sharding
-    )
-    for name, array in batch.items()
+  parts = {
+    name: array.reshape(accumulation_steps, -1, array.shape[-1]) for name, array in batch.items()
   }
+  return constrain(parts, model.mesh, 'microbatches', 'batch')
 
 
 def _sum_over(function: Callable, micros: MicroBatches, keys) -> Any:
@@ -283,7 +279,7 @@ def make_train_step(
 
 def packed_shardings(shardings: Any) -> Any:
   """Returns the shardings of arrays with a dimension of trials in front, which is not split."""
-  return jax.tree.map(lambda s: NamedSharding(s.mesh, PartitionSpec(None, *s.spec)), shardings)
+  return stacked(shardings, 'trials')
 
 
 def _update_routers(

@@ -11,7 +11,8 @@ from moe_jax.layers.basic import Mlp, RMSNorm
 from moe_jax.layers.moe import Moe
 from moe_jax.layers.moe_options import TokenInfo
 from moe_jax.models.decoder import forward
-from moe_jax.parallel.mesh import EXPERT_AXIS, LOGICAL_RULES
+from moe_jax.parallel.mesh import EXPERT_AXIS
+from moe_jax.parallel.sharding import named_shardings
 from tests import tiny
 from tests.models import small_decoder
 
@@ -189,8 +190,7 @@ def test_experts_are_sharded_and_everything_else_copied():
   def init():
     return model.init(jax.random.key(0), *tokens)
 
-  specs = nn.get_partition_spec(jax.eval_shape(init))
-  shardings = nn.logical_to_mesh_sharding(specs, model.mesh, LOGICAL_RULES)
+  shardings = named_shardings(model.mesh, nn.get_partition_spec(jax.eval_shape(init)))
   params = nn.unbox(jax.jit(init, out_shardings=shardings)())['params']
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     of_experts = path[-1].key in ('w_in', 'w_out') and path[-2].key == 'moe'

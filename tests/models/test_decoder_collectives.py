@@ -9,7 +9,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax.dispatch import exchange
 from moe_jax.models.decoder import forward
-from moe_jax.parallel.mesh import EXPERT_AXIS, batch_sharding
+from moe_jax.parallel.mesh import EXPERT_AXIS
+from moe_jax.parallel.sharding import batch_sharding
 from tests import tiny
 from tests.models import small_decoder
 

@@ -1,8 +1,6 @@
-"""The mesh is what was asked for or an error; the rules put only experts and batch on it."""
+"""The mesh has exactly the devices asked for, or is an error."""
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import AxisType
 
@@ -27,22 +25,3 @@ def test_takes_the_first_of_the_devices_given():
 def test_is_never_made_smaller_to_fit(data, expert):
   with pytest.raises(ValueError, match=f'data={data}, expert={expert}.*found 8'):
     mesh_lib.make_mesh(data, expert)
-
-
-def test_batch_is_split_over_both_axes():
-  mesh = mesh_lib.make_mesh(2, 4)
-  rows = jax.device_put(jnp.arange(16).reshape(16, 1), mesh_lib.batch_sharding(mesh))
-  starts = [int(shard.data[0, 0]) for shard in rows.addressable_shards]
-  assert sorted(starts) == list(range(0, 16, 2))
-  whole = jax.device_put(rows, mesh_lib.replicated(mesh))
-  for shard in whole.addressable_shards:
-    np.testing.assert_array_equal(shard.data, rows)
-
-
-def test_rules_name_axes_of_the_mesh():
-  rules = dict(mesh_lib.LOGICAL_RULES)
-  assert len(rules) == len(mesh_lib.LOGICAL_RULES)
-  assert {name: axes for name, axes in rules.items() if axes is not None} == {
-    'batch': ('data', 'expert'),
-    'expert': 'expert',
-  }

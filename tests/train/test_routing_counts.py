@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from moe_jax.models.build import build_model
-from moe_jax.parallel.mesh import batch_sharding, make_mesh
+from moe_jax.parallel.mesh import make_mesh
+from moe_jax.parallel.sharding import batch_sharding
 from moe_jax.train import routing_counts
 from tests import tiny
 
