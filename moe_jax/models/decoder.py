@@ -102,7 +102,7 @@ class _Block(nn.Module):
         cache,
         layer,
       )
-    x = _shard_batch(x + attended, self.mesh)
+    x = constrain(x + attended, self.mesh, 'batch', None, 'embed')
     normed = RMSNorm(options.norm_epsilon, name='mlp_norm')(x)
     if not self.sparse:
       with jax.named_scope('mlp'):
@@ -137,7 +137,7 @@ class _Unit(nn.Module):
       x, routed, block_cache = block(x, mask, info, block_cache, experts, layer, self.deterministic)
       new_cache.append(block_cache)
     cache = None if cache is None else tuple(new_cache)
-    return (_shard_batch(x, self.mesh), cache), routed
+    return (constrain(x, self.mesh, 'batch', None, 'embed'), cache), routed
 
 
 class Decoder(nn.Module):
