@@ -22,11 +22,11 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
-from moe_jax.benchmark import layer  # noqa: E402
-from moe_jax.benchmark.arms import MoeParams, Shape  # noqa: E402
+from moe_jax.benchmark.harness.cases import options_of  # noqa: E402
+from moe_jax.benchmark.harness.shape import Shape  # noqa: E402
 from moe_jax.dispatch import why_not  # noqa: E402
 from moe_jax.layers.moe_layer import moe_layer  # noqa: E402
-from moe_jax.layers.moe_options import TokenInfo  # noqa: E402
+from moe_jax.layers.moe_options import MoeParams, TokenInfo  # noqa: E402
 from moe_jax.parallel.mesh import make_mesh  # noqa: E402
 
 DISPATCHERS = ('gather', 'dropless')
@@ -44,7 +44,7 @@ def compiled(devices, data: int, ways: tuple[str, str], shape: Shape, num_expert
     batch: sequences, each a routing group of `shape.num_tokens / batch` tokens.
   """
   mesh = make_mesh(data, len(devices) // data, devices)
-  options = layer.options_of(shape, num_experts, *ways)
+  options = options_of(shape, num_experts, *ways)
   struct, width, hidden = jax.ShapeDtypeStruct, shape.embed_dim, shape.mlp_dim
   params = MoeParams(
     router={'router': struct((width, num_experts), jnp.float32)},

@@ -13,7 +13,7 @@ import os
 import sys
 import textwrap
 import types
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import ml_collections
@@ -44,7 +44,6 @@ flags.disclaim_key_flags()
 def run(
   main: Callable[[], int | None],
   text: str = '',
-  names: Collection[str] | None = None,
   *,
   explain: Callable[[UserError], UserError] = lambda error: error,
 ) -> None:
@@ -56,11 +55,10 @@ def run(
   Args:
     main: the command.
     text: that --help begins with; the docstring of the module of `main` by default.
-    names: of the flags that --help lists; all of the module by default.
     explain: adds to an error of a field that a flag set; its message is the one that is printed.
   """
   if asks_for_help(sys.argv):
-    print_help(_help(text or main.__globals__['__doc__'] or '', names))
+    print_help(_help(text or main.__globals__['__doc__'] or ''))
   try:
     app.run(lambda argv: _guard(main), flags_parser=functools.partial(_parse, explain))
   except _UsageError as error:
@@ -76,11 +74,10 @@ def asks_for_help(words: Sequence[str]) -> bool:
   return any(word.startswith('-') and word.lstrip('-') in arguments.HELP for word in words)
 
 
-def _help(text: str, names: Collection[str] | None) -> str:
-  """Returns what a command says of itself and of its flags."""
+def _help(text: str) -> str:
+  """Returns the help of a command and of its flags."""
   own = {flag.name: flag for flag in flags.FLAGS.get_flags_for_module(sys.argv[0])}
-  shown = [flag for name, flag in own.items() if names is None or name in names]
-  return '\n'.join([text.strip(), '', 'Flags:', *map(_help_of_flag, shown)])
+  return '\n'.join([text.strip(), '', 'Flags:', *map(_help_of_flag, own.values())])
 
 
 def _help_of_flag(flag: flags.Flag) -> str:
@@ -246,8 +243,8 @@ def fail(message: str, code: int = USER_ERROR_EXIT_CODE) -> NoReturn:
 
 
 def define_config_flag() -> Callable[[], ml_collections.ConfigDict]:
-  """Defines --config and returns a function that gives the validated config."""
-  holder = config_flags.DEFINE_config_file(
+  """Defines --config and returns `config`."""
+  config_flags.DEFINE_config_file(
     'config',
     None,
     'A file of configs/, and its argument if it takes one; --config.SECTION.FIELD=VALUE overrides '
@@ -255,14 +252,20 @@ def define_config_flag() -> Callable[[], ml_collections.ConfigDict]:
     sys_argv=_WORDS,
   )
   flags.FLAGS['config'].parser = _ConfigParser()
-
-  def config() -> ml_collections.ConfigDict:
-    if holder.value is None:
-      raise UserError('--config', None, 'must be given, for example configs/quickstart.py')
-    config_lib.validate(holder.value)
-    return holder.value
-
   return config
+
+
+def config() -> ml_collections.ConfigDict:
+  """Returns the validated config of --config.
+
+  Raises:
+    UserError: if it was not given, or has a wrong field.
+  """
+  value = flags.FLAGS['config'].value
+  if value is None:
+    raise UserError('--config', None, 'must be given, for example configs/quickstart.py')
+  config_lib.validate(value)
+  return value
 
 
 def overridden_fields() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -33,7 +34,56 @@ for module, *words in json.loads(sys.argv[1]):
   seen.append([module, words, code, out.getvalue(), err.getvalue(), sorted(SLOW & {*sys.modules})])
 print(json.dumps(seen))
 """
-_BENCHMARKS = ('decode', 'dispatch', 'ep', 'layer', 'products', 'router', 'step', 'sweep')
+_OF_LAYERS = 'dtype embed_dim mlp_dim num_experts num_selected_experts seed'
+_OF_TOKENS = f'{_OF_LAYERS} capacity_factor num_tokens'
+# The suites of `benchmark`, and the flags of each next to --json and --rounds; scripts use them.
+_SUITES = {
+  'decode': f'{_OF_LAYERS} activation batches num_layers profile',
+  'dispatch': f'{_OF_TOKENS} activation arms data_dir peers reuse_memory routings workdir '
+  'tokens_per_expert',
+  'ep': f'{_OF_TOKENS} activation meshes',
+  'layer': f'{_OF_TOKENS} activation dispatch num_groups profile reuse_memory tokens_per_expert',
+  'router': f'{_OF_TOKENS} router_dtype routers',
+  'step': 'config profile steps',
+  'sweep': 'config num_trials seed',
+}
+# Words of `benchmark` that are refused, and parts of the error; the flags of a suite are its own.
+_REFUSED = {
+  'lyer': 'did you mean layer?',
+  'layer --meshes=1x8': "--meshes='1x8': unknown flag",
+  'layer --config=configs/debug.py': '--config=',
+  'step --num_experts=8': "--num_experts='8': unknown flag",
+  'decode --capacity_factor=2': '--capacity_factor=',
+  'router --activation=gelu': '--activation=',
+  'dispatch --profile=traces': '--profile=',
+  'layer --num_tokens=0': "--num_tokens='0'",
+  'layer --embed_dim=0': '--embed_dim=',
+  'layer --mlp_dim=-1': '--mlp_dim=',
+  'layer --num_selected_experts=0': '--num_selected_experts=',
+  'layer --num_experts=4 --num_selected_experts=8': '--num_experts=[4]: must be numbers >= 8',
+  'layer --num_experts=4,04': "--num_experts='4,04': names 4 more than once",
+  'layer --num_groups=0': '--num_groups=',
+  'layer --num_tokens=64 --tokens_per_expert=16': '--num_tokens=64: is given by --tokens_per_ex',
+  'layer --rounds=8': '--rounds=',
+  'router --capacity_factor=0': '--capacity_factor=',
+  'router --capacity_factor=nan': "--capacity_factor='nan': must be above 0 and finite",
+  'router --capacity_factor=inf': '--capacity_factor=',
+  'router --routers=topk': "--routers='topk': must be of base, ",
+  'dispatch --routings=luck': '--routings=',
+  'dispatch --routings=': "--routings='': must be of round_robin, ",
+  'dispatch --arms=gahter': 'did you mean gather?',
+  'dispatch --arms=gather,copy,gather': 'names gather more than once',
+  'dispatch --tokens_per_expert=-1': '--tokens_per_expert=',
+  'dispatch --routings=trace': '--workdir=None: must be given',
+  'dispatch --routings=uniform --workdir=run': "--workdir='run': only read with --routings=trace",
+  'dispatch --routings=uniform --data_dir=data': '--routings=trace',
+  'decode --batches=0': "--batches='0': must be numbers >= 1",
+  'decode --batches=': '--batches=',
+  'decode --num_layers=-1': '--num_layers=',
+  'ep --meshes=2by4': "--meshes='2by4': must be of the form DATAxEXPERT",
+  'sweep --num_trials=1': '--num_trials=',
+  'sweep': '--config=None: must be given',
+}
 _WITH_CONFIG = ('train', 'benchmark step', 'benchmark sweep')
 
 
@@ -47,7 +97,7 @@ def _calls(words):
   """Every command with these words."""
   names = [name for name in front.commands() if name != 'benchmark']
   calls = [[_module(name), *words] for name in names]
-  return calls + [[_module('benchmark'), name, *words] for name in _BENCHMARKS]
+  return calls + [[_module('benchmark'), name, *words] for name in _SUITES]
 
 
 @pytest.fixture(scope='module')
@@ -61,9 +111,9 @@ def seen():
     *_calls(['--help']),
     *_calls(['--no_such_flag=1']),
     [_module('config')],
+    [_module('benchmark')],
     [_module('benchmark'), '--help'],
-    [_module('benchmark'), 'lyer'],
-    [_module('benchmark'), 'layer', '--num_tokens=0'],
+    *([_module('benchmark'), *words.split()] for words in _REFUSED),
     [train, '--workdir=x'],
     [train, '--workdir=x', '--config=configs/quikstart.py'],
     [train, '--workdir=x', debug, '--config.moe.num_expert=4'],
@@ -99,8 +149,8 @@ def test_help_shows_flags_and_examples(seen):
     if words[-1:] == ['--help'] and words != ['--help'] or words == ['--help']
   }
   top = helps.pop('benchmark')
-  assert all(f'\n{name}: ' in top for name in _BENCHMARKS)
-  assert len(helps) == len(front.commands()) - 1 + len(_BENCHMARKS)
+  assert [line.split()[0] for line in top.partition('Suites:\n')[2].splitlines()] == [*_SUITES]
+  assert len(helps) == len(front.commands()) - 1 + len(_SUITES)
   for command, text in helps.items():
     assert f'  python -m moe_jax.{command}' in text, command
     assert ('--config=FILE' in text) == (command in _WITH_CONFIG), command
@@ -108,8 +158,15 @@ def test_help_shows_flags_and_examples(seen):
     lines = text.partition('\nFlags:\n')[2].splitlines()
     for line, after in zip(lines, [*lines[1:], ''], strict=True):
       assert not line.startswith('  --') or after.startswith('      '), (command, line)
-  assert '--num_experts' in helps['benchmark layer']
-  assert '--num_experts' not in helps['benchmark step']
+  for name, own in _SUITES.items():
+    shown = re.findall(r'^  --(?:\[no\])?(\w+)', helps[f'benchmark {name}'], re.MULTILINE)
+    assert sorted(shown) == sorted(['json', 'rounds', *own.split()]), name
+
+
+def test_suites_refuse_what_they_do_not_understand(seen):
+  errors = {' '.join(words): err for module, words, _, _, err, _ in seen if 'bench' in module}
+  for words, text in _REFUSED.items():
+    assert text in errors[words], (words, errors[words])
 
 
 def test_the_front_door_lists_every_command(seen):

@@ -1,8 +1,7 @@
-"""`launch/accelerator.py`: runs whole on small layers; its benchmarks are ones there are."""
+"""`launch/accelerator`: runs whole on small layers; its benchmarks are ones there are."""
 
 import json
 import os
-import runpy
 import shutil
 import signal
 import subprocess
@@ -14,51 +13,49 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.benchmark import accelerator, accelerator_check
+from moe_jax.benchmark.suites import dispatch, router
 from moe_jax.layers import moe_layer
 from tests import tiny
 
-PATH = tiny.REPOSITORY / 'launch' / 'accelerator.py'
-SCRIPT = runpy.run_path(str(PATH))
 ETA = {'median': 0.8, 'low': 0.7, 'high': 0.9}
 
 
 def test_the_check_finds_nothing_on_a_cpu(capsys):
   before = jax.config.jax_default_matmul_precision
-  assert SCRIPT['check']() < SCRIPT['TOLERANCE']
-  assert len(capsys.readouterr().out.splitlines()) == 1 + len(SCRIPT['CASES'])
+  assert accelerator_check.check() < accelerator_check.TOLERANCE
+  assert len(capsys.readouterr().out.splitlines()) == 1 + len(accelerator_check.CASES)
   # What it asks of products is for itself, not for what this process does later.
   assert jax.config.jax_default_matmul_precision == before
 
 
-@pytest.mark.slow
-def test_benchmarks_are_ones_there_are():
-  commands = SCRIPT['commands'](True)
+def test_benchmarks_are_ones_there_are(monkeypatch):
+  ran = []
+  for suite in (dispatch, router):
+    monkeypatch.setattr(suite, 'run', lambda: ran.append(True))
+  commands = accelerator.commands(True)
   without = [[word for word in command if word != '--peers'] for command in commands]
-  assert without == SCRIPT['commands'](False) != commands
-  assert len(commands) == 2 + len(SCRIPT['SHAPES'])
-  started = []
+  assert without == accelerator.commands(False) != commands
+  assert len(commands) == 2 + len(accelerator.SHAPES)
   for module, name, *arguments in commands:
     assert (module, name) == ('-m', 'moe_jax.benchmark')
-    # A process each: within one, absl looks at this flag of its own once only.
-    started.append(tiny.start('benchmark', *arguments, '--only_check_args'))
-  wrong = tiny.start('benchmark', *arguments, '--of_no_such_name', '--only_check_args')
-  for process in started:
-    result = tiny.finish(process)
+    result = tiny.command('benchmark', *arguments)
     assert result.code == 0 and not result.out, result.err
-  tiny.finish(wrong).assert_error('of_no_such_name')
+  assert len(ran) == len(commands)
+  tiny.command('benchmark', *arguments, '--of_no_such_name').assert_error('of_no_such_name')
 
 
 @pytest.mark.slow
 def test_runs_whole_and_goes_on_where_a_benchmark_fails(tmp_path, monkeypatch, capfd):
-  layers = SCRIPT['Layers']
+  layers = accelerator.Layers
   # More selected experts than there are: refused by the benchmark.
   shapes = (layers(128, 16, 16, '4', 2), layers(128, 16, 16, '4', 8), layers(128, 16, 16, '2', 2))
-  monkeypatch.setitem(SCRIPT['main'].__globals__, 'SHAPES', shapes)
+  monkeypatch.setattr(accelerator, 'SHAPES', shapes)
   path = tmp_path / 'rows.jsonl'
   path.write_text('{"of": "an earlier run"}\n', encoding='utf-8')
   monkeypatch.setattr(signal, 'signal', lambda *_: None)
   with pytest.raises(SystemExit) as end:
-    SCRIPT['main'](['--smaller=2', f'--out={path}'])
+    accelerator.main(['--smaller=2', f'--out={path}'])
   assert str(end.value).startswith('error: failed') and '--num_selected_experts=8' in end.value.code
   out = capfd.readouterr().out
   assert 'relative error' in out and 'the time is up' not in out
@@ -76,43 +73,43 @@ def test_runs_whole_and_goes_on_where_a_benchmark_fails(tmp_path, monkeypatch, c
 
 def test_what_the_time_does_not_reach_is_no_failure():
   start = time.monotonic()
-  late = SCRIPT['Child'](['-c', 'import time; time.sleep(60)'], start)
+  late = accelerator.Child(['-c', 'import time; time.sleep(60)'], start)
   assert not list(late) and late.code == 0 and late.is_late
   assert time.monotonic() - start < 30
-  failed = SCRIPT['Child'](['-c', 'print("{}"); raise SystemExit(3)'], start + 60)
+  failed = accelerator.Child(['-c', 'print("{}"); raise SystemExit(3)'], start + 60)
   assert list(failed) == ['{}'] and failed.code == 3 and not failed.is_late
 
 
 def test_a_line_that_was_cut_off_is_left_out():
-  child = SCRIPT['Child'](['-c', 'print("{}"); print(\'{"a": \', end="")'], time.monotonic() + 60)
+  child = accelerator.Child(['-c', 'print("{}"); print(\'{"a": \', end="")'], time.monotonic() + 60)
   assert list(child) == ['{}']
 
 
 def test_children_leave_memory_to_others():
   variable = 'XLA_PYTHON_CLIENT_PREALLOCATE'
   command = ['-c', f'import os; print(os.environ["{variable}"])']
-  assert list(SCRIPT['Child'](command, time.monotonic() + 60)) == ['false']
+  assert list(accelerator.Child(command, time.monotonic() + 60)) == ['false']
 
 
 @pytest.mark.parametrize(('line', 'row'), [('{"a": 1}', {'a': 1}), ('loading', None), ('7', None)])
 def test_what_other_libraries_print_is_no_row(line, row):
-  assert SCRIPT['_row'](line) == row
+  assert accelerator._row(line) == row
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_stopped_script_stops_its_child(number, tmp_path):
+def test_a_stopped_script_stops_its_child(number):
   # The child is the check; in place of it stands one that says its number and sleeps.
-  copy = tmp_path / 'launch' / 'accelerator.py'
-  copy.parent.mkdir()
-  copy.write_text(
-    PATH.read_text(encoding='utf-8').replace(
-      'of_check = [__file__,',
-      "of_check = ['-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(60)',",
-    ),
-    encoding='utf-8',
+  child = 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'
+  program = (
+    'from moe_jax.benchmark import accelerator\n'
+    f'accelerator.PROGRAM = ("-c", {child!r})\naccelerator.main([])'
   )
   script = subprocess.Popen(
-    [sys.executable, copy], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    [sys.executable, '-c', program],
+    cwd=tiny.REPOSITORY,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
   )
   child = int(script.stdout.readline())
   script.send_signal(number)
@@ -124,9 +121,9 @@ def test_a_stopped_script_stops_its_child(number, tmp_path):
 
 @pytest.mark.parametrize('error', [float('nan'), 1e-3])
 def test_a_wrong_accelerator_is_refused(error, monkeypatch):
-  monkeypatch.setitem(SCRIPT['only_check'].__globals__, 'check', lambda: error)
+  monkeypatch.setattr(accelerator_check, 'check', lambda: error)
   with pytest.raises(SystemExit, match='differs from the CPU'):
-    SCRIPT['only_check'](True, False)
+    accelerator_check.main(on_cpu=True, peers=False)
 
 
 def test_nan_in_a_gradient_alone_is_seen(monkeypatch):
@@ -138,14 +135,14 @@ def test_nan_in_a_gradient_alone_is_seen(monkeypatch):
     return outputs if name == 'einsum' else outputs + jnp.sqrt(0 * outputs)
 
   monkeypatch.setattr(moe_layer.dispatch_lib, 'run_plan', broken)
-  monkeypatch.setitem(SCRIPT['check'].__globals__, 'CASES', (('gather', 1.0),))
-  assert np.isnan(SCRIPT['check']())
+  monkeypatch.setattr(accelerator_check, 'CASES', (('gather', 1.0),))
+  assert np.isnan(accelerator_check.check())
 
 
 def test_peers_that_are_not_there_are_missed_at_once(monkeypatch, capsys):
   monkeypatch.setitem(sys.modules, 'torch', None)
   with pytest.raises(SystemExit) as end:
-    SCRIPT['only_check'](True, True)
+    accelerator_check.main(on_cpu=True, peers=True)
   assert end.value.code == 2 and 'torch' in capsys.readouterr().err
 
 
@@ -154,13 +151,11 @@ def stand_ins(monkeypatch):
   """Sets programs of Python for the check and the benchmarks; signals stay those of pytest."""
 
   def stand_in(check, *programs):
-    variables = SCRIPT['main'].__globals__
-    # `python -cPROGRAM` stands for the check.
-    monkeypatch.setitem(variables, '__file__', f'-c{check}')
+    monkeypatch.setattr(accelerator, 'PROGRAM', ('-c', check))
     commands = [['-c', program, 'dispatch'] for program in programs]
-    monkeypatch.setitem(variables, 'commands', lambda *_: commands)
-    monkeypatch.setitem(variables, '_text', lambda *_: 'text')
-    monkeypatch.setitem(variables, 'verdicts', lambda rows: [f'{len(rows)} verdicts'])
+    monkeypatch.setattr(accelerator, 'commands', lambda *_: commands)
+    monkeypatch.setattr(accelerator, '_text', lambda *_: 'text')
+    monkeypatch.setattr(accelerator, 'verdicts', lambda rows: [f'{len(rows)} verdicts'])
     monkeypatch.setattr(signal, 'signal', lambda *_: None)
 
   return stand_in
@@ -174,7 +169,7 @@ A_ROW = 'print(\'{"arms": {}}\', flush=True)'
 def test_nothing_is_timed_where_the_check_fails(code, stand_ins, capsys):
   stand_ins(f'raise SystemExit({code})', A_ROW)
   with pytest.raises(SystemExit) as end:
-    SCRIPT['main']([])
+    accelerator.main([])
   assert end.value.code == code and 'verdicts' not in capsys.readouterr().out
 
 
@@ -185,12 +180,12 @@ def test_nothing_is_timed_where_the_check_fails(code, stand_ins, capsys):
 def test_time_that_is_over_before_anything_is_an_error(programs, text, stand_ins):
   stand_ins(*programs)
   with pytest.raises(SystemExit, match=text):
-    SCRIPT['main'](['--minutes=0.1'])
+    accelerator.main(['--minutes=0.1'])
 
 
 def test_time_that_ends_a_benchmark_is_said(stand_ins, capsys):
   stand_ins('0', A_ROW, f'{A_ROW}; {SLEEP}', A_ROW)
-  SCRIPT['main'](['--minutes=0.1'])
+  accelerator.main(['--minutes=0.1'])
   *_, up, verdicts = capsys.readouterr().out.splitlines()
   assert up.startswith('the time is up') and verdicts == '2 verdicts'
 
@@ -198,7 +193,7 @@ def test_time_that_ends_a_benchmark_is_said(stand_ins, capsys):
 def test_a_full_disk_costs_the_file_alone(stand_ins, capsys):
   stand_ins('0', A_ROW, A_ROW)
   with pytest.raises(SystemExit, match='--out=/dev/full: No space left'):
-    SCRIPT['main'](['--out=/dev/full'])
+    accelerator.main(['--out=/dev/full'])
   assert capsys.readouterr().out.splitlines()[-1] == '2 verdicts'
 
 
@@ -220,7 +215,7 @@ def test_verdicts_name_target_peer_and_what_is_void():
     {'router': 'top_k'},
     row(512, 'forward', void=True),
   ]
-  head, *lines = SCRIPT['verdicts']([(command, row) for row in rows])
+  head, *lines = accelerator.verdicts([(command, row) for row in rows])
   assert head.split()[:3] == ['D', 'F', 'E'] and len(lines) == 8
   assert all(line.endswith('not measured: out of memory') for line in lines[1::2])
   # Asked: 0.85 forward, 0.75 with backward, of experts with 512 tokens or more.
@@ -248,7 +243,7 @@ def test_verdicts_name_target_peer_and_what_is_void():
 )
 def test_bad_flags_are_refused(word, capsys):
   with pytest.raises(SystemExit) as end:
-    SCRIPT['main']([word])
+    accelerator.main([word])
   assert end.value.code == 2
   (line,) = capsys.readouterr().err.splitlines()
   assert line.startswith('error: ') and word.partition('=')[0] in line
@@ -257,7 +252,12 @@ def test_bad_flags_are_refused(word, capsys):
 @pytest.mark.slow
 def test_without_an_accelerator_it_says_so():
   done = subprocess.run(
-    [sys.executable, PATH], capture_output=True, text=True, check=False, timeout=120
+    [sys.executable, *accelerator.PROGRAM],
+    cwd=tiny.REPOSITORY,
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=120,
   )
   assert done.returncode == 2 and not done.stdout
   assert done.stderr.splitlines()[-1].startswith("error: devices='cpu': ")
@@ -266,10 +266,11 @@ def test_without_an_accelerator_it_says_so():
 @pytest.fixture
 def checkout(tmp_path):
   """A checkout whose .venv notes what it is called with."""
-  for name in ('accelerator', 'accelerator.py', 'environment.sh'):
-    (tmp_path / 'launch').mkdir(exist_ok=True)
-    shutil.copy2(tiny.REPOSITORY / 'launch' / name, tmp_path / 'launch' / name)
-  shutil.copy2(tiny.REPOSITORY / 'setup.cfg', tmp_path / 'setup.cfg')
+  package = 'moe_jax/__init__.py', 'moe_jax/benchmark/__init__.py'
+  program = 'moe_jax/benchmark/accelerator.py'
+  for name in ('launch/accelerator', 'launch/environment.sh', 'setup.cfg', *package, program):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(tiny.REPOSITORY / name, tmp_path / name)
   for name, content in (
     ('.venv/bin/python', f'#!/usr/bin/env bash\necho "$@" >> {tmp_path}/calls\n'),
     ('tools/nvidia-smi', 'exit 1\n'),
@@ -306,7 +307,7 @@ def test_the_launcher_installs_what_the_peers_need(peers, checkout):
   code, printed, (_, install, run) = launch(checkout, *peers, '--minutes=1')
   assert code == 0, printed
   assert install.endswith('.[peers]' if peers else '--editable .')
-  assert run == ' '.join([f'{checkout}/launch/accelerator.py', *peers, '--minutes=1'])
+  assert run == ' '.join(['-P -m moe_jax.benchmark.accelerator', *peers, '--minutes=1'])
 
 
 @pytest.mark.parametrize(

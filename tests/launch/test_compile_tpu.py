@@ -4,7 +4,7 @@ import runpy
 
 import jax
 
-from moe_jax.benchmark.arms import Shape
+from moe_jax.benchmark.harness.shape import Shape
 from moe_jax.dispatch import exchange
 from tests import tiny
 from tests.layers import ragged_stand_in

@@ -1,4 +1,4 @@
-"""Which experts the tokens of a benchmark go to: drawn from a law, or as a trained model chose."""
+"""The experts that the tokens of a benchmark go to: drawn from a law, or of a trained model."""
 
 import os
 from typing import NamedTuple
@@ -7,8 +7,8 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from moe_jax.benchmark.arms import Shape
-from moe_jax.benchmark.names import TRACE
+from moe_jax.benchmark.harness.names import TRACE
+from moe_jax.benchmark.harness.shape import Shape
 from moe_jax.data import train_iterator
 from moe_jax.errors import UserError
 from moe_jax.models.build import build_model
@@ -20,7 +20,7 @@ from moe_jax.train.step import put_batch
 
 
 class Trace(NamedTuple):
-  """What one layer of a trained model asked for.
+  """The choices of one layer of a trained model.
 
   Attributes:
     expert_index: of consecutive tokens, before any drop.
@@ -45,7 +45,7 @@ def choose(
       expert e in proportion to (e + 1)^-A. `trace`: the first S tokens of the trace.
     shape: S and K.
     num_experts: E.
-    seed: of what is drawn.
+    seed: of the draw.
     trace: for `trace`.
 
   Raises:
@@ -81,7 +81,7 @@ def _of_trace(
 
 
 def record(workdir: str, num_tokens: int, data_dir: str | None = None) -> Trace:
-  """Runs the model of a run over its training text and records what its routers choose.
+  """Runs the model of a run over its training text and records the choices of its routers.
 
   The batches are those that training starts with: documents of all domains, shuffled. Of the MoE
   layers, the one with the fullest expert is taken: the hardest to dispatch.
@@ -89,11 +89,11 @@ def record(workdir: str, num_tokens: int, data_dir: str | None = None) -> Trace:
   Args:
     workdir: of the run; its newest checkpoint is read.
     num_tokens: as many are recorded, or a few more.
-    data_dir: where its data is kept; where the run says by default.
+    data_dir: where its data is kept; by default where the manifest of the run names it.
 
   Raises:
     UserError: if there is no such run, it has no experts, its text is another now, or a token may
-      ask for fewer experts than others.
+      have fewer experts than others.
     DamagedError: if no checkpoint is good.
   """
   run = restore_run(workdir, mesh='data=1,expert=1', flag='--workdir')
@@ -117,7 +117,7 @@ def record(workdir: str, num_tokens: int, data_dir: str | None = None) -> Trace:
 
 
 def _choices(run: RestoredRun, workdir: str, num_tokens: int) -> Int[np.ndarray, 'L N K']:
-  """Returns what every MoE layer asks for, of tokens that are no padding."""
+  """Returns the choices of every MoE layer for tokens that are no padding."""
   dataset = dataset_of(run.config, run.tokenizer)
   if dataset.fingerprint != run.facts['data']['fingerprint']:
     raise UserError(

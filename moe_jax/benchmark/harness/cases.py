@@ -1,42 +1,51 @@
-"""What layers are measured on, and the dense layer that they are measured against."""
+"""The layers that are measured, their weights, and the dense layer that they are held against."""
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from moe_jax import routing
+from moe_jax.benchmark.harness.names import DROPLESS
+from moe_jax.benchmark.harness.shape import Shape
 from moe_jax.experts import activate, batched, hidden_dim, run_experts
-from moe_jax.layers.moe_options import MoeParams
+from moe_jax.layers.moe_options import MoeOptions, MoeParams
+
+ROUTER_INIT_SCALE = 0.1
 
 
-class Shape(NamedTuple):
-  """What is measured: S tokens of one group, D, F of one expert, K, and the factor of capacity."""
+def options_of(
+  shape: Shape, num_experts: int, dispatch: str, exchange: str = 'padded'
+) -> MoeOptions:
+  """Returns the options of the layer that is measured; no capacity if it drops nothing."""
+  return MoeOptions(
+    router='top_k',
+    choice=routing.RouterOptions(
+      num_experts=num_experts, num_selected_experts=shape.num_selected_experts
+    ),
+    mlp_dim=shape.mlp_dim,
+    activation=shape.activation,
+    capacity_factor=None if dispatch in DROPLESS else shape.capacity_factor,
+    jitter=0.0,
+    priority='token',
+    balance_scopes=1,
+    balance_normalization='one',
+    device_balance_parts=1,
+    dispatch=dispatch,
+    router_init_scale=ROUTER_INIT_SCALE,
+    exchange=exchange,
+  )
 
-  num_tokens: int
-  embed_dim: int
-  mlp_dim: int
-  num_selected_experts: int
-  capacity_factor: float
-  activation: str
-  dtype: str
 
-
-def with_tokens_per_expert(shape: Shape, tokens_per_expert: int, num_experts: int) -> Shape:
-  """Returns the shape with as many tokens as give each expert so many; as it is for 0."""
-  if not tokens_per_expert:
-    return shape
-  return shape._replace(num_tokens=tokens_per_expert * num_experts // shape.num_selected_experts)
-
-
-def load_facts(load: Any, kept: int, slots: int | None) -> dict[str, float | None]:
-  """Returns what every row says of the load.
+def load_statistics(load: Any, kept: int, slots: int | None) -> dict[str, float | None]:
+  """Returns the statistics of the load that every row holds.
 
   Args:
-    load: assignments that each expert was asked for, before any drop.
+    load: assignments to each expert, before any drop.
     kept: assignments that got a slot.
     slots: of all experts; None where experts have as many as they need.
 
@@ -54,16 +63,16 @@ def load_facts(load: Any, kept: int, slots: int | None) -> dict[str, float | Non
 
 
 def excess(eta_bmm: float, first_eta_bmm: float) -> float:
-  """Returns how much more an arm grows with E than its batched products do.
+  """Returns how much more the time of an arm grows with E than that of its batched matmuls.
 
-  (t(E) / t(first E)) / (the same of the products), from products / arm at both: each was measured
+  (t(E) / t(first E)) / (the same of the matmuls), from matmuls / arm at both: each was measured
   within one run.
   """
   return first_eta_bmm / eta_bmm
 
 
 def timed(layer: Callable, backward: bool) -> Callable:
-  """Returns what is timed: the layer, or the gradients of a scalar of it for weights and input."""
+  """Returns the layer, or the gradients of a scalar of it for weights and input."""
   if not backward:
     return layer
   return jax.grad(
@@ -73,7 +82,7 @@ def timed(layer: Callable, backward: bool) -> Callable:
 
 
 def expert_weights(key: jax.Array, shape: Shape, num_experts: int) -> MoeParams:
-  """Returns random weights of E experts in the dtype of the products, without a router."""
+  """Returns random weights of E experts in the dtype of the matmuls, without a router."""
   width, mlp_dim = shape.embed_dim, shape.mlp_dim
   columns = hidden_dim(mlp_dim, shape.activation)
   w_in, w_out = _matrices(
@@ -108,19 +117,19 @@ def dense_of(weights: Any, x: Float[Array, '*any D'], activation: str) -> Float[
   return activate(x @ weights[0].astype(x.dtype), activation) @ weights[1].astype(x.dtype)
 
 
-def products_of(
+def matmuls_of(
   params: MoeParams, buffers: Float[Array, 'E C D'], activation: str
 ) -> Float[Array, 'E C D']:
-  """Returns what the experts make of their rows: the layer's own products, without dispatch."""
+  """Returns the experts' outputs for their rows: the layer's own matmuls, without dispatch."""
   return run_experts(buffers, (params.w_in, params.w_out), activation)
 
 
 def batched_of(
   params: MoeParams, buffers: Float[Array, 'E C D'], activation: str
 ) -> Float[Array, 'E C D']:
-  """Returns the same by one batched product for each matrix, as the compiler has it.
+  """Returns the same by one batched matmul for each matrix, as the compiler has it.
 
-  On CPUs the layer's own products go one expert at a time where that is faster.
+  On CPUs the layer's own matmuls go one expert at a time where that is faster.
   """
   w_in, w_out = (w.astype(buffers.dtype) for w in (params.w_in, params.w_out))
   return batched.forward(activation, buffers, w_in, w_out)[0]

@@ -1,4 +1,4 @@
-"""What choosing and planning cost, as a share of the experts' matrix products."""
+"""The cost of choosing and planning, as a share of the experts' matmuls."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import routing
-from moe_jax.benchmark.arms import load_facts
-from moe_jax.benchmark.timing import Compiled, compile_arm, is_void, measure, ratio
+from moe_jax.benchmark.harness.cases import load_statistics
+from moe_jax.benchmark.harness.timing import Compiled, compile_arm, is_invalid, measure, ratio
 from moe_jax.experts import activate, hidden_dim
 from moe_jax.routing.router import Mixture
 
@@ -63,15 +63,15 @@ def rows(
 ) -> Iterator[dict[str, Any]]:
   """Measures each router, forward, on one device; all tokens are one routing group.
 
-  What is timed is the choice and the plan. The reference is the dense layer of the same active
-  FLOPs (K * F hidden units, SwiGLU, of `dtype`, forward), the least that the experts' products cost
+  Choice and plan are timed. The reference is the dense layer of the same active
+  FLOPs (K * F hidden units, SwiGLU, of `dtype`, forward), the least that the experts' matmuls cost
   at any E.
 
   Yields:
     num_experts, router, router_dtype, and either disagreement (with another `router_dtype` than
     float32: the share of assignments that differ), share (time of choice and plan / time of the
-    products), null, void, what `load_facts` says (None where slots are mixtures of tokens),
-    compile_seconds and temporary_bytes; or not_measured, the reason.
+    matmuls), null, void, the load (`cases.load_statistics`; None where slots are mixtures of
+    tokens), compile_seconds and temporary_bytes; or not_measured, the reason.
   """
   key = jax.random.key(seed)
   tokens = jax.random.normal(key, (1, num_tokens, embed_dim), jnp.float32)
@@ -79,12 +79,12 @@ def rows(
   w_in = jax.random.normal(key, (embed_dim, columns)) * embed_dim**-0.5
   w_out = jax.random.normal(key, (num_selected_experts * mlp_dim, embed_dim)) * mlp_dim**-0.5
 
-  def products(tokens, w_in, w_out):
+  def matmuls(tokens, w_in, w_out):
     return activate(tokens @ w_in, 'swiglu') @ w_out
 
   reference = {
-    name: compile_arm(products, *(a.astype(dtype) for a in (tokens, w_in, w_out))).call
-    for name in ('products', 'copy')
+    name: compile_arm(matmuls, *(a.astype(dtype) for a in (tokens, w_in, w_out))).call
+    for name in ('matmuls', 'copy')
   }
   for experts in num_experts:
     capacity = routing.expert_capacity(num_tokens, experts, num_selected_experts, capacity_factor)
@@ -100,35 +100,35 @@ def rows(
       except ValueError as error:
         reasons[name] = str(error)
     seconds = measure(reference | {name: arm.call for name, arm in arms.items()}, rounds, seed)
-    null = ratio(seconds['products'], seconds['copy'])
+    null = ratio(seconds['matmuls'], seconds['copy'])
     for name in routers:
       row: dict[str, Any] = {'num_experts': experts, 'router': name, 'router_dtype': router_dtype}
       if name in reasons:
         yield row | {'not_measured': reasons[name]}
         continue
-      share = ratio(seconds[name], seconds['products'])
-      row |= {'share': share._asdict(), 'null': null._asdict(), 'void': is_void(null)}
+      share = ratio(seconds[name], seconds['matmuls'])
+      row |= {'share': share._asdict(), 'null': null._asdict(), 'void': is_invalid(null)}
       yield row | {
-        **_facts(arms[name].call()),
+        **_load(arms[name].call()),
         'disagreement': disagreement.get(name),
         'compile_seconds': arms[name].compile_seconds,
         'temporary_bytes': arms[name].temporary_bytes,
       }
 
 
-def _facts(result: Any) -> dict[str, float | None]:
-  """Returns what a router's choice and plan say of the load."""
+def _load(result: Any) -> dict[str, float | None]:
+  """Returns the load that follows from a router's choice and plan."""
   if isinstance(result, Mixture):
     return dict.fromkeys(('tokens_per_expert', 'max_load', 'drop_share', 'padding'))
   _, plan = result
   num_experts = plan.source_index.shape[1]
   asked = np.asarray(plan.expert_index)[np.asarray(plan.asked)]
   load = np.bincount(asked, minlength=num_experts)
-  return load_facts(load, int(np.sum(plan.keep)), plan.source_index.size)
+  return load_statistics(load, int(np.sum(plan.keep)), plan.source_index.size)
 
 
 def _disagreement(one: Compiled, other: Compiled) -> float | None:
-  """Returns the share of assignments that only one of two asks for; None for mixtures of tokens."""
+  """Returns the share of assignments that only one of two makes; None for mixtures of tokens."""
   results = one.call(), other.call()
   if isinstance(results[0], Mixture):
     return None
@@ -144,7 +144,7 @@ def _disagreement(one: Compiled, other: Compiled) -> float | None:
 
 
 def _arm(name: str, options: routing.RouterOptions, tokens: jax.Array, seed: int) -> Compiled:
-  """Returns what chooses and plans once."""
+  """Returns a call that chooses and plans once."""
   router = routing.ROUTERS[name]
   _, num_tokens, embed_dim = tokens.shape
   rng = np.random.default_rng(seed)

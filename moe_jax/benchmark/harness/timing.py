@@ -1,9 +1,9 @@
-"""How arms are timed against each other on a machine that others use too.
+"""Timing of arms against each other on a machine that others use, too.
 
-Every round runs each arm once, in an order drawn anew, and gives one ratio between two arms; what
-is reported is the median of the ratios with their quartiles. A copy of the dense layer runs as an
-arm of its own: if its median ratio leaves 0.95 to 1.05, the machine was too restless and the run is
-void.
+Every round runs each arm once, in a new random order, and gives one ratio between two arms; the
+median of the ratios is reported with their quartiles. A copy of the dense layer runs as an arm of
+its own, the A/A control: if its median ratio leaves 0.95 to 1.05, the machine was too noisy and the
+row is invalid.
 """
 
 import math
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import profiling
+from moe_jax.benchmark.harness.tables import Ratio
 
 NULL_BOUNDS = (0.95, 1.05)
 
@@ -27,8 +28,8 @@ class Compiled(NamedTuple):
   Attributes:
     call: runs it once and waits.
     first_seconds: of the first call after compiling.
-    compile_seconds: what XLA took; None where nothing is compiled beforehand.
-    temporary_bytes: what it needs beside arguments and results; None where that is not known.
+    compile_seconds: of XLA; None where nothing is compiled beforehand.
+    temporary_bytes: on top of arguments and results; None where that is not known.
     program: returns its text; empty where there is none.
   """
 
@@ -37,17 +38,6 @@ class Compiled(NamedTuple):
   compile_seconds: float | None
   temporary_bytes: int | None
   program: Callable[[], str] = lambda: ''
-
-
-class Ratio(NamedTuple):
-  """Time of the reference / time of an arm: above 1, the arm is faster. Median and quartiles."""
-
-  median: float
-  low: float
-  high: float
-
-  def __str__(self) -> str:
-    return f'{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]'
 
 
 class Memory:
@@ -65,7 +55,7 @@ class Memory:
     return jax.tree.map(self._take, structs)
 
   def keep(self, arrays: Any) -> None:
-    """Takes arrays that nobody needs any more."""
+    """Takes arrays that are no longer needed."""
     for array in jax.tree.leaves(arrays):
       self._kept.setdefault((array.shape, array.dtype), []).append(array)
 
@@ -78,7 +68,7 @@ def compile_arm(function: Callable, *arguments: Any, memory: Memory | None = Non
   """Compiles and warms up a function.
 
   Args:
-    function: what to run.
+    function: runs as the arm.
     arguments: of it.
     memory: where results are written, on one device; None for new memory in each call.
   """
@@ -108,7 +98,7 @@ def compile_arm(function: Callable, *arguments: Any, memory: Memory | None = Non
 
 
 def is_out_of_memory(error: Exception) -> bool:
-  """Whether this is how XLA, or torch, says that a device has not enough memory."""
+  """Returns True for the errors by which XLA, or torch, refuses to allocate memory."""
   text = str(error).lower()
   return any(s in text for s in ('resource_exhausted', 'out of memory', "can't allocate memory"))
 
@@ -161,7 +151,7 @@ def profiled(arm: Compiled, directory: str, name: str) -> dict[str, Any]:
   """Traces an arm after it was measured: {'profile': table of its time by part}.
 
   Args:
-    arm: what to trace.
+    arm: is traced.
     directory: of --profile; without one nothing happens and {} comes back.
     name: of the directory in it.
   """
@@ -176,6 +166,6 @@ def milliseconds(seconds: list[float]) -> float:
   return float(np.median(seconds)) * 1000
 
 
-def is_void(null: Ratio) -> bool:
-  """Whether the copy of the reference came out too far from the reference."""
+def is_invalid(null: Ratio) -> bool:
+  """Returns True if the copy of the reference came out too far from the reference."""
   return not NULL_BOUNDS[0] <= null.median <= NULL_BOUNDS[1]

@@ -9,9 +9,15 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import routing
-from moe_jax.benchmark.arms import Shape, expert_weights, load_facts, timed
-from moe_jax.benchmark.layer import ROUTER_INIT_SCALE, options_of
-from moe_jax.benchmark.timing import Compiled, compile_arm, is_void, measure, ratio
+from moe_jax.benchmark.harness.cases import (
+  ROUTER_INIT_SCALE,
+  expert_weights,
+  load_statistics,
+  options_of,
+  timed,
+)
+from moe_jax.benchmark.harness.shape import Shape
+from moe_jax.benchmark.harness.timing import Compiled, compile_arm, is_invalid, measure, ratio
 from moe_jax.errors import UserError
 from moe_jax.layers.moe_layer import moe_layer
 from moe_jax.layers.moe_options import MoeOptions, TokenInfo
@@ -43,8 +49,9 @@ def rows(
   Yields:
     num_experts, mesh, pass, speed (time of one device / time of the mesh), null, void,
     exchanged_bytes (that a device sends in each exchange, read from the program before it is
-    compiled), formula_bytes, tokens x K x effective capacity factor x D x bytes x (1 - 1 / R), what
-    `load_facts` says (tokens_per_expert of one group), compile_seconds and temporary_bytes.
+    compiled), formula_bytes, tokens x K x effective capacity factor x D x bytes x (1 - 1 / R), the
+    load (`cases.load_statistics`, tokens_per_expert of one group), compile_seconds and
+    temporary_bytes.
 
   Raises:
     UserError: if there are too few devices for a mesh.
@@ -92,8 +99,8 @@ def _row(
   capacity = routing.expert_capacity(
     tokens, num_experts, shape.num_selected_experts, shape.capacity_factor
   )
-  facts = load_facts(sums.tokens_per_expert, int(sums.kept_per_expert.sum()), int(sums.slots))
-  assert facts['tokens_per_expert'] is not None
+  load = load_statistics(sums.tokens_per_expert, int(sums.kept_per_expert.sum()), int(sums.slots))
+  assert load['tokens_per_expert'] is not None
   # tokens x K x effective factor, of the groups of a device.
   slots = num_experts * capacity * groups / math.prod(mesh)
   itemsize = jnp.dtype(shape.dtype).itemsize
@@ -103,11 +110,11 @@ def _row(
     'pass': 'forward+backward' if backward else 'forward',
     'speed': ratio(seconds['one'], seconds['many'])._asdict(),
     'null': null._asdict(),
-    'void': is_void(null),
+    'void': is_invalid(null),
     'exchanged_bytes': exchanged_bytes(text),
     'formula_bytes': slots * shape.embed_dim * itemsize * (1 - 1 / mesh[1]),
-    **facts,
-    'tokens_per_expert': facts['tokens_per_expert'] / groups,
+    **load,
+    'tokens_per_expert': load['tokens_per_expert'] / groups,
     'compile_seconds': many.compile_seconds,
     'temporary_bytes': many.temporary_bytes,
   }
@@ -121,7 +128,7 @@ def _arm(
   backward: bool,
   seed: int,
 ) -> tuple[Compiled, str, Callable[[], routing.RouterSums]]:
-  """Returns the layer on a mesh, compiled; its program before that; what counts for its router."""
+  """Returns the layer on a mesh, compiled; its program before that; a call for its router sums."""
   mesh = make_mesh(*sizes)
   keys = jax.random.split(jax.random.key(seed), 4)
 

@@ -1,7 +1,7 @@
 """Decoding: a batch of single tokens, each of which meets all experts and chooses few.
 
 Two levels. `layer`: the experts alone under a uniform random routing given beforehand, each
-implementation of running them against a dense layer of the same active FLOPs. `model`: whole
+implementation against a dense layer of the same active FLOPs. `model`: whole
 decoding steps with router, attention and cache, against a dense model of the same active FLOPs. A
 layer measured alone finds its weights in the cache of the CPU if they fit; in a model they come
 from memory.
@@ -18,10 +18,18 @@ import numpy as np
 
 from moe_jax import dispatch as dispatch_lib
 from moe_jax import routing
-from moe_jax.benchmark.arms import Shape, dense_of, dense_weights, expert_weights
-from moe_jax.benchmark.dispatch import choose, layer_of
-from moe_jax.benchmark.layer import options_of
-from moe_jax.benchmark.timing import Compiled, compile_arm, is_void, measure, profiled, ratio
+from moe_jax.benchmark.harness.cases import dense_of, dense_weights, expert_weights, options_of
+from moe_jax.benchmark.harness.routings import choose
+from moe_jax.benchmark.harness.shape import Shape
+from moe_jax.benchmark.harness.timing import (
+  Compiled,
+  compile_arm,
+  is_invalid,
+  measure,
+  profiled,
+  ratio,
+)
+from moe_jax.benchmark.suites.dispatch_rows import layer_of
 from moe_jax.dispatch import decode_blocks
 from moe_jax.experts import hidden_dim
 from moe_jax.experts.decode import implementation
@@ -32,9 +40,9 @@ from moe_jax.routing.plan import Plan
 from moe_jax.train.state import init_params
 
 # decode: as `moe_jax.generate` runs the experts. gather: the weights of each assignment's expert
-# copied, two batched products. one_by_one: a loop over blocks of one row. grouped: a loop over
+# copied, two batched matmuls. one_by_one: a loop over blocks of one row. grouped: a loop over
 # blocks of the mean load and more. slots: a slot for every token at every expert.
-WAYS = ('decode', 'gather', 'one_by_one', 'grouped', 'slots')
+IMPLEMENTATIONS = ('decode', 'gather', 'one_by_one', 'grouped', 'slots')
 # There are E slots for each token, and gathering copies weights: beyond these not measured.
 MOST_SLOTS, MOST_BYTES = 4096, 4e9
 # Of the model: tokens drawn in one call, tokens in the cache before, vocabulary, width of a head.
@@ -56,7 +64,7 @@ def rows(
   """Measures each number of experts and each batch on one device, the layer and the model.
 
   Args:
-    shape: of all rows; its tokens and its capacity are not looked at.
+    shape: of all rows; its number of tokens and its capacity factor are not read.
     batches: sequences that are decoded together.
     num_experts: values of E.
     num_layers: of the model; 0 leaves it out.
@@ -92,7 +100,7 @@ def _layer_row(
   dense_layer = lambda weights, x: dense_of(weights, x, shape.activation)  # noqa: E731
   compiled = {name: compile_arm(dense_layer, dense, tokens) for name in ('dense', 'dense copy')}
   not_measured = {}
-  for name in WAYS:
+  for name in IMPLEMENTATIONS:
     why = _too_much(name, shape, num_experts)
     if why:
       not_measured[name] = why
@@ -149,7 +157,7 @@ def _row(
     'way': implementation(total, num_experts, jax.devices()[0].platform),
     'rows_in_block': decode_blocks.rows_in_block(total, num_experts),
     'null': null._asdict(),
-    'void': is_void(null),
+    'void': is_invalid(null),
   }
 
 
@@ -183,7 +191,7 @@ def plan_of(shape: Shape, num_experts: int, seed: int) -> Plan:
 
 
 def arm_of(name: str, shape: Shape, num_experts: int) -> Callable:
-  """Returns (weights, tokens [B 1 D], plan) -> outputs [B 1 D] of one of `WAYS`."""
+  """Returns (weights, tokens [B 1 D], plan) -> outputs [B 1 D] of one of `IMPLEMENTATIONS`."""
   if name == 'slots':
     return layer_of('gather', shape.activation)
   total = shape.num_tokens * shape.num_selected_experts

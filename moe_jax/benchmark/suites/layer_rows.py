@@ -1,4 +1,4 @@
-"""The MoE layer with its router, against dense of the same active FLOPs and its own products."""
+"""The MoE layer with its router, against dense of the same active FLOPs and its own matmuls."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,24 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from moe_jax import routing
-from moe_jax.benchmark.arms import (
-  Shape,
+from moe_jax.benchmark.harness.cases import (
+  ROUTER_INIT_SCALE,
   batched_of,
   dense_of,
   dense_weights,
   excess,
   expert_weights,
-  load_facts,
-  products_of,
+  load_statistics,
+  matmuls_of,
+  options_of,
   timed,
-  with_tokens_per_expert,
 )
-from moe_jax.benchmark.dispatch import DROPLESS
-from moe_jax.benchmark.timing import (
+from moe_jax.benchmark.harness.shape import Shape, with_tokens_per_expert
+from moe_jax.benchmark.harness.timing import (
   Memory,
   compile_arm,
-  is_void,
+  is_invalid,
   measure,
   milliseconds,
   profiled,
@@ -35,8 +34,6 @@ from moe_jax.errors import UserError
 from moe_jax.layers.moe_layer import moe_layer, sizes_of
 from moe_jax.layers.moe_options import MoeOptions, TokenInfo
 from moe_jax.parallel.mesh import make_mesh
-
-ROUTER_INIT_SCALE = 0.1
 
 
 def rows(
@@ -53,13 +50,13 @@ def rows(
 ) -> Iterator[dict[str, Any]]:
   """Measures each number of experts, forward and forward + backward, on one device.
 
-  With K and F fixed, active FLOPs per token are those of the
-  dense layer (K * F hidden units) at every E. The router is random.
+  With K and F fixed, active FLOPs per token are those of the dense layer (K * F hidden units) at
+  every E. The router is random.
 
   Args:
     shape: of all rows.
     num_experts: values of E.
-    dispatch: the dispatcher. One that drops nothing has no capacity factor, and its products are
+    dispatch: the dispatcher. One that drops nothing has no capacity factor, and its matmuls are
       those of ceil(S K / E) rows per expert.
     tokens_per_expert: if not 0, tokens are as many as give each expert so many; else
       `shape.num_tokens` for every E.
@@ -67,15 +64,15 @@ def rows(
     seed: of weights, inputs and orders.
     profile: directory for a trace of each row's layer; empty for none.
     num_groups: routing groups that the tokens are in.
-    reuse_memory: whether results are written over those of the call before.
+    reuse_memory: write results over those of the call before.
 
   Yields:
     num_experts, num_tokens, num_groups, dispatch, pass, eta_dense (time of dense / time of MoE),
-    eta_bmm (time of the layer's own products without dispatch / time of MoE), eta_batched (the same
-    for one batched product of each matrix, see `arms.batched_of`), excess and excess_batched (over
-    the first E; see `arms.excess`), milliseconds and dense_milliseconds, null (dense / copy of
-    dense), void, what `load_facts` says, compile_seconds, temporary_bytes, and with `profile` the
-    table of the layer's time by part.
+    eta_bmm (time of the layer's own matmuls without dispatch / time of MoE), eta_batched (the same
+    for one batched matmul of each matrix, see `cases.batched_of`), excess and excess_batched (over
+    the first E; see `cases.excess`), milliseconds and dense_milliseconds, null (dense / copy of
+    dense), void, the load (`cases.load_statistics`), compile_seconds, temporary_bytes, and with
+    `profile` the table of the layer's time by part.
 
   Raises:
     UserError: if tokens cannot be split into so many groups.
@@ -99,29 +96,6 @@ def rows(
         eta = row[eta_name]['median']
         row[name] = excess(eta, first.setdefault((backward, name), eta))
       yield row
-
-
-def options_of(
-  shape: Shape, num_experts: int, dispatch: str, exchange: str = 'padded'
-) -> MoeOptions:
-  """Returns the options of the layer that is measured."""
-  return MoeOptions(
-    router='top_k',
-    choice=routing.RouterOptions(
-      num_experts=num_experts, num_selected_experts=shape.num_selected_experts
-    ),
-    mlp_dim=shape.mlp_dim,
-    activation=shape.activation,
-    capacity_factor=None if dispatch in DROPLESS else shape.capacity_factor,
-    jitter=0.0,
-    priority='token',
-    balance_scopes=1,
-    balance_normalization='one',
-    device_balance_parts=1,
-    dispatch=dispatch,
-    router_init_scale=ROUTER_INIT_SCALE,
-    exchange=exchange,
-  )
 
 
 def _row(
@@ -160,8 +134,8 @@ def _row(
   def dense_layer(weights, x):
     return dense_of(weights, x, options.activation)
 
-  def without_dispatch(products):
-    return lambda params, buffers: products(params, buffers, options.activation)
+  def without_dispatch(matmuls):
+    return lambda params, buffers: matmuls(params, buffers, options.activation)
 
   with jax.set_mesh(mesh):
     sums = jax.jit(moe)(params, x)[1]
@@ -170,7 +144,7 @@ def _row(
       for name, function, *arguments in (
         ('dense', dense_layer, dense, x),
         ('dense copy', dense_layer, dense, x),
-        ('products', without_dispatch(products_of), params, buffers),
+        ('matmuls', without_dispatch(matmuls_of), params, buffers),
         ('batched', without_dispatch(batched_of), params, buffers),
         ('moe', lambda p, x: moe(p, x)[0], params, x),
       )
@@ -188,13 +162,13 @@ def _row(
     'dispatch': options.dispatch,
     'pass': 'forward+backward' if backward else 'forward',
     'eta_dense': ratio(seconds['dense'], seconds['moe'])._asdict(),
-    'eta_bmm': ratio(seconds['products'], seconds['moe'])._asdict(),
+    'eta_bmm': ratio(seconds['matmuls'], seconds['moe'])._asdict(),
     'eta_batched': ratio(seconds['batched'], seconds['moe'])._asdict(),
     'milliseconds': milliseconds(seconds['moe']),
     'dense_milliseconds': milliseconds(seconds['dense']),
     'null': null._asdict(),
-    'void': is_void(null),
-    **load_facts(sums.tokens_per_expert, int(np.sum(sums.kept_per_expert)), all_slots),
+    'void': is_invalid(null),
+    **load_statistics(sums.tokens_per_expert, int(np.sum(sums.kept_per_expert)), all_slots),
     'compile_seconds': arms['moe'].compile_seconds,
     'temporary_bytes': arms['moe'].temporary_bytes,
   } | table

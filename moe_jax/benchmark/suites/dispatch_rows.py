@@ -1,6 +1,6 @@
-"""Moving tokens to experts and back, under a routing given beforehand: nothing is chosen here.
+"""Dispatch and combine under a routing given beforehand: nothing is chosen here.
 
-All arms get the same tokens, weights and plan. What differs is how tokens reach the experts.
+All arms get the same tokens, weights and plan; they differ in how tokens reach the experts.
 """
 
 import functools
@@ -14,26 +14,25 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax import dispatch as dispatch_lib
 from moe_jax import routing
-from moe_jax.benchmark import peers as peers_lib
-from moe_jax.benchmark.arms import (
-  Shape,
+from moe_jax.benchmark.harness import peers as peers_lib
+from moe_jax.benchmark.harness.cases import (
   dense_of,
   dense_weights,
   excess,
   expert_weights,
-  load_facts,
-  products_of,
+  load_statistics,
+  matmuls_of,
   timed,
-  with_tokens_per_expert,
 )
-from moe_jax.benchmark.names import TOKAMAX
-from moe_jax.benchmark.routings import Trace, choose
-from moe_jax.benchmark.timing import (
+from moe_jax.benchmark.harness.names import DROPLESS, TOKAMAX
+from moe_jax.benchmark.harness.routings import Trace, choose
+from moe_jax.benchmark.harness.shape import Shape, with_tokens_per_expert
+from moe_jax.benchmark.harness.timing import (
   Compiled,
   Memory,
   compile_arm,
+  is_invalid,
   is_out_of_memory,
-  is_void,
   measure,
   milliseconds,
   ratio,
@@ -44,8 +43,6 @@ from moe_jax.parallel.mesh import EXPERT_AXIS, make_mesh
 from moe_jax.parallel.sharding import spec
 from moe_jax.routing.plan import Plan
 
-# Arms that drop nothing. Their products are those of balanced rows, without a capacity factor.
-DROPLESS = ('dropless', 'ragged_dot', TOKAMAX)
 # An arm that takes so many times as long as the dense layer, and so many seconds, in each of two
 # calls is not measured.
 SLOWEST = 20.0
@@ -53,7 +50,7 @@ LEAST_SECONDS = 0.5
 
 
 class Case(NamedTuple):
-  """One routing of one E, and what all arms are given.
+  """One routing of one E, and the inputs of all arms.
 
   Attributes:
     shape: S, D, F, K, the capacity factor.
@@ -101,21 +98,22 @@ def rows(
     rounds: of interleaved calls.
     seed: of tokens, weights, routings and orders.
     trace: for the routing `trace`.
-    peers: whether to time other libraries beside.
-    reuse_memory: whether results are written over those of the call before.
+    peers: time other libraries, too.
+    reuse_memory: write results over those of the call before.
 
   Yields:
-    num_experts, num_tokens, routing, pass, what `load_facts` says, null, void, dense_milliseconds,
+    num_experts, num_tokens, routing, pass, the load (`cases.load_statistics`), null, void,
+    dense_milliseconds,
     `arms`: {name: eta_dense (time of the dense layer of the same active FLOPs / time of the arm),
-    eta_bmm (time of its batched products without dispatch / time of the arm: `products` are those
+    eta_bmm (time of its batched matmuls without dispatch / time of the arm: `products` are those
     of the padded buffers, `balanced` those of ceil(S K / E) rows per expert, which arms that drop
     nothing are held against), eta_balanced (`balanced` / arm for every arm), excess and
     excess_balanced (of these two, over the first E of the same routing and pass; see
-    `arms.excess`), milliseconds, compile_seconds, temporary_bytes}, `not_measured`: {name: why},
-    and `peers`, None without them (or without memory for them) or what `peers.summary` says.
+    `cases.excess`), milliseconds, compile_seconds, temporary_bytes}, `not_measured`: {name: why},
+    and `peers`, None without them (or without memory for them) or `peers.summary`.
   """
   first: dict[tuple[str, ...], float] = {}
-  # What is too slow or too large is so again with more experts.
+  # An arm that is too slow or too large is so again with more experts.
   left_out: dict[bool, dict[str, str]] = {False: {}, True: {}}
   for experts in num_experts:
     of_experts = with_tokens_per_expert(shape, tokens_per_expert, experts)
@@ -127,10 +125,10 @@ def rows(
         names = [arm for arm in arms if arm not in out]
         with_peers = peers and peers_lib.GROUPED not in out
         row = _row(case, names, backward, rounds, seed, with_peers, memory)
-        for arm, facts in row['arms'].items():
+        for arm, measured in row['arms'].items():
           for of, eta_of in (('excess', 'eta_bmm'), ('excess_balanced', 'eta_balanced')):
-            eta = facts[eta_of]['median']
-            facts[of] = excess(eta, first.setdefault((name, row['pass'], arm, of), eta))
+            eta = measured[eta_of]['median']
+            measured[of] = excess(eta, first.setdefault((name, row['pass'], arm, of), eta))
         out |= {arm: f'{why} at E={experts}' for arm, why in row['not_measured'].items()}
         row['not_measured'] = dict(out)
         yield row
@@ -159,7 +157,7 @@ def _case(
 
 
 def make_plan(shape: Shape, num_experts: int, expert_index: Int[np.ndarray, 'S K']) -> Plan:
-  """Returns the plan of one group that asks for these experts with equal gates."""
+  """Returns the plan of one group that sends its tokens to these experts with equal gates."""
   tokens, selected = expert_index.shape
   capacity = min(
     tokens, routing.expert_capacity(tokens, num_experts, selected, shape.capacity_factor)
@@ -182,8 +180,8 @@ def layer_of(arm: str, activation: str) -> Callable[[MoeParams, Array, Plan], Ar
   if arm == 'copy':
     return _copy
   if arm in ('ragged_dot', TOKAMAX):
-    product = jax.lax.ragged_dot if arm == 'ragged_dot' else peers_lib.tokamax_ragged_dot()
-    return functools.partial(_ragged, activation, product)
+    matmul = jax.lax.ragged_dot if arm == 'ragged_dot' else peers_lib.tokamax_ragged_dot()
+    return functools.partial(_ragged, activation, matmul)
   experts = functools.partial(run_experts, activation=activation)
   everywhere = spec('batch')
 
@@ -273,14 +271,14 @@ def _row(
     'num_tokens': case.shape.num_tokens,
     'routing': case.routing,
     'pass': 'forward+backward' if backward else 'forward',
-    **load_facts(load, int(np.sum(plan.keep)), plan.source_index.size),
+    **load_statistics(load, int(np.sum(plan.keep)), plan.source_index.size),
     'null': null._asdict(),
-    'void': is_void(null),
+    'void': is_invalid(null),
     'dense_milliseconds': milliseconds(seconds['dense']),
     'arms': {
       name: {
         'eta_dense': ratio(seconds['dense'], seconds[name])._asdict(),
-        'eta_bmm': ratio(seconds[_products_of(name)], seconds[name])._asdict(),
+        'eta_bmm': ratio(seconds[_matmuls_of(name)], seconds[name])._asdict(),
         'eta_balanced': ratio(seconds['balanced'], seconds[name])._asdict(),
         'milliseconds': milliseconds(seconds[name]),
         'compile_seconds': arm.compile_seconds,
@@ -304,12 +302,12 @@ def _compile(
   activation = case.shape.activation
   compile_ = functools.partial(compile_arm, memory=memory)
   dense_layer = timed(lambda weights, x: dense_of(weights, x, activation), backward)
-  products = timed(lambda params, x: products_of(params, x, activation), backward)
+  matmuls = timed(lambda params, x: matmuls_of(params, x, activation), backward)
   compiled = {
     'dense': compile_(dense_layer, case.dense, case.tokens),
     'dense copy': compile_(dense_layer, case.dense, case.tokens),
-    'products': compile_(products, case.params, case.buffers),
-    'balanced': compile_(products, case.params, case.balanced),
+    'products': compile_(matmuls, case.params, case.buffers),
+    'balanced': compile_(matmuls, case.params, case.balanced),
   }
   dense_seconds = float(np.median(measure({'': compiled['dense'].call}, 3)['']))
   not_measured = {}
@@ -324,7 +322,7 @@ def _compile(
       continue
     seconds, most = arm.first_seconds, max(LEAST_SECONDS, SLOWEST * dense_seconds)
     if seconds > most:
-      # On a restless machine one call can take any time.
+      # On a busy machine one call can take any time.
       seconds = min(seconds, measure({'': arm.call}, 1)[''][0])
     if seconds > most:
       not_measured[name] = f'{seconds / dense_seconds:.0f} times the dense layer'
@@ -333,6 +331,6 @@ def _compile(
   return compiled, not_measured
 
 
-def _products_of(arm: str) -> str:
-  """Returns the name of the products that an arm is held against."""
+def _matmuls_of(arm: str) -> str:
+  """Returns the name of the matmuls that an arm is held against."""
   return 'balanced' if arm in (*DROPLESS, 'balanced') else 'products'

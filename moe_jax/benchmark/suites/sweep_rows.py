@@ -1,4 +1,4 @@
-"""What it gains to train several trials as one program."""
+"""The gain of training several trials as one program."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moe_jax import optim
-from moe_jax.benchmark.timing import is_void, measure, ratio
+from moe_jax.benchmark.harness.timing import is_invalid, measure, ratio
 from moe_jax.data import ByteTokenizer
 from moe_jax.models.build import build_model
 from moe_jax.parallel.sharding import sharding
@@ -26,8 +26,8 @@ def rows(
 ) -> Iterator[dict[str, Any]]:
   """Measures N training steps of N trials one after the other against one packed step of them.
 
-  On random tokens without padding, data pipeline and files left out. The reference is run as an arm
-  a second time, as the null arm.
+  On random tokens without padding, data pipeline and files left out. The reference runs a second
+  time as an arm of its own, the A/A control.
 
   Args:
     config: of every trial; their seeds differ.
@@ -58,7 +58,7 @@ def rows(
         'num_trials': number,
         'gain': gain._asdict(),
         'null': null._asdict(),
-        'void': is_void(null),
+        'void': is_invalid(null),
       }
 
 

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, and how long it waits for data."""
+"""The parts of a training step as shares of its time, and its wait for data."""
 
 import time
 from typing import Any
@@ -27,7 +27,7 @@ def shares(
   batch, `rounds` times. Then `steps` real steps run with the data pipeline behind them.
 
   Returns:
-    Medians over rounds: `forward`, `backward`, `optimizer` (what is left: clipping and update), as
+    Medians over rounds: `forward`, `backward`, `optimizer` (the rest: clipping and update), as
     shares of the step; `data_wait`, the share of the time of the real steps in which the devices
     waited for the next batch, at most; `compilations` of the step; with `profile`, a directory for
     a trace, the table of the step's time by part.
@@ -105,7 +105,7 @@ def shares(
 
 
 def _traced(step, state, batch, knobs, profile: str) -> dict[str, Any]:
-  """Returns the table of the time of a step by part, as `profile`; {} if not asked for."""
+  """Returns the table of the time of a step by part, as `profile`; {} without a directory."""
   if not profile:
     return {}
   compiled = step.lower(state, batch, knobs).compile()

@@ -3,11 +3,11 @@
 `grouped_mm` is `torch.nn.functional.grouped_mm` through the experts registry of transformers, which
 drops nothing. Never the registry's eager loop: its backward pass is quadratic in E. It is held
 against a dense layer in torch, and against ours in milliseconds. torch and transformers are needed
-for nothing else here. Beside JAX on a GPU, set XLA_PYTHON_CLIENT_PREALLOCATE=false.
+for nothing else here. On the same GPU as JAX, set XLA_PYTHON_CLIENT_PREALLOCATE=false.
 
-On CPUs torch's threads wait for each other after each product: beside other work its times are
-those of the waits, many times too long. Believe them on a quiet machine only, whatever its null
-arm says.
+On CPUs torch's threads wait for each other after each matmul: on a busy machine its times are those
+of the waits, many times too long. Believe them on a quiet machine only, whatever its A/A control
+shows.
 """
 
 import importlib
@@ -19,8 +19,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from moe_jax.benchmark.arms import Shape
-from moe_jax.benchmark.timing import is_void, milliseconds, ratio
+from moe_jax.benchmark.harness.shape import Shape
+from moe_jax.benchmark.harness.timing import is_invalid, milliseconds, ratio
 from moe_jax.errors import UserError
 from moe_jax.layers.moe_options import MoeParams
 
@@ -92,7 +92,7 @@ def arms(
 
   Raises:
     UserError: from `libraries`.
-    RuntimeError: if the outputs are not those of the experts that were asked for.
+    RuntimeError: if the outputs are not those of the selected experts.
   """
   torch, registry, _ = libraries()
   w_in, w_out, dense_in, dense_out, x = (
@@ -123,7 +123,7 @@ def arms(
 
 
 def summary(seconds: dict[str, list[float]], ours: Sequence[str]) -> dict[str, Any]:
-  """Returns what a row says of peers.
+  """Returns the part of a row about peers.
 
   Args:
     seconds: of all arms, by name.
@@ -137,7 +137,7 @@ def summary(seconds: dict[str, list[float]], ours: Sequence[str]) -> dict[str, A
   return {
     'versions': libraries()[2],
     'null': null._asdict(),
-    'void': is_void(null),
+    'void': is_invalid(null),
     'dense_milliseconds': milliseconds(seconds[DENSE]),
     'eta_dense': ratio(seconds[DENSE], seconds[GROUPED])._asdict(),
     'milliseconds': milliseconds(seconds[GROUPED]),
@@ -162,7 +162,7 @@ def _activation(torch: Any, activation: str) -> tuple[Callable, Callable]:
 def _experts(
   torch: Any, registry: Any, w_in: Any, w_out: Any, activation: str, act_fn: Callable
 ) -> Any:
-  """Returns a module of experts that runs what the registry calls `GROUPED`."""
+  """Returns a module of experts that runs `GROUPED` of the registry."""
 
   class Experts(torch.nn.Module):
     """As the experts of a model in transformers; its own forward is the eager loop."""
