@@ -65,8 +65,12 @@ def main(words: list[str]) -> None:
     return
   if flags.only_check:
     from moe_jax.benchmark import accelerator_check
+    from moe_jax.errors import UserError
 
-    accelerator_check.main(on_cpu=flags.smaller > 1, peers=flags.peers)
+    try:
+      accelerator_check.main(on_cpu=flags.smaller > 1, peers=flags.peers)
+    except UserError as error:
+      _refuse(str(error))
     return
   _set_signals(lambda number, _: sys.exit(128 + number))
   rows: list[tuple[list[str], dict[str, Any]]] = []
@@ -243,7 +247,7 @@ class _Parser(argparse.ArgumentParser):
 
   def error(self, message: str) -> NoReturn:
     """Prints the line and leaves."""
-    refuse(message)
+    _refuse(message)
 
 
 def _flags(words: list[str]) -> argparse.Namespace:
@@ -262,19 +266,19 @@ def _flags(words: list[str]) -> argparse.Namespace:
     add(name, action='store_true', help=argparse.SUPPRESS)
   flags = parser.parse_args(words)
   if not 0 < flags.minutes <= MOST_MINUTES:
-    refuse(f'--minutes={flags.minutes}: must be above 0 and at most {MOST_MINUTES}')
+    _refuse(f'--minutes={flags.minutes}: must be above 0 and at most {MOST_MINUTES}')
   if flags.smaller < 1:
-    refuse(f'--smaller={flags.smaller}: must be at least 1')
+    _refuse(f'--smaller={flags.smaller}: must be at least 1')
   if flags.out is not None:
     try:
       with open(flags.out, 'a', encoding='utf-8') as file:
         file.write('')
     except OSError as error:
-      refuse(f'--out={flags.out}: cannot be written: {error.strerror}')
+      _refuse(f'--out={flags.out}: cannot be written: {error.strerror}')
   return flags
 
 
-def refuse(what: str) -> NoReturn:
+def _refuse(what: str) -> NoReturn:
   """Prints one `error:` line and leaves."""
   print(f'error: {what}', file=sys.stderr)
   sys.exit(2)

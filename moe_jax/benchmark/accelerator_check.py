@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.benchmark.accelerator import refuse
 from moe_jax.benchmark.harness.cases import expert_weights, options_of
 from moe_jax.benchmark.harness.peers import libraries
 from moe_jax.benchmark.harness.shape import Shape
@@ -68,13 +67,14 @@ def main(*, on_cpu: bool, peers: bool) -> None:
   Args:
     on_cpu: allows to run it without an accelerator.
     peers: their packages must be there.
+
+  Raises:
+    UserError: if there is no accelerator, or a package of the peers is missing.
   """
   if not on_cpu and jax.default_backend() == 'cpu':
-    refuse("devices='cpu': no accelerator is here; --smaller=32 tries the script without one")
+    why = 'no accelerator is here; --smaller=32 tries the script without one'
+    raise UserError('devices', 'cpu', why)
   if peers:
-    try:
-      libraries()
-    except UserError as error:
-      refuse(str(error))
+    libraries()
   if not check() < TOLERANCE:
     sys.exit(f'error: the accelerator differs from the CPU by {TOLERANCE} or more')
