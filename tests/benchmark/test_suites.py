@@ -92,7 +92,7 @@ def dispatch_in_seconds(monkeypatch):
         compiled.append((layer, x.shape, rest[0].source_index.shape[1]))
         taken = seconds(layer, rest[0].source_index.shape[1])
       else:
-        taken = seconds('dense', 0) if x.ndim == 3 else float(x.shape[2])
+        taken = seconds('dense', 0) if x.shape[0] == 1 else float(x.shape[1])
       if isinstance(taken, Exception):
         raise taken
       call = lambda: taken  # noqa: E731

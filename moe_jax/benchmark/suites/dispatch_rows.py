@@ -69,8 +69,8 @@ class Case(NamedTuple):
   params: MoeParams
   dense: tuple[Array, Array]
   tokens: Float[Array, '1 S D']
-  buffers: Float[Array, 'E 1 C D']
-  balanced: Float[Array, 'E 1 B D']
+  buffers: Float[Array, 'E C D']
+  balanced: Float[Array, 'E B D']
 
 
 def rows(
