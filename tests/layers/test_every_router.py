@@ -137,6 +137,24 @@ def one_device():
   return outcome(ROUTERS, (1, 1))
 
 
+def forward(cases, mesh=(1, 1), deterministic=False):
+  """Returns {case: (options, inputs, state)} -> {case: (y, sums)}, all from one program."""
+  mesh = make_mesh(*mesh)
+  options = {name: case[0] for name, case in cases.items()}
+
+  @jax.jit
+  def program(arrays):
+    return {name: run(options[name], mesh, *arrays[name], deterministic) for name in options}
+
+  return lambda cases: jax.device_get(program({name: case[1:] for name, case in cases.items()}))
+
+
+def cases_of(names, **changes):
+  """Returns {router: (options, inputs, state)}."""
+  options = {name: options_of(name, **changes) for name in names}
+  return {name: (options[name], *drawn(options[name])) for name in names}
+
+
 def assert_same(result, expected, name):
   flat, _ = jax.tree_util.tree_flatten_with_path(result)
   wanted = jax.tree.leaves(expected)
@@ -186,40 +204,78 @@ def test_numbers_are_finite_and_tokens_are_counted(name, one_device):
   assert sums['kept_per_expert'].sum() > 0
 
 
+@functools.cache
+def choices(training):
+  """Returns {router: (valid, number of assignments, choice)}, all from one program."""
+  cases = cases_of(ROUTERS)
+  numbers = {
+    name: dataclasses.replace(options.choice, capacity=4, training=training)
+    for name, (options, *_) in cases.items()
+  }
+
+  @jax.jit
+  def program(arrays):
+    made = {}
+    for name, (inputs, state) in arrays.items():
+      keys = jax.random.split(jax.random.key(0), len(inputs.x))
+      seen = routing.RouterInputs(inputs.x, *small_layer.info_of(inputs.valid), keys)
+      router = routing.ROUTERS[name]
+      made[name] = router.choose(inputs.params.router, state, seen, numbers[name])
+    return made
+
+  made = jax.device_get(program({name: case[1:] for name, case in cases.items()}))
+  return {
+    name: (cases[name][1].valid, routing.ROUTERS[name].num_assignments(numbers[name]), made[name])
+    for name in ROUTERS
+  }
+
+
 @pytest.mark.parametrize('name', ROUTERS)
 @pytest.mark.parametrize('training', [True, False])
 def test_a_choice_names_experts_that_exist_none_twice(name, training):
-  options = options_of(name)
-  inputs, state = drawn(options)
-  info = small_layer.info_of(inputs.valid)
-  router = routing.ROUTERS[name]
-  numbers = dataclasses.replace(options.choice, capacity=4, training=training)
-  seen = routing.RouterInputs(inputs.x, *info, jax.random.split(jax.random.key(0), len(inputs.x)))
-  choice = jax.jit(lambda params: router.choose(params, state, seen, numbers))(inputs.params.router)
-  index = np.asarray(choice.expert_index)
-  assert index.shape == (*inputs.valid.shape, router.num_assignments(numbers))
-  assert choice.router_probs.shape == (*inputs.valid.shape, 8)
+  valid, num_assignments, choice = choices(training)[name]
+  index = choice.expert_index
+  assert index.shape == (*valid.shape, num_assignments)
+  assert choice.router_probs.shape == (*valid.shape, 8)
   assert ((index >= 0) & (index < 8)).all()
   asked = np.sort(np.where(choice.chosen, index, -1), axis=-1)
   assert ((asked[..., 1:] != asked[..., :-1]) | (asked[..., 1:] < 0)).all()
 
 
+@pytest.fixture(scope='module')
+def task_gradients():
+  """Returns {(router, K): gradients of the task loss by its weights}, all from one program."""
+  cases = {}
+  for name in ROUTERS:
+    for choice in filter(None, (options_of(name).choice, one_selected(name))):
+      options = options_of(name, capacity_factor=None, choice=choice)
+      cases[name, choice.num_selected_experts] = options, *drawn(options)
+  mesh = make_mesh(1, 1)
+
+  @jax.jit
+  @jax.grad
+  def gradients(weights, arrays):
+    total = 0.0
+    for key, (inputs, state) in arrays.items():
+      params = inputs.params._replace(router=weights[key])
+      y, _ = run(cases[key][0], mesh, inputs._replace(params=params), state)
+      total += jnp.sum(y * jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape))
+    return total
+
+  weights = {key: inputs.params.router for key, (_, inputs, _) in cases.items()}
+  return jax.device_get(gradients(weights, {key: case[1:] for key, case in cases.items()}))
+
+
 @pytest.mark.parametrize('name', ROUTERS)
-def test_learns_as_the_registry_says(name):
+def test_learns_as_the_registry_says(name, task_gradients):
   """The task loss alone reaches the router's weights, with one expert too."""
-  router = routing.ROUTERS[name]
-  for choice in filter(None, (options_of(name).choice, one_selected(name))):
-    options = options_of(name, capacity_factor=None, choice=choice)
-    inputs, state = drawn(options)
-
-    def loss(weights, options=options, inputs=inputs, state=state):
-      params = inputs.params._replace(router=weights)
-      y, _ = run(options, make_mesh(1, 1), inputs._replace(params=params), state)
-      return jnp.sum(y * jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape))
-
-    gradients = jax.jit(jax.grad(loss))(inputs.params.router)
+  found = {k: gradients for (router, k), gradients in task_gradients.items() if router == name}
+  assert set(found) >= (
+    {1} if one_selected(name) else {options_of(name).choice.num_selected_experts}
+  )
+  for k, gradients in found.items():
     size = max((np.abs(leaf).max() for leaf in jax.tree.leaves(gradients)), default=0.0)
-    assert (size > 1e-3) == router.learns, (choice.num_selected_experts, size)
+    assert (size > 1e-3) == routing.ROUTERS[name].learns, (k, size)
 
 
 def test_three_routers_cannot_have_one_expert():
@@ -228,93 +284,162 @@ def test_three_routers_cannot_have_one_expert():
   assert found == {'dense', 'gshard', 'noisy_top_k'}, 'name such a router here, and say why'
 
 
-def _past_changes(name, deterministic, **changes):
-  """How much the output of the first half of 16 rows changes when the second half is redrawn."""
-  options = options_of(name, **{'group_size': 1, **changes})
-  inputs, state = drawn(options)
-  other = drawn(options, seed=9)[0]
-  inputs = inputs._replace(valid=jnp.ones_like(inputs.valid))
-  redrawn = inputs._replace(x=inputs.x.at[:, 4:].set(other.x[:, 4:]))
-  step = jax.jit(lambda inputs: run(options, make_mesh(1, 1), inputs, state, deterministic)[0])
-  return float(np.abs(step(inputs)[:, :4] - step(redrawn)[:, :4]).max())
+def past_changes(options, deterministic):
+  """Returns how much outputs of positions 0 to 3 change with other tokens from position 4 on.
+
+  Args:
+    options: {case: options of the layer}.
+    deterministic: as in evaluation.
+
+  Returns:
+    {case: largest change}, all from one program.
+  """
+  cases, redrawn = {}, {}
+  for case, option in options.items():
+    inputs, state = drawn(option)
+    inputs = inputs._replace(valid=jnp.ones_like(inputs.valid))
+    other = drawn(option, seed=9)[0].x
+    cases[case] = option, inputs, state
+    redrawn[case] = option, inputs._replace(x=inputs.x.at[:, 4:].set(other[:, 4:])), state
+  step = forward(cases, deterministic=deterministic)
+  before, after = step(cases), step(redrawn)
+  return {c: np.abs(before[c][0][:, :4] - after[c][0][:, :4]).max() for c in cases}
+
+
+@pytest.fixture(scope='module')
+def changes_in_training():
+  """Those of {(router, sequences in a group)}."""
+  # Where tokens are weighed against each other, also beside those of another sequence.
+  sizes = {n: (1, 2) if routing.ROUTERS[n].balance == 'assignment' else (1,) for n in ROUTERS}
+  options = {(n, size): options_of(n, group_size=size) for n in ROUTERS for size in sizes[n]}
+  return past_changes(options, deterministic=False)
 
 
 @pytest.mark.parametrize('name', ROUTERS)
-def test_causal_as_the_registry_says(name):
+def test_causal_as_the_registry_says(name, changes_in_training):
   router = routing.ROUTERS[name]
-  # Where tokens are weighed against each other, also beside those of another sequence.
-  for group_size in (1, 2) if router.balance == 'assignment' else (1,):
-    change = _past_changes(name, False, group_size=group_size)
+  changes = {size: c for (n, size), c in changes_in_training.items() if n == name}
+  assert set(changes) == ({1, 2} if router.balance == 'assignment' else {1})
+  for group_size, change in changes.items():
     assert (change < 1e-6) == router.causal, (
       f'{name}: causal={router.causal}, and with other tokens from position 4 on, {group_size} '
       f'sequences in a group, outputs of positions 0 to 3 moved by up to {change:.2g}'
     )
 
 
-@pytest.mark.parametrize('name', [n for n in ROUTERS if not routing.ROUTERS[n].rejected])
-def test_evaluation_is_causal_where_it_can_decode(name):
-  options = options_of(name)
-  assert routing.ROUTERS[name].decodes(options.choice)
-  change = _past_changes(name, True, capacity_factor=None)
+DECODED = [n for n in ROUTERS if not routing.ROUTERS[n].rejected]
+EVALUATIONS = {'same': True, 'token_choice': False, 'threshold': False}
+
+
+@pytest.fixture(scope='module')
+def changes_in_evaluation():
+  """Those of routers that decode, and of each evaluation of `expert_choice`."""
+  options = {
+    (name, 'preset'): options_of(name, group_size=1, capacity_factor=None) for name in DECODED
+  }
+  choice = options_of('expert_choice').choice
+  for evaluation in EVALUATIONS:
+    changed = dataclasses.replace(choice, evaluation=evaluation)
+    options['expert_choice', evaluation] = options_of('expert_choice', group_size=1, choice=changed)
+  return past_changes(options, deterministic=True)
+
+
+@pytest.mark.parametrize('name', DECODED)
+def test_evaluation_is_causal_where_it_can_decode(name, changes_in_evaluation):
+  assert routing.ROUTERS[name].decodes(options_of(name).choice)
+  change = changes_in_evaluation[name, 'preset']
   assert change < 1e-6, (
     f'{name} decodes, but in evaluation, with other tokens from position 4 on, outputs of '
     f'positions 0 to 3 moved by up to {change:.2g}'
   )
 
 
-@pytest.mark.parametrize(
-  ('evaluation', 'leaks'), [('same', True), ('token_choice', False), ('threshold', False)]
-)
-def test_expert_choice_leaks_in_one_of_its_evaluations(evaluation, leaks):
+@pytest.mark.parametrize(('evaluation', 'leaks'), EVALUATIONS.items())
+def test_expert_choice_leaks_in_one_of_its_evaluations(evaluation, leaks, changes_in_evaluation):
   choice = dataclasses.replace(options_of('expert_choice').choice, evaluation=evaluation)
   assert routing.ROUTERS['expert_choice'].decodes(choice) != leaks
-  change = _past_changes('expert_choice', True, choice=choice)
+  change = changes_in_evaluation['expert_choice', evaluation]
   assert (change > 1e-6) == leaks, change
 
 
-@pytest.mark.parametrize('name', ROUTERS)
-def test_a_weight_that_is_not_a_number_shows_in_the_loss(name):
-  """Training stops at such a loss; without this, a router that went astray could be silent."""
-  options = options_of(name)
-  inputs, state = drawn(options)
+@pytest.fixture(scope='module')
+def losses_of_bad_weights():
+  """Returns {(router, weight, bad number)}: loss, by one program; (router, '', 0): of good ones."""
+  cases = cases_of(ROUTERS)
 
   @jax.jit
-  def loss(params):
-    y, sums = run(options, make_mesh(1, 1), inputs._replace(params=params), state)
-    return jnp.sum(y) + losses(options, sums, state)
+  def program(weights, arrays):
+    found = {}
+    for name, (inputs, state) in arrays.items():
+      options, params = cases[name][0], inputs.params._replace(router=weights[name])
+      y, sums = run(options, make_mesh(1, 1), inputs._replace(params=params), state)
+      found[name] = jnp.sum(y) + losses(options, sums, state)
+    return found
 
-  assert np.isfinite(loss(inputs.params))
-  for key, weight in inputs.params.router.items():
+  arrays = {name: case[1:] for name, case in cases.items()}
+  good = {name: inputs.params.router for name, (_, inputs, _) in cases.items()}
+  found = {(name, '', 0): loss for name, loss in program(good, arrays).items()}
+  for i in range(max(map(len, good.values()))):
     for bad in (jnp.nan, jnp.inf):
-      weights = {**inputs.params.router, key: weight.at[0].set(bad)}
-      assert not np.isfinite(loss(inputs.params._replace(router=weights))), (key, bad)
+      # The i-th weight of each router that has one.
+      spoilt = {name: list(weights)[i] for name, weights in good.items() if i < len(weights)}
+      changed = {
+        name: {**good[name], key: good[name][key].at[0].set(bad)} for name, key in spoilt.items()
+      }
+      result = program({**good, **changed}, arrays)
+      found |= {(name, key, bad): result[name] for name, key in spoilt.items()}
+  return found
+
+
+@pytest.mark.parametrize('name', ROUTERS)
+def test_a_weight_that_is_not_a_number_shows_in_the_loss(name, losses_of_bad_weights):
+  """Training stops at such a loss; without this, a router that went astray could be silent."""
+  assert np.isfinite(losses_of_bad_weights[name, '', 0])
+  inputs, _ = drawn(options_of(name))
+  for key in inputs.params.router:
+    for bad in (jnp.nan, jnp.inf):
+      assert not np.isfinite(losses_of_bad_weights[name, key, bad]), (key, bad)
+
+
+DISPATCHED = [n for n in ROUTERS if routing.ROUTERS[n].mix is None]
+
+
+@functools.cache
+def dispatched(dispatch, mesh):
+  cases = cases_of(DISPATCHED, dispatch=dispatch)
+  return forward(cases, mesh)(cases)
 
 
 # The dispatcher of decoding exchanges other things over a mesh than the others do.
 @pytest.mark.parametrize(
   ('dispatch', 'mesh'), [('einsum', (1, 1)), ('dropless', (1, 1)), ('decode', (2, 4))]
 )
-@pytest.mark.parametrize('name', [n for n in ROUTERS if routing.ROUTERS[n].mix is None])
+@pytest.mark.parametrize('name', DISPATCHED)
 def test_every_dispatcher_gives_the_same_result(name, dispatch, mesh, one_device):
-  options = options_of(name, dispatch=dispatch)
-  inputs, state = drawn(options)
-  y, sums = jax.jit(lambda inputs: run(options, make_mesh(*mesh), inputs, state))(inputs)
+  y, sums = dispatched(dispatch, mesh)[name]
   assert_same((y, sums._asdict()), one_device[name][1:3], name)
 
 
+@pytest.fixture(scope='module')
+def noise_in_padding():
+  """Returns {router: (y, sums)} where padding holds noise, all from one program."""
+  cases = cases_of(ROUTERS)
+  for name, (options, inputs, state) in cases.items():
+    noise = 30 * jax.random.normal(jax.random.key(1), inputs.x.shape)
+    x = jnp.where(inputs.valid[..., None], inputs.x, noise)
+    cases[name] = options, inputs._replace(x=x), state
+  return forward(cases)(cases)
+
+
 @pytest.mark.parametrize('name', ROUTERS)
-def test_padding_influences_nothing(name, one_device):
-  options = options_of(name)
-  inputs, state = drawn(options)
-  noise = 30 * jax.random.normal(jax.random.key(1), inputs.x.shape)
-  x = jnp.where(inputs.valid[..., None], inputs.x, noise)
-  step = jax.jit(lambda x: run(options, make_mesh(1, 1), inputs._replace(x=x), state))
-  y, sums = step(x)
-  mask = np.asarray(inputs.valid)[..., None]
+def test_padding_influences_nothing(name, one_device, noise_in_padding):
+  y, sums = noise_in_padding[name]
+  valid = np.asarray(drawn(options_of(name))[0].valid)
   expected = one_device[name][1]
+  mask = valid[..., None]
   assert_same((y * mask, sums._asdict()), (expected * mask, one_device[name][2]), name)
   if routing.ROUTERS[name].mix is None:
-    np.testing.assert_array_equal(np.asarray(y)[~np.asarray(inputs.valid)], 0)
+    np.testing.assert_array_equal(y[~valid], 0)
 
 
 def test_control_numbers_of_one_device_are_refused(monkeypatch):
@@ -335,18 +460,6 @@ def test_control_numbers_of_one_device_are_refused(monkeypatch):
   assert {'gshard', 'group_limited', 'kmeans', 'quantile', 'remoe', 'vmoe'} <= set(tried)
 
 
-def forward(names):
-  """Returns {router: (y, sums)} on one device, all from one program."""
-  mesh = make_mesh(1, 1)
-  cases = {name: (options_of(name), *drawn(options_of(name))) for name in names}
-
-  @jax.jit
-  def program(arrays):
-    return {name: run(cases[name][0], mesh, *arrays[name]) for name in names}
-
-  return jax.device_get(program({name: case[1:] for name, case in cases.items()}))
-
-
 def test_control_a_slot_too_few_is_noticed_in_every_router(monkeypatch, one_device):
   original = moe_layer.sizes_of
 
@@ -357,7 +470,8 @@ def test_control_a_slot_too_few_is_noticed_in_every_router(monkeypatch, one_devi
   monkeypatch.setattr(moe_layer, 'sizes_of', one_too_few)
   # The others have a slot for every token, or slots that are no token's.
   names = [name for name in ROUTERS if not routing.ROUTERS[name].keeps_all]
-  for name, (y, _) in forward(names).items():
+  cases = cases_of(names)
+  for name, (y, _) in forward(cases)(cases).items():
     with pytest.raises(AssertionError, match='Not equal to tolerance'):
       assert_same(y, one_device[name][1], name)
 
@@ -367,7 +481,8 @@ def test_control_sums_of_too_many_devices_are_noticed_in_every_router(monkeypatc
   monkeypatch.setattr(
     moe_layer, '_sum_over_devices', lambda sums: jax.tree.map(lambda a: 2 * a, original(sums))
   )
-  for name, (_, sums) in forward(ROUTERS).items():
+  cases = cases_of(ROUTERS)
+  for name, (_, sums) in forward(cases)(cases).items():
     with pytest.raises(AssertionError, match='Not equal to tolerance'):
       assert_same(sums._asdict(), one_device[name][2], name)
 
