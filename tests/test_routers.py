@@ -27,6 +27,8 @@ WATCHED = {
   *('entropy', 'top_prob', 'largest_logsumexp'),
 }
 PRESETS = sorted(p.stem for p in (tiny.REPOSITORY / 'configs' / 'presets').glob('[a-z]*.py'))
+# One of each kind of balance, which train on every run of the tests; the others with `--all`.
+ALWAYS_TRAINED = ('switch', 'loss_free', 'expert_choice', 'hash', 'kmeans')
 
 
 def preset(name, base=''):
@@ -190,7 +192,19 @@ def test_segments_keep_what_is_active():
     presets.segmented(config, 3)
 
 
-@pytest.mark.parametrize('name', [n for n in PRESETS if n != 'soft'])
+def test_a_preset_of_every_kind_of_balance_is_always_trained():
+  kinds = [routing.ROUTERS[preset(name).moe.router].balance for name in ALWAYS_TRAINED]
+  assert sorted(kinds) == sorted({router.balance for router in routing.ROUTERS.values()})
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=() if name in ALWAYS_TRAINED else pytest.mark.all)
+    for name in PRESETS
+    if name != 'soft'
+  ],
+)
 def test_every_preset_learns(name, text, tmp_path, capsys):
   """A few hundred steps: the loss falls far below that of letter frequencies, all is finite."""
   config = preset(name)
