@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from moe_jax.errors import UserError, did_you_mean
+from moe_jax.fields import split_field
 from moe_jax.schema import SCHEMA, check_field
 
 CONFIG = 'config'
@@ -140,7 +141,7 @@ def _split(words: Sequence[str], defined: Mapping[str, flags.Flag]) -> Iterator[
 
 def _is_boolean(name: str, defined: Mapping[str, flags.Flag]) -> bool:
   if name.startswith(f'{CONFIG}.'):
-    section, _, field = name.removeprefix(f'{CONFIG}.').partition('.')
+    section, field = split_field(name.removeprefix(f'{CONFIG}.'))
     known = SCHEMA.get(section, {})
     return field in known and isinstance(known[field].default, bool)
   return name in (*HELP, *LONG_HELP) or (name in defined and bool(defined[name].boolean))
@@ -193,7 +194,7 @@ def _checked_file(value: str | None) -> str:
 def _check_override(word: _Word) -> None:
   """Checks an override of a field of the config; the field must exist and its value fit."""
   name = word.name.removeprefix(f'{CONFIG}.')
-  section, _, field = name.partition('.')
+  section, field = split_field(name)
   known = SCHEMA.get(section, {})
   if known and not field:
     raise UserError(name, word.value, f'a section; set one of its fields, {", ".join(known)}')
@@ -214,13 +215,13 @@ def _check_override(word: _Word) -> None:
 
 def near_fields(name: str) -> str:
   """Returns the fields that resemble an unknown one; all of its section where none does."""
-  section, _, field = name.partition('.')
+  section, field = split_field(name)
   everywhere = [f'{s}.{f}' for s, fields in SCHEMA.items() for f in fields]
-  same = [full for full in everywhere if full.partition('.')[2] == (field or section)]
+  same = [full for full in everywhere if split_field(full)[1] == (field or section)]
   if same:
     near = f'; did you mean {" or ".join(same)}?'
   elif not field:
-    near = did_you_mean(section, [*SCHEMA, *(full.partition('.')[2] for full in everywhere)])
+    near = did_you_mean(section, [*SCHEMA, *(split_field(full)[1] for full in everywhere)])
   else:
     own = [full for full in everywhere if full.startswith(f'{section}.')]
     near = did_you_mean(name, own) or did_you_mean(name, everywhere)

@@ -30,6 +30,7 @@ from moe_jax.errors import (
   is_refusal,
   raised_by,
 )
+from moe_jax.fields import field_value
 
 _WRAPPER = textwrap.TextWrapper(
   100, initial_indent=' ' * 6, subsequent_indent=' ' * 6, break_on_hyphens=False
@@ -270,8 +271,8 @@ def config() -> ml_collections.ConfigDict:
 
 def overridden_fields() -> dict[str, Any]:
   """Returns the fields of the config that were given on the command line, with their defaults."""
-  fields = [name.split('.') for name in config_flags.get_override_values(flags.FLAGS['config'])]
-  return {f'{room}.{name}': config_lib.SCHEMA[room][name].default for room, name in fields}
+  fields = config_flags.get_override_values(flags.FLAGS['config'])
+  return {field: field_value(config_lib.SCHEMA, field).default for field in fields}
 
 
 def define_path(name: str, text: str) -> flags.FlagHolder:

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from moe_jax.errors import UserError, is_refusal
+from moe_jax.files import write_atomically
 
 # Scopes of the model and of the step, in the order of a step. The exchanges between devices belong
 # to dispatch (there) and combine (back); `statistics` is what losses and metrics of routers read.
@@ -157,7 +158,7 @@ def write_table(directory: str, program: str, num_steps: int) -> Table:
   table = time_by_part(newest_trace(directory), {module_name(program): operations(program)})
   table = table._replace(num_steps=num_steps)
   text = json.dumps(table.to_json(), indent=2)
-  (pathlib.Path(directory) / TABLE).write_text(text + '\n', encoding='utf-8')
+  write_atomically(pathlib.Path(directory) / TABLE, text + '\n')
   return table
 
 

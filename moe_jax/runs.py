@@ -17,6 +17,7 @@ from typing import Any
 
 from moe_jax import cli
 from moe_jax.errors import UserError
+from moe_jax.fields import split_field
 from moe_jax.schema import FREE_FIELDS
 from moe_jax.train.manifest_kinds import LOCK, problem_of
 
@@ -207,9 +208,7 @@ def _row(name: str, run: dict[str, Any], fields: list[str], now: float) -> tuple
   bits = run['bits_per_byte']
   split = 'test' if 'test' in bits else next(iter(bits), None)
   differences = [
-    f'{field.partition(".")[2]}={run["config"][field]}'
-    for field in fields
-    if field in run['config']
+    f'{split_field(field)[1]}={run["config"][field]}' for field in fields if field in run['config']
   ]
   more = len(differences) - _SHOWN_DIFFERENCES
   text = ' '.join(differences[:_SHOWN_DIFFERENCES]) + (f' and {more} more' if more > 0 else '')

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import ml_collections
 
 from moe_jax.errors import UserError
+from moe_jax.fields import split_field
 
 
 class Point(NamedTuple):
@@ -138,14 +139,19 @@ def _name(changes: Mapping[str, Any]) -> str:
 
 
 def _part(field: str, value: Any) -> str:
-  return f'{field.rpartition(".")[2]}={value}'
+  return f'{_short_name(field)}={value}'
+
+
+def _short_name(field: str) -> str:
+  # What is no field is named whole in the error that follows.
+  return split_field(field)[1] or field
 
 
 def _short_parts(arm: Point) -> dict[str, str]:
   """Returns the parts of an arm's name with their short forms; what was not derived is kept."""
   short = {}
   for field, value in arm.changes.items():
-    letter = SHORT.get(field, field.rpartition('.')[2])
+    letter = SHORT.get(field, _short_name(field))
     short[_part(field, value)] = f'{letter}={value}' if letter else str(value)
   return {part: short.get(part, part) for part in arm.name.split(', ')}
 

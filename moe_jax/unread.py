@@ -13,6 +13,7 @@ from moe_jax import config as config_lib
 from moe_jax import routing
 from moe_jax.data.sources import TIERS
 from moe_jax.errors import UserError
+from moe_jax.fields import field_value
 from moe_jax.schema import SCHEMA
 
 # Of those that not all read: which each optimizer reads, and each schedule.
@@ -118,8 +119,7 @@ def check_unread(config: ml_collections.ConfigDict, unchanged: Mapping[str, Any]
     UserError: for a field that is changed and that nothing reads.
   """
   for field, why in unread(config).items():
-    room, _, name = field.partition('.')
-    value = config[room][name]
+    value = field_value(config, field)
     if value != unchanged.get(field, value):
       raise UserError(field, value, f'must be {unchanged[field]}: nothing reads it with {why}')
 
@@ -131,7 +131,7 @@ def defaults(config: ml_collections.ConfigDict) -> dict[str, Any]:
   than `moe.num_experts`; any model may state what is in `STATED`.
   """
   return {
-    field: SCHEMA[field.partition('.')[0]][field.partition('.')[2]].default
+    field: field_value(SCHEMA, field).default
     for field, why in unread(config).items()
     if field not in STATED and why != _DENSE
   }

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import unicodedata
-from collections.abc import Iterable
 
 TRAIN, VALID, TEST = 'train', 'valid', 'test'
 SPLITS = (TRAIN, VALID, TEST)
@@ -50,17 +49,6 @@ def is_text(string: str) -> bool:
 def content_key(text: str) -> str:
   """Returns a hash equal for texts that differ only in case, white space or Unicode form."""
   return hashlib.sha256(' '.join(folded(text).split()).encode()).hexdigest()
-
-
-def documents_fingerprint(documents: Iterable[tuple[str, Document]]) -> str:
-  """Returns the SHA-256 over (split, document) pairs, in order."""
-  digest = hashlib.sha256()
-  for split, document in documents:
-    for part in (split, document.domain, document.name, document.text):
-      encoded = part.encode()
-      digest.update(len(encoded).to_bytes(8, 'little'))
-      digest.update(encoded)
-  return digest.hexdigest()
 
 
 def assign_splits(

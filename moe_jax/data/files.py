@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: atomic writes, locks between processes, checksums."""
+"""Directories that are whole or absent, locks between processes, checksums of files."""
 
 import contextlib
 import fcntl

@@ -29,6 +29,7 @@ from moe_jax import errors
 from moe_jax.data import documents as documents_lib
 from moe_jax.data import files
 from moe_jax.data import tokenizer as tokenizer_lib
+from moe_jax.files import write_atomically
 
 FORMAT = 1
 META = 'meta.json'
@@ -221,8 +222,7 @@ def write(
     'vocab_size': tokenizer.vocab_size,
   }
   meta[_DIGEST] = _meta_digest(meta)
-  with open(os.path.join(directory, META), 'w') as file:
-    json.dump(meta, file, indent=1)
+  write_atomically(os.path.join(directory, META), json.dumps(meta, indent=1))
   return num_skipped
 
 

@@ -16,6 +16,7 @@ import tokenizers
 from jaxtyping import Int32, Integer
 
 from moe_jax import errors
+from moe_jax.files import write_atomically
 
 FILE = 'tokenizer.json'
 KINDS = ('bytes', 'bpe')
@@ -87,8 +88,8 @@ class ByteTokenizer:
 
   def save(self, directory: str) -> None:
     """Writes `tokenizer.json`."""
-    with open(os.path.join(directory, FILE), 'w') as file:
-      json.dump({'model': {'type': _BYTES_MODEL}, 'vocab_size': self.vocab_size}, file)
+    text = json.dumps({'model': {'type': _BYTES_MODEL}, 'vocab_size': self.vocab_size})
+    write_atomically(os.path.join(directory, FILE), text)
 
 
 # The ByteLevel pre-tokenizer always ends a word at a single newline between two visible
@@ -185,8 +186,7 @@ class BpeTokenizer:
 
   def save(self, directory: str) -> None:
     """Writes `tokenizer.json`."""
-    with open(os.path.join(directory, FILE), 'w', encoding='utf-8') as file:
-      file.write(self._serialized)
+    write_atomically(os.path.join(directory, FILE), self._serialized)
 
 
 def check_request(kind: str, vocab_size: int) -> None:

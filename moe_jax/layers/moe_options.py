@@ -20,7 +20,8 @@ class MoeOptions:
   load-balancing loss in the batch, a divisor of its number of groups, or that of its sequences.
   `choice` holds the router's hyperparameters; its `capacity` and `training` are filled in by the
   layer. `returns_choices` also gives back which experts each token selected, `returns_routing` all
-  that the router computed for it. `exchange` is not read in decoding.
+  that the router computed for it. `exchange` is not read in decoding. Defaults are a plain layer's,
+  for a layer built by hand; `models.build` passes every field of a config.
   """
 
   router: str
@@ -28,13 +29,13 @@ class MoeOptions:
   mlp_dim: int
   activation: str
   capacity_factor: float | None
-  jitter: float
-  priority: str
-  balance_scopes: int
-  balance_normalization: str
-  device_balance_parts: int
   dispatch: str
   router_init_scale: float
+  jitter: float = 0.0
+  priority: str = 'token'
+  balance_scopes: int = 1
+  balance_normalization: str = 'one'
+  device_balance_parts: int = 1
   returns_choices: bool = False
   exchange: str = 'padded'
   returns_routing: bool = False

@@ -1,14 +1,25 @@
-"""Whether the trials of a study may stand in one table: what records and arms must agree on."""
+"""Rules by which trials may stand in one table: what configs, records and arms must agree on."""
 
 import collections
 import json
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import ml_collections
 
 from moe_jax.errors import UserError
+from moe_jax.fields import field_value
 from moe_jax.results.records import FINISHED, Record
 from moe_jax.study import MAY_DIFFER, TOLERANCE, Study
+
+# Fields of the config in which arms must agree, by what of `study.may_differ` excuses a difference.
+_PLANNED = {
+  'horizon': ('train.num_steps', 'data.batch_size', 'data.sequence_length'),
+  'data': ('data.name', 'data.valid_fraction', 'data.test_fraction'),
+  'tokenizer': ('data.tokenizer', 'data.vocab_size'),
+}
 
 
 def check_comparable(study: Study, records: Sequence[Record]) -> None:
@@ -38,54 +49,82 @@ def check_comparable(study: Study, records: Sequence[Record]) -> None:
       raise UserError(
         'split', {_label(record): split, 'study': study.split}, 'the same split must be evaluated'
       )
-  if 'horizon' not in study.may_differ:
-    _check_equal(finished, 'train.num_steps', lambda record: record.num_steps, 'horizon')
-    _check_close(finished, 'tokens', lambda record: record.tokens, 'horizon')
-  if 'tokenizer' not in study.may_differ:
-    _check_equal(finished, 'tokenizer', lambda record: record.data.get('tokenizer'), 'tokenizer')
-  if 'data' not in study.may_differ:
-    _check_same_data(study, finished)
-  if 'compute' not in study.may_differ:
-    _check_close(
-      finished, 'training FLOPs', lambda record: record.flops_per_token * record.tokens, 'compute'
-    )
+  trials = _Compared(study, 'trials')
 
+  def of(value: Callable[[Record], Any]) -> list[tuple[str, Any]]:
+    return [(_label(record), value(record)) for record in finished]
 
-def _check_same_data(study: Study, finished: Sequence[Record]) -> None:
-  """The fingerprint is of text and tokenizer, so it can be compared under one tokenizer alone."""
+  trials.check_equal('horizon', 'train.num_steps', of(lambda record: record.num_steps))
+  trials.check_close('horizon', 'tokens', of(lambda record: record.tokens))
+  trials.check_equal('tokenizer', 'tokenizer', of(lambda record: record.data.get('tokenizer')))
   if 'tokenizer' in study.may_differ:
-    _check_equal(finished, 'data.name', lambda record: record.data.get('name'), 'data')
-  groups: dict[Any, list[Record]] = {}
+    trials.check_equal('data', 'data.name', of(lambda record: record.data.get('name')))
+  # The fingerprint is of text and tokenizer, so it can be compared under one tokenizer alone.
+  groups: dict[Any, list[tuple[str, Any]]] = {}
   for record in finished:
-    groups.setdefault(record.data.get('tokenizer'), []).append(record)
+    group = groups.setdefault(record.data.get('tokenizer'), [])
+    group.append((_label(record), record.data.get('fingerprint')))
   for group in groups.values():
-    _check_equal(group, 'data fingerprint', lambda record: record.data.get('fingerprint'), 'data')
+    trials.check_equal('data', 'data fingerprint', group)
+  flops = of(lambda record: record.flops_per_token * record.tokens)
+  trials.check_close('compute', 'training FLOPs', flops)
 
 
-def _check_equal(
-  records: Sequence[Record], field: str, value: Callable[[Record], Any], excuse: str
+def check_planned(
+  study: Study, configs: Mapping[str, ml_collections.ConfigDict], flops: Mapping[str, int]
 ) -> None:
-  for record in records:
-    if value(record) != value(records[0]):
-      raise UserError(
-        field,
-        {_label(records[0]): value(records[0]), _label(record): value(record)},
-        f'compared trials must agree; if the study asks this, add {excuse!r} to its may_differ',
-      )
+  """Checks before anything is trained what `check_comparable` will check of the results.
+
+  Args:
+    study: what is asked.
+    configs: of the arms, by name.
+    flops: of the training of each arm.
+
+  Raises:
+    UserError: naming the field, two arms and their values.
+  """
+  arms = _Compared(study, 'arms')
+  for excuse, fields in _PLANNED.items():
+    for field in fields:
+      values = [(arm, field_value(config, field)) for arm, config in configs.items()]
+      arms.check_equal(excuse, field, values)
+  arms.check_close('compute', 'training FLOPs', list(flops.items()))
 
 
-def _check_close(
-  records: Sequence[Record], field: str, value: Callable[[Record], int], excuse: str
-) -> None:
-  if not records:
-    return
-  least, most = min(records, key=value), max(records, key=value)
-  if value(most) > (1 + TOLERANCE) * value(least):
-    raise UserError(
+class _Compared(NamedTuple):
+  """What must agree, unless the study asks for a difference.
+
+  Attributes:
+    study: whose `may_differ` names what it asks.
+    kind: of what is compared, for messages.
+  """
+
+  study: Study
+  kind: str
+
+  def check_equal(self, excuse: str, field: str, values: Sequence[tuple[str, Any]]) -> None:
+    """Checks that values, each with the name of its owner, are the same."""
+    if excuse in self.study.may_differ:
+      return
+    for name, value in values:
+      if value != values[0][1]:
+        raise self._difference(excuse, field, [values[0], (name, value)], 'must agree')
+
+  def check_close(self, excuse: str, field: str, values: Sequence[tuple[str, int]]) -> None:
+    """Checks that numbers agree to `TOLERANCE`."""
+    if excuse in self.study.may_differ or not values:
+      return
+    least, most = (extreme(values, key=operator.itemgetter(1)) for extreme in (min, max))
+    if most[1] > (1 + TOLERANCE) * least[1]:
+      raise self._difference(excuse, field, [least, most], f'must agree to {TOLERANCE:.0%}')
+
+  def _difference(
+    self, excuse: str, field: str, values: Sequence[tuple[str, Any]], rule: str
+  ) -> UserError:
+    return UserError(
       field,
-      {_label(least): value(least), _label(most): value(most)},
-      f'compared trials must agree to {TOLERANCE:.0%}; if the study asks this, add {excuse!r} to '
-      'its may_differ',
+      dict(values),
+      f'compared {self.kind} {rule}; if the study asks this, add {excuse!r} to its may_differ',
     )
 
 

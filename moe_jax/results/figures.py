@@ -4,6 +4,7 @@ Only finished trials enter means; the others are counted in a note below. Interv
 Student's t over seeds.
 """
 
+import io
 import pathlib
 import warnings
 from collections.abc import Callable, Collection, Sequence
@@ -15,6 +16,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from moe_jax.fields import split_field
+from moe_jax.files import write_atomically
 from moe_jax.results.expert_figures import domain_load, load, specialization
 from moe_jax.results.loss_figure import loss_curves
 from moe_jax.results.names import deciding_title
@@ -72,7 +75,10 @@ def save_all(
       with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         # A box stands for what the font lacks, once for each size of text.
         warnings.filterwarnings('ignore', r'Glyph \d+ .* missing from font')
-        figure.savefig(path, dpi=_DOTS_PER_INCH, metadata=_METADATA[suffix])
+        content = io.BytesIO()
+        kind = suffix.removeprefix('.')
+        figure.savefig(content, format=kind, dpi=_DOTS_PER_INCH, metadata=_METADATA[suffix])
+      write_atomically(path, content.getvalue())
       widths[path] = float(figure.get_figwidth())
   return widths
 
@@ -143,7 +149,7 @@ def _line_keys(study: Study, arms: dict[str, Record]) -> dict[str, str]:
       if field not in fields and any(field_of(o, field) != field_of(record, field) for o in others):
         fields.append(field)
   return {
-    arm: ', '.join(f'{field.rpartition(".")[2]}={field_of(record, field)}' for field in fields)
+    arm: ', '.join(f'{split_field(field)[1]}={field_of(record, field)}' for field in fields)
     or deciding_title(study.metric)
     for arm, record in arms.items()
   }

@@ -1,5 +1,6 @@
 """The figure of expert load: over training, by domain, and over the whole evaluated split."""
 
+import io
 import pathlib
 from typing import Any
 
@@ -11,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moe_jax.errors import UserError
+from moe_jax.files import write_atomically
 from moe_jax.results import style
 from moe_jax.results.panels import wrapped
 from moe_jax.train.metrics import read_metrics
@@ -37,7 +39,9 @@ def draw(
   """
   path = pathlib.Path(workdir) / f'expert_load{suffix}.png'
   figure = _figure(workdir, evaluation, config.moe)
-  figure.savefig(path, dpi=120)
+  content = io.BytesIO()
+  figure.savefig(content, format='png', dpi=120)
+  write_atomically(path, content.getvalue())
   return path
 
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from moe_jax.files import write_atomically
 from moe_jax.results.records import Record
 from moe_jax.study import Study
 
@@ -78,9 +79,7 @@ def write_page(
   # In one pass, so that nothing is replaced in what was put in.
   page = re.sub(r'\{\{(.*?)\}\}', lambda match: parts[match[1]], _read('template.html'))
   path = pathlib.Path(path)
-  temporary = path.with_suffix('.tmp')
-  temporary.write_text(page, encoding='utf-8')
-  temporary.replace(path)
+  write_atomically(path, page)
   return path
 
 

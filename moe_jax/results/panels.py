@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
+from moe_jax.fields import split_field
 from moe_jax.results.records import FINISHED, STATUSES, Record
 from moe_jax.results.statistics import half_width
 from moe_jax.results.style import COLORS, COLUMN_WIDTH, DASHES, MEDIUM_PER_INCH, SMALL_PER_INCH
@@ -68,9 +69,8 @@ def _is_number(value: Any) -> bool:
 
 def field_of(record: Record, field: str) -> Any:
   """Returns a config field, as 'moe.num_experts', None if there is none."""
-  value: Any = record.config
-  for name in field.split('.'):
-    value = value.get(name) if isinstance(value, dict) else None
+  section, name = split_field(field)
+  value = record.config.get(section, {}).get(name)
   return record.changes.get(field) if value is None else value
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from moe_jax.errors import DamagedError
+from moe_jax.files import write_atomically
 
 # How a trial ended. Only finished ones are averaged, and none is left out of a table.
 FINISHED = 'finished'
@@ -105,10 +106,7 @@ def write_records(
     records: one for each line.
     compact: as in `encode_records`.
   """
-  path = pathlib.Path(path)
-  temporary = path.with_suffix('.tmp')
-  temporary.write_bytes(encode_records(records, compact=compact))
-  temporary.replace(path)
+  write_atomically(path, encode_records(records, compact=compact))
 
 
 def encode_records(records: Iterable[Record], *, compact: bool = False) -> bytes:

@@ -40,15 +40,6 @@ BETTER_BUT_EQUIVALENT = f'{BETTER}, {EQUIVALENT}'
 WORSE_BUT_EQUIVALENT = f'{WORSE}, {EQUIVALENT}'
 UNDECIDED = 'undecided'
 UNTESTED = 'untested'
-VERDICTS = (
-  BETTER,
-  WORSE,
-  EQUIVALENT,
-  BETTER_BUT_EQUIVALENT,
-  WORSE_BUT_EQUIVALENT,
-  UNDECIDED,
-  UNTESTED,
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +109,8 @@ class ComparisonSummary:
     baseline: subtracted.
     difference: in the unit of the metric.
     adjusted_p_value: Holm's, over all planned comparisons.
-    verdict: of `VERDICTS`; the arm is better or worse if that is below `SIGNIFICANCE`, equivalent
-      if `adjusted_equivalence_p_value` is.
+    verdict: one of `BETTER` to `UNTESTED`; the arm is better or worse if that is below
+      `SIGNIFICANCE`, equivalent if `adjusted_equivalence_p_value` is.
     adjusted_equivalence_p_value: Holm's over all planned comparisons of the tests of equivalence;
       NaN without a margin.
   """

@@ -14,6 +14,7 @@ from moe_jax import routing, unread
 from moe_jax.arguments import near_fields
 from moe_jax.data import SPLITS, Dataset, documents
 from moe_jax.errors import UserError
+from moe_jax.fields import split_field
 from moe_jax.schema import SCHEMA
 from moe_jax.study import MAY_DIFFER, Comparison, Metric, Point, Study, labels_of
 from moe_jax.sweep import metric_paths, user_metrics
@@ -113,7 +114,7 @@ def _is_folder_name(value: Any) -> bool:
 
 
 def _is_field(name: str) -> bool:
-  section, _, field = name.partition('.')
+  section, field = split_field(name)
   return field in SCHEMA.get(section, {})
 
 

@@ -7,6 +7,7 @@ import pathlib
 from typing import Any
 
 from moe_jax.errors import DamagedError
+from moe_jax.files import write_atomically
 
 
 def path_of(workdir: str | os.PathLike, trial_id: str) -> pathlib.Path:
@@ -18,12 +19,8 @@ def write(workdir: str | os.PathLike, trial_id: str, outcome: dict[str, Any]) ->
   """Writes an outcome whole or not at all, with its digest."""
   path = path_of(workdir, trial_id)
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_suffix('.tmp')
-  with open(temporary, 'w', encoding='utf-8') as file:
-    json.dump(outcome | {'digest': _digest(outcome)}, file, indent=1, sort_keys=True)
-    file.flush()
-    os.fsync(file.fileno())
-  temporary.replace(path)
+  text = json.dumps(outcome | {'digest': _digest(outcome)}, indent=1, sort_keys=True)
+  write_atomically(path, text)
 
 
 def read(workdir: str | os.PathLike, trial_id: str) -> dict[str, Any] | None:

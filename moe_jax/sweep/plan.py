@@ -5,6 +5,7 @@ from typing import Any
 
 from moe_jax import config as config_lib
 from moe_jax.errors import UserError, did_you_mean
+from moe_jax.fields import field_value
 from moe_jax.sweep import collect
 from moe_jax.sweep.trials import Trial
 from moe_jax.train.manifest import FREE_FIELDS
@@ -35,8 +36,7 @@ def free_fields(settings: Sequence[str]) -> dict[str, Any]:
       raise UserError('--set', text, allowed)
     if field in result:
       raise UserError('--set', text, f'given twice, first as {result[field]!r}; give it once')
-    room, _, name = field.partition('.')
-    kind = type(config_lib.SCHEMA[room][name].default)
+    kind = type(field_value(config_lib.SCHEMA, field).default)
     try:
       result[field] = kind(value)
     except ValueError as error:

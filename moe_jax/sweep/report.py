@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from moe_jax.errors import UserError
+from moe_jax.files import write_atomically
 from moe_jax.results import figures as figures_lib
 from moe_jax.results import latex, methods, page_figures, scaling, tables, thin
 from moe_jax.results.page import Cell, write_page
@@ -181,10 +182,10 @@ def write_report(
     ('methods.tex', methods.methods(summary)),
     ('cite.bib', methods.bibtex(summary, url)),
   ):
-    (out / name).write_text(text, encoding='utf-8')
+    write_atomically(out / name, text)
   if study.scaling:
     text = scaling.markdown(study, scaling.fit(study, records))
-    (out / 'scaling.md').write_text(text, encoding='utf-8')
+    write_atomically(out / 'scaling.md', text)
   widths: dict[pathlib.Path, float] = {}
   if figures_drawn:
     only = None if figures_drawn is True else figures_drawn

@@ -17,7 +17,9 @@ from moe_jax import installed, unread
 from moe_jax.arguments import near_fields
 from moe_jax.data import ByteTokenizer
 from moe_jax.errors import UserError, raised_by
-from moe_jax.study import TOLERANCE, FinishedTrial, Point, Study
+from moe_jax.fields import field_value, split_field
+from moe_jax.results.comparable import check_planned
+from moe_jax.study import FinishedTrial, Point, Study
 from moe_jax.sweep.checks import check_study, same_model, unfrozen
 from moe_jax.sweep.metric_paths import check_layers
 from moe_jax.train import accounting, ancestry, manifest
@@ -100,35 +102,6 @@ def _get_study(module: Any, path: str) -> Callable[[], Any]:
   return function
 
 
-def _check_comparable(study: Study, trials: list[Trial]) -> None:
-  """Checks before anything is trained what `results.comparable` will check of the results."""
-  fields = {
-    'horizon': ('train.num_steps', 'data.batch_size', 'data.sequence_length'),
-    'data': ('data.name', 'data.valid_fraction', 'data.test_fraction'),
-    'tokenizer': ('data.tokenizer', 'data.vocab_size'),
-  }
-  for excuse, of_excuse in fields.items():
-    for field in of_excuse if excuse not in study.may_differ else ():
-      room, _, name = field.partition('.')
-      values = {trial.config[room][name]: trial.arm for trial in trials}
-      if len(values) > 1:
-        raise UserError(
-          field,
-          {arm: value for value, arm in values.items()},
-          f'compared arms must agree; if the study asks this, add {excuse!r} to its may_differ',
-        )
-  if 'compute' not in study.may_differ:
-    flops = {trial.arm: training_flops(trial.config) for trial in trials}
-    least, most = min(flops, key=flops.__getitem__), max(flops, key=flops.__getitem__)
-    if flops[most] > (1 + TOLERANCE) * flops[least]:
-      raise UserError(
-        'training FLOPs',
-        {least: flops[least], most: flops[most]},
-        f"compared arms must agree to {TOLERANCE:.0%}; if the study asks this, add 'compute' to "
-        'its may_differ',
-      )
-
-
 def vocab_size_of(config: ml_collections.ConfigDict) -> int:
   """Returns the vocabulary of a config before its text was looked at."""
   return config.data.vocab_size or ByteTokenizer().vocab_size
@@ -169,7 +142,8 @@ def trials_of(study: Study, free: Mapping[str, Any] | None = None) -> list[Trial
     moe = config.moe
     moe_layers = config.model.num_layers // moe.every if moe.num_experts else 0
     check_layers(study.metric.name, arm.name, moe_layers)
-  _check_comparable(study, trials)
+  flops = {trial.arm: training_flops(trial.config) for trial in trials}
+  check_planned(study, {trial.arm: trial.config for trial in trials}, flops)
   return trials
 
 
@@ -193,7 +167,7 @@ def _config(
 ) -> ml_collections.ConfigDict:
   config = unfrozen(study.base)
   for field, value in {**arm.changes, **free, 'train.seed': seed}.items():
-    room, _, name = field.partition('.')
+    room, name = split_field(field)
     known = config_lib.SCHEMA.get(room, {})
     if name not in known:
       raise UserError(field, value, f'of arm {arm.name!r}: unknown field{near_fields(field)}')
@@ -233,14 +207,9 @@ def check_new(study: Study, trials: Sequence[Trial], workdir: str | os.PathLike 
   for trial in trials:
     if workdir is not None and manifest.holds_run(trial.folder(workdir)):
       continue
-    base = {field: _value(study.base, field) for field in trial.changes}
+    base = {field: field_value(study.base, field) for field in trial.changes}
     try:
       unread.check_unread(trial.config, base)
       unread.check_decay(trial.config)
     except UserError as error:
       raise UserError('study.arms', trial.arm, str(error)) from error
-
-
-def _value(config: ml_collections.ConfigDict, field: str) -> Any:
-  room, _, name = field.partition('.')
-  return config[room][name]

@@ -7,6 +7,7 @@ import jax
 import ml_collections
 
 from moe_jax.errors import UserError, is_full
+from moe_jax.fields import field_value
 from moe_jax.parallel import watch
 
 _EXHAUSTED = 'RESOURCE_EXHAUSTED'
@@ -45,7 +46,7 @@ def _advice(config: ml_collections.ConfigDict, error: Exception, together: int) 
   fields = ['data.sequence_length', 'model.embed_dim', 'model.num_layers']
   if config.moe.num_experts:
     fields += ['moe.num_experts', 'moe.mlp_dim']
-  lower = ', '.join(f'{field}={_value(config, field)}' for field in fields)
+  lower = ', '.join(f'{field}={field_value(config, field)}' for field in fields)
   ways = [f'lower it, or {lower}']
   ways.append(f'raise train.accumulation_steps={config.train.accumulation_steps}')
   if not config.model.remat:
@@ -57,8 +58,3 @@ def _advice(config: ml_collections.ConfigDict, error: Exception, together: int) 
     f'out of memory; {"; ".join(ways)}; in another --workdir, or the same run on a mesh of more '
     f'devices. JAX: {said if len(said) <= _SHOWN else f"{said[:_SHOWN]}..."}'
   )
-
-
-def _value(config: ml_collections.ConfigDict, field: str) -> int:
-  room, _, name = field.partition('.')
-  return config[room][name]

@@ -18,6 +18,8 @@ from moe_jax import config as config_lib
 from moe_jax import optim, profiling, unread
 from moe_jax.data import Dataset, train_iterator
 from moe_jax.errors import UserError, is_refusal
+from moe_jax.fields import split_field
+from moe_jax.files import write_atomically
 from moe_jax.models.build import build_model
 from moe_jax.models.decoder import Decoder
 from moe_jax.parallel.distributed import all_or_none
@@ -312,8 +314,8 @@ def program_of(config: ml_collections.ConfigDict) -> str:
   defaults = config_lib.get_config()
   starts = ('train.init_from', 'train.init_optimizer', 'train.init_router_state')
   for field in (*knob_fields(config), *starts):
-    room, name = field.split('.')
-    program[room][name] = defaults[room][name]
+    section, name = split_field(field)
+    program[section][name] = defaults[section][name]
   return program.to_json(sort_keys=True)
 
 
@@ -601,6 +603,4 @@ class _Evaluator:
 
 def write_json(path: str | pathlib.Path, value: Any) -> None:
   """Writes a result whole or not at all."""
-  temporary = pathlib.Path(path).with_suffix('.tmp')
-  temporary.write_text(json.dumps(value, indent=2, sort_keys=True), encoding='utf-8')
-  temporary.replace(path)
+  write_atomically(path, json.dumps(value, indent=2, sort_keys=True))

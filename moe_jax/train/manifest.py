@@ -20,6 +20,8 @@ from jax.sharding import Mesh
 from moe_jax import config as config_lib
 from moe_jax import optim
 from moe_jax.errors import DamagedError, UserError
+from moe_jax.fields import split_field
+from moe_jax.files import is_incomplete, write_atomically
 from moe_jax.schema import FREE_FIELDS, LATER_FIELDS, LATER_FIELDS_IN_IDS
 from moe_jax.train import accounting, manifest_kinds
 from moe_jax.train.manifest_kinds import LOCK
@@ -196,13 +198,8 @@ def set_aside(workdir: str | os.PathLike) -> pathlib.Path:
 
 def write(workdir: str | os.PathLike, manifest: dict[str, Any]) -> None:
   """Writes the manifest whole or not at all."""
-  path = pathlib.Path(workdir) / MANIFEST
-  temporary = path.with_suffix('.tmp')
-  with open(temporary, 'w', encoding='utf-8') as file:
-    json.dump(manifest, file, indent=2, sort_keys=True)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
+  text = json.dumps(manifest, indent=2, sort_keys=True)
+  write_atomically(pathlib.Path(workdir) / MANIFEST, text)
 
 
 def config_of(manifest: dict[str, Any]) -> ml_collections.ConfigDict:
@@ -305,10 +302,10 @@ def config_digest(config: dict[str, Any]) -> str:
 
 def _value(config: dict[str, Any], field: str) -> Any:
   """Returns a field of a saved config; its default where it came later, else None."""
-  room, _, name = field.partition('.')
+  section, name = split_field(field)
   later = field in (*LATER_FIELDS, *LATER_FIELDS_IN_IDS)
-  default = config_lib.SCHEMA[room][name].default if later else None
-  return config.get(room, {}).get(name, default)
+  default = config_lib.SCHEMA[section][name].default if later else None
+  return config.get(section, {}).get(name, default)
 
 
 def with_way_on(error: UserError, workdir: str) -> UserError:
@@ -321,8 +318,9 @@ def with_way_on(error: UserError, workdir: str) -> UserError:
     config = read(workdir)['config']
   except (UserError, DamagedError):
     return error
-  room, _, name = error.field.partition('.')
-  if name not in config_lib.SCHEMA.get(room, {}) or config.get(room, {}).get(name) != error.value:
+  section, name = split_field(error.field)
+  known = name in config_lib.SCHEMA.get(section, {})
+  if not known or config.get(section, {}).get(name) != error.value:
     return error
   return UserError(
     error.field,
@@ -351,7 +349,7 @@ def check_same_data(
     )
 
 
-# What a run that was stopped before its manifest was written may leave.
+# Left by a run that was stopped before its manifest was written; the last by earlier versions.
 _BEGINNINGS = (LOCK, 'checkpoints', 'tokenizer', 'manifest.tmp')
 
 
@@ -391,7 +389,8 @@ def claimed(workdir: str) -> Iterator[None]:
     except OSError as error:
       raise UserError('workdir', workdir, 'another process is writing this run') from error
     try:
-      foreign = [p.name for p in path.iterdir() if p.name not in _BEGINNINGS]
+      names = [entry.name for entry in path.iterdir()]
+      foreign = [n for n in names if n not in _BEGINNINGS and not is_incomplete(n)]
       if foreign and not holds_run(workdir):
         raise UserError('workdir', workdir, f'holds {foreign[0]!r} but no run; use an empty one')
       yield

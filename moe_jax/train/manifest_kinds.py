@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from moe_jax.fields import split_field
+
 # The file in the directory of a run that the process which writes it holds locked.
 LOCK = '.lock'
 _TEXT, _COUNT, _OBJECT, _NUMBERS = 'text', 'a count', 'an object', 'an object of numbers'
@@ -86,7 +88,7 @@ def problem_of(manifest: Any) -> str:
   if not isinstance(manifest, dict):
     return 'it is not an object'
   for field, kind in KINDS.items():
-    section, _, name = field.partition('.')
+    section, name = split_field(field)
     holder = manifest.get(section, {}) if name else manifest
     key = name or section
     if key not in holder:

@@ -3,13 +3,13 @@
 import json
 import os
 import pathlib
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from moe_jax.files import write_atomically
 from moe_jax.train.manifest import Pace
 
 FILE = 'metrics.jsonl'
@@ -165,9 +165,7 @@ def keep_until(
     say(f'note: {path}: line {found.cut}, the last one, was cut off and is dropped')
   if not path.exists():
     return
-  replacement = path.with_suffix('.tmp')
-  replacement.write_text(''.join(json.dumps(r) + '\n' for r in kept), encoding='utf-8')
-  os.replace(replacement, path)
+  write_atomically(path, ''.join(json.dumps(r) + '\n' for r in kept))
 
 
 def _copy_aside(path: pathlib.Path, word: str) -> pathlib.Path:
@@ -177,5 +175,5 @@ def _copy_aside(path: pathlib.Path, word: str) -> pathlib.Path:
   while target.exists():
     target = path.with_name(f'{word}_{path.stem}_{number}{path.suffix}')
     number += 1
-  shutil.copyfile(path, target)
+  write_atomically(target, path.read_bytes())
   return target

@@ -7,6 +7,7 @@ import jax
 import ml_collections
 
 from moe_jax.errors import UserError
+from moe_jax.fields import field_value, split_field
 from moe_jax.schema import SCHEMA
 from moe_jax.train import accounting
 
@@ -55,20 +56,19 @@ def check_size(config: ml_collections.ConfigDict, vocab_size: int) -> None:
       continue
     smaller = {field: needed(_at_default(config, field)) for field in fields}
     culprit = min(smaller, key=smaller.__getitem__)
-    room, _, name = culprit.partition('.')
     raise UserError(
       culprit,
-      config[room][name],
+      field_value(config, culprit),
       f'{what} would take {size / 2**30:,.0f} GiB, more than the {memory / 2**30:,.0f} GiB of '
       'memory here',
     )
 
 
 def _at_default(config: ml_collections.ConfigDict, field: str) -> ml_collections.ConfigDict:
-  room, _, name = field.partition('.')
+  section, name = split_field(field)
   changed = copy.deepcopy(config)
   # 0 stands for something else.
-  changed[room][name] = min(config[room][name], SCHEMA[room][name].default or 64)
+  changed[section][name] = min(config[section][name], SCHEMA[section][name].default or 64)
   return changed
 
 

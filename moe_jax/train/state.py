@@ -177,9 +177,3 @@ def with_shardings(shapes: Any, shardings: Any) -> Any:
     shapes,
     shardings,
   )
-
-
-def abstract_params(model: Decoder) -> Any:
-  """Returns shapes, dtypes and shardings of the parameters alone."""
-  shapes = jax.eval_shape(lambda: init_params(model, jnp.zeros((), jnp.int32)))
-  return with_shardings(shapes, params_shardings(model))

@@ -20,11 +20,6 @@ OPTIONS = moe_options.MoeOptions(
   mlp_dim=8,
   activation='swiglu',
   capacity_factor=1.0,
-  jitter=0.0,
-  priority='token',
-  balance_scopes=1,
-  balance_normalization='one',
-  device_balance_parts=1,
   dispatch='gather',
   router_init_scale=0.1,
 )

@@ -7,26 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import routing
-from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.models.decoder import Decoder, DecoderOptions
 from moe_jax.parallel.mesh import make_mesh
 from tests.layers import small_layer
 
-MOE = MoeOptions(
-  router='top_k',
-  choice=routing.RouterOptions(num_experts=4, num_selected_experts=2),
-  mlp_dim=6,
-  activation='swiglu',
-  capacity_factor=1.0,
-  jitter=0.0,
-  priority='token',
-  balance_scopes=1,
-  balance_normalization='one',
-  device_balance_parts=1,
-  dispatch='gather',
-  router_init_scale=0.1,
-)
+MOE = small_layer.make_options(num_experts=4, mlp_dim=6)
 OPTIONS = DecoderOptions(
   vocab_size=32,
   num_layers=2,

@@ -1,0 +1,20 @@
+"""Full names of config fields, `section.field`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def split_field(field: str) -> tuple[str, str]:
+  """Returns section and name of a field; the name is '' for a section alone."""
+  section, _, name = field.partition('.')
+  return section, name
+
+
+def field_value(sections: Mapping[str, Any], field: str) -> Any:
+  """Returns what sections, those of a config or of the schema, hold for a field.
+
+  Raises:
+    KeyError: if there is no such field.
+  """
+  section, name = split_field(field)
+  return sections[section][name]
