@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import ml_collections
+
 
 def split_field(field: str) -> tuple[str, str]:
   """Returns section and name of a field; the name is '' for a section alone."""
@@ -10,7 +12,7 @@ def split_field(field: str) -> tuple[str, str]:
   return section, name
 
 
-def field_value(sections: Mapping[str, Any], field: str) -> Any:
+def field_value(sections: Mapping[str, Any] | ml_collections.ConfigDict, field: str) -> Any:
   """Returns what sections, those of a config or of the schema, hold for a field.
 
   Raises:
