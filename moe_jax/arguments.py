@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from moe_jax.errors import UserError, did_you_mean
-from moe_jax.fields import split_field
+from moe_jax.field_names import split_field
 from moe_jax.schema import SCHEMA, check_field
 
 CONFIG = 'config'

@@ -30,7 +30,7 @@ from moe_jax.errors import (
   is_refusal,
   raised_by,
 )
-from moe_jax.fields import field_value
+from moe_jax.field_names import field_value
 
 _WRAPPER = textwrap.TextWrapper(
   100, initial_indent=' ' * 6, subsequent_indent=' ' * 6, break_on_hyphens=False

@@ -17,7 +17,7 @@ from typing import Any
 
 from moe_jax import cli
 from moe_jax.errors import UserError
-from moe_jax.fields import split_field
+from moe_jax.field_names import split_field
 from moe_jax.schema import FREE_FIELDS
 from moe_jax.train.manifest_kinds import LOCK, problem_of
 

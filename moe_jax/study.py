@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import ml_collections
 
 from moe_jax.errors import UserError
-from moe_jax.fields import split_field
+from moe_jax.field_names import split_field
 
 
 class Point(NamedTuple):

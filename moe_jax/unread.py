@@ -13,7 +13,7 @@ from moe_jax import config as config_lib
 from moe_jax import routing
 from moe_jax.data.sources import TIERS
 from moe_jax.errors import UserError
-from moe_jax.fields import field_value
+from moe_jax.field_names import field_value
 from moe_jax.schema import SCHEMA
 
 # Of those that not all read: which each optimizer reads, and each schedule.

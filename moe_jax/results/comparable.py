@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import ml_collections
 
 from moe_jax.errors import UserError
-from moe_jax.fields import field_value
+from moe_jax.field_names import field_value
 from moe_jax.results.records import FINISHED, Record
 from moe_jax.study import MAY_DIFFER, TOLERANCE, Study
 

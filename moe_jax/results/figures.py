@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moe_jax.fields import split_field
+from moe_jax.field_names import split_field
 from moe_jax.files import write_atomically
 from moe_jax.results.expert_figures import domain_load, load, specialization
 from moe_jax.results.loss_figure import loss_curves

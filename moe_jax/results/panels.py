@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from moe_jax.fields import split_field
+from moe_jax.field_names import split_field
 from moe_jax.results.records import FINISHED, STATUSES, Record
 from moe_jax.results.statistics import half_width
 from moe_jax.results.style import COLORS, COLUMN_WIDTH, DASHES, MEDIUM_PER_INCH, SMALL_PER_INCH

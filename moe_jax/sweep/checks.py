@@ -14,7 +14,7 @@ from moe_jax import routing, unread
 from moe_jax.arguments import near_fields
 from moe_jax.data import SPLITS, Dataset, documents
 from moe_jax.errors import UserError
-from moe_jax.fields import split_field
+from moe_jax.field_names import split_field
 from moe_jax.schema import SCHEMA
 from moe_jax.study import MAY_DIFFER, Comparison, Metric, Point, Study, labels_of
 from moe_jax.sweep import metric_paths, user_metrics

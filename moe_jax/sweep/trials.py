@@ -17,7 +17,7 @@ from moe_jax import installed, unread
 from moe_jax.arguments import near_fields
 from moe_jax.data import ByteTokenizer
 from moe_jax.errors import UserError, raised_by
-from moe_jax.fields import field_value, split_field
+from moe_jax.field_names import field_value, split_field
 from moe_jax.results.comparable import check_planned
 from moe_jax.study import FinishedTrial, Point, Study
 from moe_jax.sweep.checks import check_study, same_model, unfrozen

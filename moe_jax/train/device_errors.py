@@ -7,7 +7,7 @@ import jax
 import ml_collections
 
 from moe_jax.errors import UserError, is_full
-from moe_jax.fields import field_value
+from moe_jax.field_names import field_value
 from moe_jax.parallel import watch
 
 _EXHAUSTED = 'RESOURCE_EXHAUSTED'

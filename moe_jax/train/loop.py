@@ -18,7 +18,7 @@ from moe_jax import config as config_lib
 from moe_jax import optim, profiling, unread
 from moe_jax.data import Dataset, train_iterator
 from moe_jax.errors import UserError, is_refusal
-from moe_jax.fields import split_field
+from moe_jax.field_names import split_field
 from moe_jax.files import write_atomically
 from moe_jax.models.build import build_model
 from moe_jax.models.decoder import Decoder

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from moe_jax import config as config_lib
 from moe_jax import optim
 from moe_jax.errors import DamagedError, UserError
-from moe_jax.fields import split_field
+from moe_jax.field_names import split_field
 from moe_jax.files import is_incomplete, write_atomically
 from moe_jax.schema import FREE_FIELDS, LATER_FIELDS, LATER_FIELDS_IN_IDS
 from moe_jax.train import accounting, manifest_kinds

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from moe_jax.fields import split_field
+from moe_jax.field_names import split_field
 
 # The file in the directory of a run that the process which writes it holds locked.
 LOCK = '.lock'

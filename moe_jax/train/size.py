@@ -7,7 +7,7 @@ import jax
 import ml_collections
 
 from moe_jax.errors import UserError
-from moe_jax.fields import field_value, split_field
+from moe_jax.field_names import field_value, split_field
 from moe_jax.schema import SCHEMA
 from moe_jax.train import accounting
 
