@@ -14,7 +14,8 @@ from absl import flags
 
 from moe_jax.errors import UserError, did_you_mean
 from moe_jax.field_names import split_field
-from moe_jax.schema import SCHEMA, check_field
+from moe_jax.fields import check_field
+from moe_jax.schema import SCHEMA
 
 CONFIG = 'config'
 HELP = ('help', 'helpshort', 'h', '?')

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import ml_collections
 
 from moe_jax.errors import UserError, did_you_mean
-from moe_jax.schema import SCHEMA, check_field
+from moe_jax.fields import check_field
+from moe_jax.schema import ROUTER_FIELDS, SCHEMA
 
 # The room of routing imports JAX, which takes seconds: only where a whole config is looked at, so
 # that fields alone are listed and checked at once.
@@ -133,11 +134,10 @@ def _check_unread(config: ml_collections.ConfigDict) -> None:
   from moe_jax import routing
 
   router = routing.ROUTERS[config.moe.router]
-  for option in dataclasses.fields(routing.RouterOptions):
-    name = option.name
-    if name in routing.COMMON_FIELDS or name in router.reads:
+  for name, field in ROUTER_FIELDS.items():
+    if name in router.reads:
       continue
-    inert = [SCHEMA['moe'][name].default, *filter(None, [router.always.get(name)])]
+    inert = [field.default, *filter(None, [router.always.get(name)])]
     if config.moe[name] not in inert:
       allowed = ' or '.join(map(str, inert))
       raise UserError(
@@ -207,11 +207,12 @@ def balance_scopes(config: ml_collections.ConfigDict, microbatch: int) -> int:
 
 
 def router_options(config: ml_collections.ConfigDict) -> 'moe_jax.routing.RouterOptions':
-  """Returns the numbers of the router as in training; the layer fills in the capacity."""
+  """Returns the router's hyperparameters as in training; the layer fills in the capacity."""
   from moe_jax import routing
 
-  names = [field.name for field in dataclasses.fields(routing.RouterOptions)]
-  return routing.RouterOptions(**{name: config.moe[name] for name in names if name in config.moe})
+  options = routing.ROUTERS[config.moe.router].options
+  names = [field.name for field in dataclasses.fields(options)]
+  return options(**{name: config.moe[name] for name in names if name in config.moe})
 
 
 def limits_slots(moe: ml_collections.ConfigDict) -> bool:

@@ -16,7 +16,6 @@ def rows() -> list[dict[str, Any]]:
   """Returns what the registry says of each router, by name."""
   from moe_jax import routing
 
-  options = routing.RouterOptions(num_experts=4, num_selected_experts=2)
   return [
     {
       'name': router.name,
@@ -27,7 +26,7 @@ def rows() -> list[dict[str, Any]]:
       'learns': router.learns,
       'balance': router.balance,
       'own_loss': router.loss is not None,
-      'state': sorted(router.state(options, 8, 16)),
+      'state': sorted(router.state(router.options(4, 2), 8, 16)),
       'cost': router.cost,
       'preset': f'configs/presets/{router.name}.py',
     }

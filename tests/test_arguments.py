@@ -10,7 +10,7 @@ import pytest
 from absl import flags
 
 from moe_jax import __main__ as front
-from moe_jax import arguments, schema
+from moe_jax import arguments
 from moe_jax.errors import UserError, did_you_mean
 from tests import tiny
 
@@ -293,7 +293,7 @@ def test_words_of_a_file_are_words(tmp_path):
 
 
 def test_router_names_are_found_without_importing_them():
-  assert schema.router_names() == tuple(
+  assert router_options.router_names() == tuple(
     sorted(p.stem for p in (tiny.REPOSITORY / 'moe_jax/routing/routers').glob('[a-z]*.py'))
   )
 

@@ -5,6 +5,13 @@ counts what happened and `losses` turns the counts into the auxiliary losses. A 
 is one new file in `routers/`; `router.Router` says what it holds.
 """
 
+from moe_jax.router_options import (
+  COMMON_FIELDS,
+  SCORES,
+  SOFTMAX_ORDERS,
+  BiasRateOptions,
+  RouterOptions,
+)
 from moe_jax.routing.balance_losses import (
   NORMALIZATIONS,
   device_balance_loss,
@@ -20,13 +27,8 @@ from moe_jax.routing.losses import (
 from moe_jax.routing.noise import jitter
 from moe_jax.routing.plan import PRIORITIES, Plan, make_plan
 from moe_jax.routing.registry import ROUTERS
-from moe_jax.routing.router import COMMON_FIELDS, Choice, Router, RouterInputs, RouterOptions
-from moe_jax.routing.routers.top_k import (
-  RENORMALIZATIONS,
-  SCORES,
-  SOFTMAX_ORDERS,
-  choose_top_k,
-)
+from moe_jax.routing.router import Choice, Router, RouterInputs
+from moe_jax.routing.routers.top_k import RENORMALIZATIONS, choose_top_k
 from moe_jax.routing.stats import RouterSums, add_sums, router_sums
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
   'ROUTERS',
   'SCORES',
   'SOFTMAX_ORDERS',
+  'BiasRateOptions',
   'Choice',
   'Plan',
   'Router',

@@ -2,8 +2,8 @@
 
 A router looks at the tokens of the routing groups that lie on one device and returns a `Choice`:
 which experts each token asks for, with what weight. Capacity, dispatch, statistics and the common
-losses are the same for all. A new router is one file in `routers/` whose `ROUTER` says what it is;
-the registry finds it there.
+losses are the same for all. A new router is one file in `routers/` whose `ROUTER` says what it is
+and whose `Options` declare its hyperparameters; the registry and `moe_jax.schema` find them there.
 
 Nothing here communicates. What a router has to know of other devices, it counts in `Choice.sums`;
 the layer adds them up over all devices, and `Router.loss` and `Router.update` read the totals. So
@@ -18,60 +18,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from moe_jax.router_options import MatrixOptions, RouterOptions, own_fields
+
 Params = dict[str, Array]
 State = dict[str, Array]
-
-# Of `RouterOptions`: what every router may read, or what the layer and the plan read for it.
-COMMON_FIELDS = (
-  'num_experts',
-  'num_selected_experts',
-  'capacity',
-  'training',
-  'group_size',
-  'renormalize',
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class RouterOptions:
-  """Every choice of every router, as plain numbers and names; `moe_jax.config` documents them.
-
-  `capacity` is C of a routing group in the mode at hand, `training` False in evaluation and
-  decoding, `group_size` the sequences in a group: token s of a group belongs to sequence
-  s % group_size at place s // group_size.
-  """
-
-  num_experts: int
-  num_selected_experts: int
-  capacity: int = 1
-  training: bool = True
-  group_size: int = 1
-  router_dtype: str = 'float32'
-  score: str = 'softmax'
-  softmax_order: str = 'before'
-  renormalize: str = 'before_drop'
-  gate_scale: float = 1.0
-  noise_scale: float = 1.0
-  second_choice: str = 'random'
-  bias_update: str = 'sign'
-  bias_rate: float | Float[Array, ''] = 0.001
-  num_expert_groups: int = 1
-  num_selected_groups: int = 1
-  assignment_tolerance: float = 1e-4
-  evaluation: str = 'token_choice'
-  threshold_decay: float = 0.99
-  hash_table: str = 'random'
-  hash_seed: int = 0
-  kmeans_update: str = 'ema'
-  kmeans_decay: float = 0.999
-  kmeans_temperature: float = 1.0
-  kmeans_reseed_after: int = 100
-  num_null_experts: int = 0
-  null_balance_weight: float = 1.0
-  sparsity_factor: float = 1.2
-  slots_per_expert: int = 1
-  sparsity_start: float = 1e-8
-  noise_floor: float = 0.0
 
 
 class RouterInputs(NamedTuple):
@@ -160,14 +110,14 @@ def no_state(options: RouterOptions, embed_dim: int, vocab_size: int) -> State:
 
 
 def logits(
-  params: Params, tokens: Float[Array, 'G S D'], options: RouterOptions
+  params: Params, tokens: Float[Array, 'G S D'], options: MatrixOptions
 ) -> Float[Array, 'G S E']:
   """Returns the logits of a router of one matrix, in float32."""
   return product(tokens, params['router'], options)
 
 
 def product(
-  tokens: Float[Array, 'G S D'], matrix: Float[Array, 'D N'], options: RouterOptions
+  tokens: Float[Array, 'G S D'], matrix: Float[Array, 'D N'], options: MatrixOptions
 ) -> Float[Array, 'G S N']:
   """Multiplies tokens with what a router chooses by, in float32.
 
@@ -216,11 +166,11 @@ class Router:
     learns: whether the language-model loss reaches its parameters.
     balance: what keeps the experts balanced: `loss`, `state`, `assignment`, `fixed` or `none`.
     cost: per token, beside the experts; for the table.
-    reads: the fields of `moe` that this router reads, beside `COMMON_FIELDS`. Presets must set
-      them, and no config may change another one.
+    options: the class of its options, declared in its file: `RouterOptions` and what else its
+      functions read. Presets must set these fields, and no config may change another router's.
     reads_tokens: whether it looks at the tokens' vectors, not at their ids and positions alone.
-    always: what it amounts to in a field it does not read, where that is not the default: so much
-      a config may say.
+    always: what it amounts to in a field that decides nothing in it, where that is not the
+      default: so much a config may say. `allowed` may read it, if the options have it.
     params: (options, embed_dim) -> arrays trained by gradient.
     state: (options, embed_dim, vocab_size) -> float32 arrays that are not trained by gradient, as
       they start. Part of the training state, checkpointed, the same on every device.
@@ -244,26 +194,31 @@ class Router:
   name: str
   paper: str
   summary: str
-  choose: Callable[[Params, State, RouterInputs, RouterOptions], Choice]
+  choose: Callable[[Params, State, RouterInputs, Any], Choice]
   causal: bool
   learns: bool
   balance: str
   cost: str
-  reads: tuple[str, ...] = ()
+  options: type[RouterOptions] = RouterOptions
   reads_tokens: bool = True
   always: Mapping[str, str] = dataclasses.field(default_factory=dict)
-  params: Callable[[RouterOptions, int], dict[str, Weight]] = one_matrix
-  state: Callable[[RouterOptions, int, int], State] = no_state
-  update: Callable[[State, Any, RouterOptions], State] | None = None
-  from_counts: Callable[[State, Any, RouterOptions], State] | None = None
-  loss: Callable[[Any, State, RouterOptions], Float[Array, '']] | None = None
-  num_assignments: Callable[[RouterOptions], int] = lambda options: options.num_selected_experts
-  decodes: Callable[[RouterOptions], bool] = lambda options: True
+  params: Callable[[Any, int], dict[str, Weight]] = one_matrix
+  state: Callable[[Any, int, int], State] = no_state
+  update: Callable[[State, Any, Any], State] | None = None
+  from_counts: Callable[[State, Any, Any], State] | None = None
+  loss: Callable[[Any, State, Any], Float[Array, '']] | None = None
+  num_assignments: Callable[[Any], int] = lambda options: options.num_selected_experts
+  decodes: Callable[[Any], bool] = lambda options: True
   rejected: str = ''
-  mix: Callable[[Params, State, RouterInputs, RouterOptions], 'Mixture'] | None = None
+  mix: Callable[[Params, State, RouterInputs, Any], 'Mixture'] | None = None
   keeps_all: bool = False
   fills_slots: bool = False
-  allowed: Callable[[RouterOptions], tuple[str, str] | None] = lambda options: None
+  allowed: Callable[[Any], tuple[str, str] | None] = lambda options: None
+
+  @property
+  def reads(self) -> tuple[str, ...]:
+    """The hyperparameters that decide anything in it: fields of `moe`, by name."""
+    return tuple(name for name in own_fields(self.options) if name not in self.always)
 
 
 def masked_sum(

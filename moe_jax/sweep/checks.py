@@ -1,7 +1,6 @@
 """Checks of a study before anything is trained: the type of every field, then what they say."""
 
 import copy
-import dataclasses
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,7 @@ from moe_jax.arguments import near_fields
 from moe_jax.data import SPLITS, Dataset, documents
 from moe_jax.errors import UserError
 from moe_jax.field_names import split_field
-from moe_jax.schema import SCHEMA
+from moe_jax.schema import ROUTER_FIELDS, SCHEMA
 from moe_jax.study import MAY_DIFFER, Comparison, Metric, Point, Study, labels_of
 from moe_jax.sweep import metric_paths, user_metrics
 from moe_jax.sweep.evaluations import EVALUATIONS
@@ -278,7 +277,6 @@ def _unread(moe: ml_collections.ConfigDict) -> set[str]:
   if not moe.num_experts:
     return {f'moe.{name}' for name in SCHEMA['moe']}
   router = routing.ROUTERS[moe.router]
-  options = {field.name for field in dataclasses.fields(routing.RouterOptions)}
   # Every evaluation of a study sets `eval_capacity_factor`.
-  inert = {'eval_capacity_factor'} | options - {*routing.COMMON_FIELDS, *router.reads}
+  inert = {'eval_capacity_factor'} | ROUTER_FIELDS.keys() - {*router.reads}
   return {f'moe.{name}' for name in inert}

@@ -295,7 +295,9 @@ def _update_routers(
   update = routing.ROUTERS[moe.router].update
   if update is None:
     return router_state
-  options = dataclasses.replace(moe.choice, bias_rate=bias_rate)
+  options = moe.choice
+  if isinstance(options, routing.BiasRateOptions):
+    options = dataclasses.replace(options, bias_rate=bias_rate)
   return jax.vmap(lambda state, sums: update(state, sums, options))(
     router_state, jax.lax.stop_gradient(sums)
   )

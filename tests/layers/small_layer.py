@@ -16,7 +16,7 @@ WIDTH = 8
 VOCAB_SIZE = 11
 OPTIONS = moe_options.MoeOptions(
   router='top_k',
-  choice=routing.RouterOptions(num_experts=8, num_selected_experts=2),
+  choice=routing.ROUTERS['top_k'].options(num_experts=8, num_selected_experts=2),
   mlp_dim=8,
   activation='swiglu',
   capacity_factor=1.0,
@@ -33,9 +33,12 @@ class Inputs(NamedTuple):
 
 def change(options, **changes):
   """Returns MoE options with changes, of the layer's own numbers or of its router's."""
-  names = {field.name for field in dataclasses.fields(routing.RouterOptions)}
-  numbers = {name: changes.pop(name) for name in list(changes) if name in names}
-  choice = dataclasses.replace(changes.pop('choice', options.choice), **numbers)
+  router = routing.ROUTERS[changes.get('router', options.router)]
+  names = {field.name for field in dataclasses.fields(router.options)}
+  before = dataclasses.asdict(changes.pop('choice', options.choice))
+  numbers = {name: value for name, value in (before | changes).items() if name in names}
+  choice = router.options(**numbers)
+  changes = {name: value for name, value in changes.items() if name not in numbers}
   return dataclasses.replace(options, choice=choice, **changes)
 
 

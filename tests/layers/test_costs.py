@@ -20,7 +20,7 @@ def lower(num_experts, batch, length, mesh=(1, 1), backward=False, dtype=jnp.flo
   """Returns the layer, or its gradient, before it is compiled."""
   options = dataclasses.replace(
     small_layer.OPTIONS,
-    choice=routing.RouterOptions(num_experts=num_experts, num_selected_experts=SELECTED),
+    choice=routing.ROUTERS['top_k'].options(num_experts=num_experts, num_selected_experts=SELECTED),
     mlp_dim=HIDDEN,
     capacity_factor=FACTOR,
   )

@@ -48,7 +48,10 @@ def one_selected(name):
   """The same with K = 1, and gates that a router with one expert can learn from; None if never."""
   one = {'num_selected_experts': 1, 'num_selected_groups': 1}
   plain = {'renormalize': 'none', 'softmax_order': 'before'}
-  choice = dataclasses.replace(options_of(name).choice, **one, **plain)
+  choice = options_of(name).choice
+  names = {field.name for field in dataclasses.fields(choice)}
+  changes = {field: value for field, value in (one | plain).items() if field in names}
+  choice = dataclasses.replace(choice, **changes)
   return None if routing.ROUTERS[name].allowed(choice) else choice
 
 

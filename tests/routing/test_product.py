@@ -9,10 +9,10 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from moe_jax.parallel.mesh import BATCH_AXES, make_mesh
+from moe_jax.router_options import MatrixOptions
 from moe_jax.routing import router as router_lib
-from moe_jax.routing.router import RouterOptions
 
-OPTIONS = RouterOptions(num_experts=5, num_selected_experts=2, router_dtype='bfloat16')
+OPTIONS = MatrixOptions(num_experts=5, num_selected_experts=2, router_dtype='bfloat16')
 
 
 def rounded(x):

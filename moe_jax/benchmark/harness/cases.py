@@ -24,7 +24,7 @@ def options_of(
   """Returns the options of the layer that is measured; no capacity if it drops nothing."""
   return MoeOptions(
     router='top_k',
-    choice=routing.RouterOptions(
+    choice=routing.ROUTERS['top_k'].options(
       num_experts=num_experts, num_selected_experts=shape.num_selected_experts
     ),
     mlp_dim=shape.mlp_dim,

@@ -10,7 +10,7 @@ from typing import Any
 
 from absl import flags
 
-from moe_jax import schema
+from moe_jax import router_options
 from moe_jax.benchmark.harness import command, parsers, tables
 from moe_jax.benchmark.harness.command import FLAGS
 
@@ -20,7 +20,7 @@ flags.disclaim_key_flags()
 def add_flags() -> None:
   """Defines the flags of this suite."""
   command.add_layer_flags('8,64,256,1024', tokens='tokens of one routing group.')
-  known = schema.router_names()
+  known = router_options.router_names()
   command.add_list('routers', parsers.names(known), ','.join(known), 'which.')
   dtypes = ['float32', 'bfloat16']
   flags.DEFINE_enum('router_dtype', 'float32', dtypes, 'moe.router_dtype.')

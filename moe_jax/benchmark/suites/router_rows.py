@@ -32,13 +32,14 @@ def options_of(
     'loss_free': {'score': 'sigmoid'},
     'null_experts': {'num_null_experts': num_experts // 2},
   }
-  options = routing.RouterOptions(
+  own = {'router_dtype': router_dtype} if 'router_dtype' in router.reads else {}
+  options = router.options(
     **{
       'num_experts': num_experts,
       'num_selected_experts': num_selected,
       'capacity': capacity,
       'renormalize': 'none',
-      'router_dtype': router_dtype,
+      **own,
       **special.get(name, {}),
     }
   )
@@ -95,7 +96,9 @@ def rows(
         options = options_of(name, experts, num_selected_experts, capacity, router_dtype)
         arms[name] = _arm(name, options, tokens, seed)
         if router_dtype != 'float32':
-          exact = dataclasses.replace(options, router_dtype='float32')
+          # Without a matrix there is nothing to round.
+          reads = 'router_dtype' in routing.ROUTERS[name].reads
+          exact = dataclasses.replace(options, router_dtype='float32') if reads else options
           disagreement[name] = _disagreement(arms[name], _arm(name, exact, tokens, seed))
       except ValueError as error:
         reasons[name] = str(error)

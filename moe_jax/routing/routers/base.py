@@ -1,18 +1,25 @@
 """BASE: each training group is dealt out so that every expert gets the same number of tokens."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from moe_jax.router_options import GateScaleOptions, MatrixOptions
 from moe_jax.routing import router as router_lib
-from moe_jax.routing.router import Choice, Params, RouterInputs, RouterOptions, State
+from moe_jax.routing.router import Choice, Params, RouterInputs, State
 
 # Each phase of the auction bids with a smaller increment: range / 4, / 16, ... down to the last.
 EPSILON_STEP = 4.0
 # Of all phases of a group together. A guard: S = 512 random tokens and E = 64 need 400 to 1,200.
 MAX_ROUNDS = 2000
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(MatrixOptions, GateScaleOptions):
+  """Hyperparameters of this router."""
 
 
 class _Auction(NamedTuple):
@@ -162,7 +169,7 @@ def _fill(expert: Int[Array, 'P'], num_experts: int, capacity: int) -> Int[Array
   return jnp.where(waiting, jnp.minimum(free, num_experts - 1), expert).astype(jnp.int32)
 
 
-def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOptions) -> Choice:
+def choose(params: Params, state: State, inputs: RouterInputs, options: Options) -> Choice:
   """Training: the balanced assignment of each group. Evaluation: the largest logit.
 
   The gate is sigmoid(router_logits) of the expert, which is all that the router learns from; no
@@ -198,7 +205,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
   )
 
 
-def allowed(options: RouterOptions) -> tuple[str, str] | None:
+def allowed(options: Options) -> tuple[str, str] | None:
   """Rejects several experts, and gates that are always 1."""
   if options.num_selected_experts != 1:
     return 'num_selected_experts', 'must be 1 with router=base'
@@ -212,14 +219,11 @@ ROUTER = router_lib.Router(
   paper='Lewis et al. 2021, arXiv:2103.16716',
   summary='balanced assignment of the largest total logit; sigmoid gate; argmax in evaluation',
   choose=choose,
+  options=Options,
   causal=False,
   learns=True,
   balance='assignment',
   cost='D E products; an auction: tens to hundreds of rounds of E and a sort of S',
   allowed=allowed,
-  reads=(
-    'gate_scale',
-    'router_dtype',
-  ),
   always={'score': 'sigmoid'},
 )

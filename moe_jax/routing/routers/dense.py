@@ -1,13 +1,21 @@
 """Dense mixture: every token goes to every expert, weighted by a softmax gate."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
+from moe_jax.router_options import MatrixOptions
 from moe_jax.routing import router as router_lib
-from moe_jax.routing.router import Choice, Params, RouterInputs, RouterOptions, State
+from moe_jax.routing.router import Choice, Params, RouterInputs, State
 
 
-def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOptions) -> Choice:
+@dataclasses.dataclass(frozen=True)
+class Options(MatrixOptions):
+  """Hyperparameters of this router."""
+
+
+def choose(params: Params, state: State, inputs: RouterInputs, options: Options) -> Choice:
   """Selects all E experts with the softmax of the router logits as gates: y = sum_e p_e f_e(x).
 
   Assignment e of a token is expert e, whatever the logits; equal logits have equal gates.
@@ -32,7 +40,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
   )
 
 
-def allowed(options: RouterOptions) -> tuple[str, str] | None:
+def allowed(options: Options) -> tuple[str, str] | None:
   """Wants K = E: losses, capacities and active parameters are counted from it."""
   if options.num_selected_experts != options.num_experts:
     return 'num_selected_experts', f'must be {options.num_experts}, all experts'
@@ -44,6 +52,7 @@ ROUTER = router_lib.Router(
   paper='Jacobs et al. 1991; Jordan & Jacobs 1994',
   summary='all experts, softmax weights',
   choose=choose,
+  options=Options,
   causal=True,
   learns=True,
   balance='none',
@@ -51,5 +60,4 @@ ROUTER = router_lib.Router(
   num_assignments=lambda options: options.num_experts,
   keeps_all=True,
   allowed=allowed,
-  reads=('router_dtype',),
 )

@@ -1,16 +1,34 @@
 """Expert choice: each expert takes the tokens it scores highest, as many as it has places."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from moe_jax import fields
+from moe_jax.router_options import GateScaleOptions, MatrixOptions, hyperparameter
 from moe_jax.routing import router as router_lib
 from moe_jax.routing import selection
-from moe_jax.routing.router import Choice, Params, RouterInputs, RouterOptions, State
+from moe_jax.routing.router import Choice, Params, RouterInputs, State
 
-EVALUATIONS = ('same', 'token_choice', 'threshold')
+EVALUATIONS = ('token_choice', 'threshold', 'same')
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(MatrixOptions, GateScaleOptions):
+  """Hyperparameters of this router."""
+
+  evaluation: str = hyperparameter(
+    fields.one_of(
+      'token_choice',
+      EVALUATIONS,
+      'Outside training, top-k of each token; experts whose score passes the running threshold; or '
+      'as in training, which sees the future.',
+    )
+  )
+  threshold_decay: float = hyperparameter(fields.share(0.99, 'Decay of that running threshold.'))
 
 
 def take_best(
@@ -44,7 +62,7 @@ def best_experts(
   return jnp.any(expert_index[..., None] == jnp.arange(num_experts)[None, None, None, :], axis=2)
 
 
-def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOptions) -> Choice:
+def choose(params: Params, state: State, inputs: RouterInputs, options: Options) -> Choice:
   """Training: see `take_best`. A token may get any number of experts, none too.
 
   Scores are the softmax of each token over the experts, and so are the gates, never renormalised.
@@ -88,7 +106,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
   )
 
 
-def initial_state(options: RouterOptions, embed_dim: int, vocab_size: int) -> State:
+def initial_state(options: Options, embed_dim: int, vocab_size: int) -> State:
   """Thresholds, and how many steps they are made of: the first replaces the start."""
   del embed_dim, vocab_size
   return {
@@ -97,7 +115,7 @@ def initial_state(options: RouterOptions, embed_dim: int, vocab_size: int) -> St
   }
 
 
-def update(state: State, sums: Any, options: RouterOptions) -> State:
+def update(state: State, sums: Any, options: Options) -> State:
   """Moves the thresholds to the mean of this step's, each group with a valid token counting once.
 
   The first step takes its mean as it is: from a start at 0 the moving mean would be too low for
@@ -113,7 +131,7 @@ def update(state: State, sums: Any, options: RouterOptions) -> State:
   }
 
 
-def allowed(options: RouterOptions) -> tuple[str, str] | None:
+def allowed(options: Options) -> tuple[str, str] | None:
   """Rejects renormalised gates, and unknown evaluations."""
   if options.renormalize != 'none':
     return 'renormalize', 'must be none with router=expert_choice: gates are the scores themselves'
@@ -127,17 +145,12 @@ ROUTER = router_lib.Router(
   paper='Zhou et al. 2022, arXiv:2202.09368',
   summary='each expert takes its best tokens; token choice or a threshold in evaluation',
   choose=choose,
+  options=Options,
   causal=False,
   learns=True,
   balance='assignment',
   fills_slots=True,
   cost='D E products, 32 + log S counts of the tokens for each expert',
-  reads=(
-    'gate_scale',
-    'router_dtype',
-    'evaluation',
-    'threshold_decay',
-  ),
   state=initial_state,
   update=update,
   num_assignments=lambda options: options.num_experts,

@@ -1,15 +1,22 @@
 """Greedy assignment: the best pairs of token and expert first, as long as both have room."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from moe_jax.router_options import GateScaleOptions, MatrixOptions
 from moe_jax.routing import router as router_lib
 from moe_jax.routing import selection
-from moe_jax.routing.router import Choice, Params, RouterInputs, RouterOptions, State
+from moe_jax.routing.router import Choice, Params, RouterInputs, State
 from moe_jax.routing.routers.top_k import RENORMALIZATIONS, choose_top_k
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(MatrixOptions, GateScaleOptions):
+  """Hyperparameters of this router."""
 
 
 class _Matching(NamedTuple):
@@ -143,7 +150,7 @@ def taken_gates(
   return weights / jnp.where(total > 0, total, 1)
 
 
-def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOptions) -> Choice:
+def choose(params: Params, state: State, inputs: RouterInputs, options: Options) -> Choice:
   """Training: see `greedy_assignment`, with C the capacity of the group. Evaluation: top-k.
 
   Pairs are in order of the logarithm of the softmax over all experts: the same order as the
@@ -178,7 +185,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
   )
 
 
-def allowed(options: RouterOptions) -> tuple[str, str] | None:
+def allowed(options: Options) -> tuple[str, str] | None:
   """Rejects gates that are always 1, through which the router would learn nothing."""
   if options.num_selected_experts == 1 and options.renormalize != 'none':
     why = 'with num_selected_experts=1, or the gate is always 1 and the router learns nothing'
@@ -191,14 +198,11 @@ ROUTER = router_lib.Router(
   paper='none',
   summary='best pairs of token and expert first, while both have room; top-k in evaluation',
   choose=choose,
+  options=Options,
   causal=False,
   learns=True,
   balance='assignment',
   fills_slots=True,
   cost='D E products, some rounds of top-k of E and a sort of S K',
   allowed=allowed,
-  reads=(
-    'gate_scale',
-    'router_dtype',
-  ),
 )

@@ -23,15 +23,29 @@ What differs, and what is silent in code of this kind:
 - The bias moves by the counts of the experts selected with it, before any drop.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from moe_jax.router_options import (
+  BiasOptions,
+  ExpertGroupOptions,
+  GateScaleOptions,
+  MatrixOptions,
+  ScoreOptions,
+)
 from moe_jax.routing import router as router_lib
-from moe_jax.routing.router import Choice, Params, RouterInputs, RouterOptions, State
+from moe_jax.routing.router import Choice, Params, RouterInputs, State
 from moe_jax.routing.routers import loss_free
 from moe_jax.routing.routers.top_k import gates_of, scores_and_probs
 from moe_jax.routing.stats import RouterSums
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(MatrixOptions, ScoreOptions, GateScaleOptions, BiasOptions, ExpertGroupOptions):
+  """Hyperparameters of this router."""
 
 
 def limit_to_groups(
@@ -47,7 +61,7 @@ def limit_to_groups(
   return jnp.where(kept, grouped, -jnp.inf).reshape(selection.shape)
 
 
-def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOptions) -> Choice:
+def choose(params: Params, state: State, inputs: RouterInputs, options: Options) -> Choice:
   """Selects the K largest biased scores within the best groups of experts."""
   router_logits = router_lib.logits(params, inputs.tokens, options)
   scores, router_probs = scores_and_probs(router_logits, options.score)
@@ -66,7 +80,7 @@ def sequence_balance(
   scores: Float[Array, 'G S E'],
   router_probs: Float[Array, 'G S E'],
   valid: Bool[Array, 'G S'],
-  options: RouterOptions,
+  options: Options,
 ) -> Float[Array, 'G']:
   """Returns the sum over the sequences of a group of n * sum_e f_e P_e.
 
@@ -83,7 +97,7 @@ def sequence_balance(
   return jnp.sum(products, axis=-1) * (num_experts / num_selected)
 
 
-def loss(sums: RouterSums, state: State, options: RouterOptions) -> Float[Array, '']:
+def loss(sums: RouterSums, state: State, options: Options) -> Float[Array, '']:
   """Returns the sequence-wise balance loss, a mean over valid tokens; 1 at perfect balance."""
   del state, options
   return sums.own['sequence_balance'] / jnp.maximum(jnp.sum(sums.tokens), 1)
@@ -103,7 +117,7 @@ def _per_sequence(values: Float[Array, 'G S E'], group_size: int) -> Float[Array
   return jnp.sum(values.reshape(group, places, group_size, width), axis=1)
 
 
-def allowed(options: RouterOptions) -> tuple[str, str] | None:
+def allowed(options: Options) -> tuple[str, str] | None:
   """Rejects groups that do not divide the experts or cannot hold K of them."""
   num_groups, kept = options.num_expert_groups, options.num_selected_groups
   if num_groups < 1 or options.num_experts % num_groups:
@@ -121,19 +135,11 @@ ROUTER = router_lib.Router(
   paper='DeepSeek-AI 2024, arXiv:2412.19437',
   summary='best groups by their two largest of score + bias, then the K largest in them',
   choose=choose,
+  options=Options,
   causal=True,
   learns=True,
   balance='state',
   cost='D E products, top-2 of each group, top-k of the groups, 2 top-k of E',
-  reads=(
-    'score',
-    'gate_scale',
-    'router_dtype',
-    'num_expert_groups',
-    'num_selected_groups',
-    'bias_update',
-    'bias_rate',
-  ),
   state=loss_free.state,
   update=loss_free.update,
   loss=loss,

@@ -1,11 +1,15 @@
 """Token choice of two experts, the second of which may be left out at random (GShard)."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from moe_jax import fields
+from moe_jax.router_options import GateScaleOptions, MatrixOptions, hyperparameter
 from moe_jax.routing import router as router_lib
-from moe_jax.routing.router import Choice, Params, RouterInputs, RouterOptions, State
+from moe_jax.routing.router import Choice, Params, RouterInputs, State
 from moe_jax.routing.routers import top_k
 from moe_jax.routing.stats import RouterSums
 
@@ -15,7 +19,21 @@ SECOND_CHOICES = ('random', 'threshold', 'all')
 SECOND_GATE_THRESHOLD = 0.2
 
 
-def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOptions) -> Choice:
+@dataclasses.dataclass(frozen=True)
+class Options(MatrixOptions, GateScaleOptions):
+  """Hyperparameters of this router."""
+
+  second_choice: str = hyperparameter(
+    fields.one_of(
+      'random',
+      SECOND_CHOICES,
+      'In training, the second choice asks for a slot with probability 2 g2, with '
+      'min(1, g2 / 0.2), or always.',
+    )
+  )
+
+
+def choose(params: Params, state: State, inputs: RouterInputs, options: Options) -> Choice:
   """Selects the two largest logits; the second asks for a slot the likelier, the larger its gate.
 
   Gates are g_i / (g_1 + g_2), g the softmax over all experts, before any capacity. They stay so
@@ -64,7 +82,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
   )
 
 
-def loss(sums: RouterSums, state: State, options: RouterOptions) -> Float[Array, '']:
+def loss(sums: RouterSums, state: State, options: Options) -> Float[Array, '']:
   """Returns E * sum_e f_e P_e with f_e the share of FIRST choices of expert e: 1 at balance.
 
   f has no gradient, P_e is the mean router probability of e. E if one expert wins all.
@@ -81,12 +99,10 @@ def loss(sums: RouterSums, state: State, options: RouterOptions) -> Float[Array,
   return num_experts * jnp.sum(first_share * mean_prob)
 
 
-def allowed(options: RouterOptions) -> tuple[str, str] | None:
+def allowed(options: Options) -> tuple[str, str] | None:
   """Rejects all that GShard's gating is not."""
   if options.num_selected_experts != 2:
     return 'num_selected_experts', 'must be 2: a first and a second choice'
-  if options.score != 'softmax':
-    return 'score', 'must be softmax'
   if options.renormalize != 'before_drop':
     return 'renormalize', 'must be before_drop: gates are normalised before the second is left out'
   return None
@@ -97,15 +113,11 @@ ROUTER = router_lib.Router(
   paper='Lepikhin et al. 2020, arXiv:2006.16668',
   summary='top-2; the second choice at random, in proportion to its gate',
   choose=choose,
+  options=Options,
   causal=True,
   learns=True,
   balance='loss',
   cost='D E products, top-2 of E, 1 random number',
-  reads=(
-    'gate_scale',
-    'router_dtype',
-    'second_choice',
-  ),
   loss=loss,
   allowed=allowed,
 )

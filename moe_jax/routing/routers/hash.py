@@ -1,5 +1,6 @@
 """Hash layer: a fixed table says which experts a token id goes to."""
 
+import dataclasses
 import heapq
 
 import jax
@@ -7,15 +8,27 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Num
 
+from moe_jax import fields
+from moe_jax.router_options import RouterOptions, hyperparameter
 from moe_jax.routing import router as router_lib
-from moe_jax.routing.router import Choice, Params, RouterInputs, RouterOptions, State
+from moe_jax.routing.router import Choice, Params, RouterInputs, State
 from moe_jax.routing.routers.random_choice import distinct_experts
 from moe_jax.routing.routers.round_robin import fixed_choice
 
 TABLES = ('random', 'balanced')
 
 
-def new_state(options: RouterOptions, embed_dim: int, vocab_size: int) -> State:
+@dataclasses.dataclass(frozen=True)
+class Options(RouterOptions):
+  """Hyperparameters of this router."""
+
+  hash_table: str = hyperparameter(
+    fields.one_of('random', TABLES, 'Random table, or balanced by frequency of tokens.')
+  )
+  hash_seed: int = hyperparameter(fields.at_least(0, 0, 'Of the random table.'))
+
+
+def new_state(options: Options, embed_dim: int, vocab_size: int) -> State:
   """Returns the random table: K distinct experts for each id, drawn from the seed of the table."""
   del embed_dim
   table = distinct_experts(
@@ -27,9 +40,7 @@ def new_state(options: RouterOptions, embed_dim: int, vocab_size: int) -> State:
   return {'table': table.astype(jnp.float32)}
 
 
-def from_counts(
-  state: State, counts: Num[Array | np.ndarray, 'V'], options: RouterOptions
-) -> State:
+def from_counts(state: State, counts: Num[Array | np.ndarray, 'V'], options: Options) -> State:
   """Returns the balanced table if the options ask for it. Runs once, on the host.
 
   Ids in descending order of count, equal counts by lower id; each takes the K distinct experts with
@@ -68,7 +79,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
   return fixed_choice(state['table'][rows].astype(jnp.int32), options.num_experts)
 
 
-def allowed(options: RouterOptions) -> tuple[str, str] | None:
+def allowed(options: Options) -> tuple[str, str] | None:
   """Rejects the name of an unknown table."""
   if options.hash_table not in TABLES:
     return 'hash_table', f'must be one of {TABLES}'
@@ -80,15 +91,12 @@ ROUTER = router_lib.Router(
   paper='Roller et al. 2021, arXiv:2106.04426',
   summary='a fixed table from token id to experts, random or balanced by frequency',
   choose=choose,
+  options=Options,
   causal=True,
   learns=False,
   reads_tokens=False,
   balance='fixed',
   cost='one look-up',
-  reads=(
-    'hash_table',
-    'hash_seed',
-  ),
   params=router_lib.no_params,
   state=new_state,
   from_counts=from_counts,

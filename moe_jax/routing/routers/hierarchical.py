@@ -1,16 +1,29 @@
 """Two levels of noisy top-k: tokens select groups of experts, then experts in them (Shazeer)."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from moe_jax.router_options import (
+  ExpertGroupOptions,
+  GateScaleOptions,
+  LearnedNoiseOptions,
+  SoftmaxOrderOptions,
+)
 from moe_jax.routing import router as router_lib
-from moe_jax.routing.router import Choice, Params, RouterInputs, RouterOptions, State, Weight
+from moe_jax.routing.router import Choice, Params, RouterInputs, State, Weight
 from moe_jax.routing.routers import noisy_top_k, top_k
 from moe_jax.routing.stats import RouterSums
 
 
-def params(options: RouterOptions, embed_dim: int) -> dict[str, Weight]:
+@dataclasses.dataclass(frozen=True)
+class Options(LearnedNoiseOptions, SoftmaxOrderOptions, GateScaleOptions, ExpertGroupOptions):
+  """Hyperparameters of this router."""
+
+
+def params(options: Options, embed_dim: int) -> dict[str, Weight]:
   """Returns the matrices of the primary gate (groups) and of the secondary ones (experts).
 
   Those of the noise start at zero, a deviation of ln 2 (and noise_floor).
@@ -24,7 +37,7 @@ def params(options: RouterOptions, embed_dim: int) -> dict[str, Weight]:
   }
 
 
-def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOptions) -> Choice:
+def choose(params: Params, state: State, inputs: RouterInputs, options: Options) -> Choice:
   """Selects the groups of largest h, then in each of them the K / groups experts of largest h.
 
   At both levels h = x W_r + N(0, 1) * (softplus(x W_n) + noise_floor), with matrices of their own.
@@ -132,7 +145,7 @@ def _select(
   )
 
 
-def loss(sums: RouterSums, state: State, options: RouterOptions) -> Float[Array, '']:
+def loss(sums: RouterSums, state: State, options: Options) -> Float[Array, '']:
   """Returns CV^2(importance) + CV^2(load) of all experts, over the whole (micro-)batch.
 
   The load of expert j of group i is load_primary_i load_secondary_ij / tokens of the group; 0 where
@@ -149,7 +162,7 @@ def loss(sums: RouterSums, state: State, options: RouterOptions) -> Float[Array,
   return importance + router_lib.squared_variation(load)
 
 
-def allowed(options: RouterOptions) -> tuple[str, str] | None:
+def allowed(options: Options) -> tuple[str, str] | None:
   """Rejects numbers that do not divide, and gates through which one of the levels learns nothing.
 
   With one selected group its probability is a common factor of all gates of a token: dividing by
@@ -166,8 +179,6 @@ def allowed(options: RouterOptions) -> tuple[str, str] | None:
   if num_selected // kept > num_experts // num_groups:
     most = kept * (num_experts // num_groups)
     return 'num_selected_experts', f'must be at most {most}, the experts of the selected groups'
-  if options.score != 'softmax':
-    return 'score', 'must be softmax'
   if kept == 1 and options.renormalize != 'none':
     return 'renormalize', 'must be none with num_selected_groups=1, or groups are not learned'
   if options.softmax_order == 'after' and (kept == 1 or num_selected == kept):
@@ -181,18 +192,11 @@ ROUTER = router_lib.Router(
   paper='Shazeer et al. 2017, arXiv:1701.06538, app. B',
   summary='best groups of experts by a first router, best experts in them by a second; both noisy',
   choose=choose,
+  options=Options,
   causal=True,
   learns=True,
   balance='loss',
   cost='2 D (E + groups) products, random numbers and top-k of the groups and each selected group',
-  reads=(
-    'softmax_order',
-    'gate_scale',
-    'router_dtype',
-    'num_expert_groups',
-    'num_selected_groups',
-    'noise_floor',
-  ),
   params=params,
   loss=loss,
   allowed=allowed,

@@ -1,13 +1,16 @@
 """k-means routing: a token goes to its nearest centroids, which follow the tokens they attract."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moe_jax import fields
+from moe_jax.router_options import MatrixOptions, hyperparameter
 from moe_jax.routing import router as router_lib
-from moe_jax.routing.router import Choice, Params, RouterInputs, RouterOptions, State
+from moe_jax.routing.router import Choice, Params, RouterInputs, State
 
 UPDATES = ('ema', 'minibatch')
 LAYER_NORM_EPSILON = 1e-6
@@ -16,7 +19,23 @@ RESEED_DISTANCE = 0.1
 START_SEED, RESEED_SEED = 0, 1
 
 
-def new_state(options: RouterOptions, embed_dim: int, vocab_size: int) -> State:
+@dataclasses.dataclass(frozen=True)
+class Options(MatrixOptions):
+  """Hyperparameters of this router."""
+
+  kmeans_update: str = hyperparameter(
+    fields.one_of('ema', UPDATES, 'Moving average, or mini-batch k-means.')
+  )
+  kmeans_decay: float = hyperparameter(fields.share(0.999, 'Decay of the moving average.'))
+  kmeans_temperature: float = hyperparameter(
+    fields.positive(1.0, 'Divides the similarities in the gates.')
+  )
+  kmeans_reseed_after: int = hyperparameter(
+    fields.at_least(100, 1, 'Empty steps after which a centroid moves.')
+  )
+
+
+def new_state(options: Options, embed_dim: int, vocab_size: int) -> State:
   """Returns random unit centroids, the same in every layer and run, and empty counters."""
   del vocab_size
   experts = options.num_experts
@@ -27,7 +46,7 @@ def new_state(options: RouterOptions, embed_dim: int, vocab_size: int) -> State:
   }
 
 
-def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOptions) -> Choice:
+def choose(params: Params, state: State, inputs: RouterInputs, options: Options) -> Choice:
   """Selects the K centroids of largest x_hat . mu_e; equal ones go to the lower expert index.
 
   x_hat is the token after layer normalisation without scale and bias (epsilon 1e-6), of length
@@ -79,7 +98,7 @@ def _centroid_sums(
   }
 
 
-def update(state: State, sums: Any, options: RouterOptions) -> State:
+def update(state: State, sums: Any, options: Options) -> State:
   """Moves each centroid that got tokens toward their mean, and re-seeds those empty for long.
 
   With S_e, c_e the sum of x_hat and the number of tokens of expert e in the batch, for c_e > 0:
@@ -142,7 +161,7 @@ def _to_unit_length(
   return jnp.where(length > 1e-6, vectors / jnp.maximum(length, 1e-6), otherwise)
 
 
-def allowed(options: RouterOptions) -> tuple[str, str] | None:
+def allowed(options: Options) -> tuple[str, str] | None:
   """Rejects numbers with which nothing moves, or moves away."""
   if options.kmeans_update not in UPDATES:
     return 'kmeans_update', f'must be one of {UPDATES}'
@@ -160,17 +179,11 @@ ROUTER = router_lib.Router(
   paper='Roy et al. 2021, arXiv:2003.05997; Sculley 2010',
   summary='K nearest centroids; centroids follow their tokens, not a gradient',
   choose=choose,
+  options=Options,
   causal=True,
   learns=False,
   balance='none',
   cost='D E products, top-k of E; sums of E D',
-  reads=(
-    'router_dtype',
-    'kmeans_update',
-    'kmeans_decay',
-    'kmeans_temperature',
-    'kmeans_reseed_after',
-  ),
   params=router_lib.no_params,
   state=new_state,
   update=update,

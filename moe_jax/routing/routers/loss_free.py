@@ -14,19 +14,32 @@ What differs, and what is silent in code of this kind:
 - Nothing bounds the bias.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from moe_jax.router_options import (
+  BIAS_UPDATES,
+  BiasOptions,
+  GateScaleOptions,
+  MatrixOptions,
+  RouterOptions,
+  ScoreOptions,
+)
 from moe_jax.routing import router as router_lib
-from moe_jax.routing.router import Choice, Params, RouterInputs, RouterOptions, State
+from moe_jax.routing.router import Choice, Params, RouterInputs, State
 from moe_jax.routing.routers.top_k import gates_of, scores_and_probs
 from moe_jax.routing.stats import RouterSums
 
-BIAS_UPDATES = ('sign', 'proportional', 'multiplicative', 'centred')
+
+@dataclasses.dataclass(frozen=True)
+class Options(MatrixOptions, ScoreOptions, GateScaleOptions, BiasOptions):
+  """Hyperparameters of this router."""
 
 
-def state(options: RouterOptions, embed_dim: int, vocab_size: int) -> State:
+def state(options: BiasOptions, embed_dim: int, vocab_size: int) -> State:
   """Returns a bias that changes nothing yet: 0, or the factor 1 for `multiplicative`."""
   del embed_dim, vocab_size
   start = 1.0 if options.bias_update == 'multiplicative' else 0.0
@@ -43,7 +56,7 @@ def biased_scores(
   return scores * bias if bias_update == 'multiplicative' else scores + bias
 
 
-def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOptions) -> Choice:
+def choose(params: Params, state: State, inputs: RouterInputs, options: Options) -> Choice:
   """Selects the K largest of score + bias; gates are the scores without the bias."""
   router_logits = router_lib.logits(params, inputs.tokens, options)
   scores, router_probs = scores_and_probs(router_logits, options.score)
@@ -54,7 +67,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
   return Choice(expert_index, gates, chosen, router_probs, router_logits, {})
 
 
-def update(state: State, sums: RouterSums, options: RouterOptions) -> State:
+def update(state: State, sums: RouterSums, options: BiasOptions) -> State:
   """Moves the bias against the load c_e of the batch, with u = bias_rate and m the mean load.
 
   `sign`: b + u sign(m - c). Source: as above.
@@ -85,9 +98,7 @@ def update(state: State, sums: RouterSums, options: RouterOptions) -> State:
 
 
 def gates_allowed(options: RouterOptions) -> tuple[str, str] | None:
-  """Rejects gates that are not read from the scores, or that are always 1."""
-  if options.softmax_order != 'before':
-    return 'softmax_order', 'must be before: gates are read from the scores without the bias'
+  """Rejects gates that are divided after the drop, or that are always 1."""
   if options.renormalize == 'after_drop':
     return 'renormalize', 'must be none or before_drop'
   if options.num_selected_experts == 1 and options.renormalize != 'none':
@@ -96,7 +107,7 @@ def gates_allowed(options: RouterOptions) -> tuple[str, str] | None:
   return None
 
 
-def allowed(options: RouterOptions) -> tuple[str, str] | None:
+def allowed(options: BiasOptions) -> tuple[str, str] | None:
   """Rejects what `gates_allowed` does, and a factor that could turn negative or 0."""
   if options.bias_update == 'multiplicative' and options.bias_rate >= 1:
     return 'bias_rate', 'must be below 1 with bias_update=multiplicative'
@@ -108,17 +119,11 @@ ROUTER = router_lib.Router(
   paper='Wang et al. 2024, arXiv:2408.15664',
   summary='K largest of score + bias; the bias moves against the load of the last batch',
   choose=choose,
+  options=Options,
   causal=True,
   learns=True,
   balance='state',
   cost='D E products, top-k of E',
-  reads=(
-    'score',
-    'gate_scale',
-    'router_dtype',
-    'bias_update',
-    'bias_rate',
-  ),
   state=state,
   update=update,
   allowed=allowed,

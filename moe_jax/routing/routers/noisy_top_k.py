@@ -1,11 +1,18 @@
 """Token choice by logits with learned noise; loss on importance and smooth load (Shazeer)."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from moe_jax.router_options import (
+  GateScaleOptions,
+  LearnedNoiseOptions,
+  SoftmaxOrderOptions,
+)
 from moe_jax.routing import router as router_lib
-from moe_jax.routing.router import Choice, Params, RouterInputs, RouterOptions, State, Weight
+from moe_jax.routing.router import Choice, Params, RouterInputs, State, Weight
 from moe_jax.routing.routers import top_k
 from moe_jax.routing.stats import RouterSums
 
@@ -14,13 +21,18 @@ from moe_jax.routing.stats import RouterSums
 SMALLEST_DEVIATION = 1e-6
 
 
-def params(options: RouterOptions, embed_dim: int) -> dict[str, Weight]:
+@dataclasses.dataclass(frozen=True)
+class Options(LearnedNoiseOptions, SoftmaxOrderOptions, GateScaleOptions):
+  """Hyperparameters of this router."""
+
+
+def params(options: Options, embed_dim: int) -> dict[str, Weight]:
   """Returns the matrices of the logits and of the noise, both of which start at zero."""
   shape = (embed_dim, options.num_experts)
   return {'router': Weight(shape, 'zeros'), 'noise': Weight(shape, 'zeros')}
 
 
-def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOptions) -> Choice:
+def choose(params: Params, state: State, inputs: RouterInputs, options: Options) -> Choice:
   """Selects the K largest of h = x W_r + N(0, 1) * (softplus(x W_n) + noise_floor).
 
   Gates are the softmax over the K selected h alone, so K must be at least 2. `router_probs` and
@@ -66,7 +78,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
 
 
 def noise_deviation(
-  params: Params, tokens: Float[Array, 'G S D'], options: RouterOptions
+  params: Params, tokens: Float[Array, 'G S D'], options: LearnedNoiseOptions
 ) -> Float[Array, 'G S E']:
   """Returns the standard deviation of the noise on each logit."""
   raw = router_lib.product(tokens, params['noise'], options)
@@ -104,7 +116,7 @@ def selection_probability(
   )
 
 
-def loss(sums: RouterSums, state: State, options: RouterOptions) -> Float[Array, '']:
+def loss(sums: RouterSums, state: State, options: Options) -> Float[Array, '']:
   """Returns CV^2(importance) + CV^2(load), over the whole (micro-)batch; 0 at balance.
 
   CV^2 is the population variance over the squared mean, the latter at least 1e-10; Tensor2Tensor
@@ -115,12 +127,10 @@ def loss(sums: RouterSums, state: State, options: RouterOptions) -> Float[Array,
   return importance + router_lib.squared_variation(sums.own['load'])
 
 
-def allowed(options: RouterOptions) -> tuple[str, str] | None:
+def allowed(options: Options) -> tuple[str, str] | None:
   """Rejects gates that are not a softmax over the selected logits, or always 1."""
   if options.num_selected_experts == 1:
     return 'num_selected_experts', 'must be at least 2, or the gate is always 1'
-  if options.score != 'softmax':
-    return 'score', 'must be softmax'
   if options.softmax_order == 'before' and options.renormalize == 'none':
     return 'softmax_order', 'must be after with renormalize=none: gates sum to 1 over the selected'
   return None
@@ -131,15 +141,11 @@ ROUTER = router_lib.Router(
   paper='Shazeer et al. 2017, arXiv:1701.06538',
   summary='K largest logits with learned noise; loss on importance and smooth load',
   choose=choose,
+  options=Options,
   causal=True,
   learns=True,
   balance='loss',
   cost='2 D E products, E random numbers, top-k of E',
-  reads=(
-    'gate_scale',
-    'router_dtype',
-    'noise_floor',
-  ),
   always={'softmax_order': 'after'},
   params=params,
   loss=loss,

@@ -1,21 +1,41 @@
 """Token choice among real experts and null experts, which compute nothing."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from moe_jax import fields
+from moe_jax.router_options import TopKOptions, hyperparameter
 from moe_jax.routing import router as router_lib
-from moe_jax.routing.router import Choice, Params, RouterInputs, RouterOptions, State, Weight
+from moe_jax.routing.router import Choice, Params, RouterInputs, State, Weight
 from moe_jax.routing.routers import top_k
 from moe_jax.routing.stats import RouterSums
 
 
-def params(options: RouterOptions, embed_dim: int) -> dict[str, Weight]:
+@dataclasses.dataclass(frozen=True)
+class Options(TopKOptions):
+  """Hyperparameters of this router."""
+
+  num_null_experts: int = hyperparameter(
+    fields.at_least(0, 0, 'Experts that compute nothing.', high=65_536)
+  )
+  null_balance_weight: float = hyperparameter(
+    fields.positive(
+      1.0,
+      'What such an expert counts in their own loss (tau); at balance it gets 1 / tau times the '
+      'tokens of a real one.',
+    )
+  )
+
+
+def params(options: Options, embed_dim: int) -> dict[str, Weight]:
   """Returns one matrix; its last `num_null_experts` columns are the null experts."""
   return {'router': Weight((embed_dim, options.num_experts + options.num_null_experts))}
 
 
-def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOptions) -> Choice:
+def choose(params: Params, state: State, inputs: RouterInputs, options: Options) -> Choice:
   """Selects the K largest logits of E real and N null experts.
 
   A null expert's output is 0: an assignment to one asks for no slot (`chosen` False, expert 0, gate
@@ -59,7 +79,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
   )
 
 
-def loss(sums: RouterSums, state: State, options: RouterOptions) -> Float[Array, '']:
+def loss(sums: RouterSums, state: State, options: Options) -> Float[Array, '']:
   """Returns (E + N / tau) * (sum_e f_e P_e + tau f_null P_null / N), tau = null_balance_weight.
 
   1 at balance, where a null expert gets 1 / tau times the assignments of a real one: with f = P the
@@ -89,7 +109,7 @@ def loss(sums: RouterSums, state: State, options: RouterOptions) -> Float[Array,
   return (num_experts + num_null / weight) * (real + weight * null) / (assignments * tokens)
 
 
-def allowed(options: RouterOptions) -> tuple[str, str] | None:
+def allowed(options: Options) -> tuple[str, str] | None:
   """Rejects a router without null experts, and what `top_k` rejects."""
   if options.num_null_experts < 1:
     return 'num_null_experts', 'must be at least 1; without null experts the router is top_k'
@@ -103,18 +123,11 @@ ROUTER = router_lib.Router(
   paper='Zeng et al. 2024, arXiv:2406.13233; Jin et al. 2024, arXiv:2410.07348',
   summary='top-k over real and null experts, which compute nothing',
   choose=choose,
+  options=Options,
   causal=True,
   learns=True,
   balance='loss',
   cost='D (E + null) products, top-k of E + null',
-  reads=(
-    'score',
-    'softmax_order',
-    'gate_scale',
-    'router_dtype',
-    'num_null_experts',
-    'null_balance_weight',
-  ),
   params=params,
   loss=loss,
   allowed=allowed,

@@ -23,25 +23,33 @@ What differs, and what is silent in code of this kind:
 - Nothing is measured in evaluation.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from moe_jax.router_options import BiasRateOptions, GateScaleOptions, MatrixOptions, ScoreOptions
 from moe_jax.routing import router as router_lib
 from moe_jax.routing import selection
-from moe_jax.routing.router import Choice, Params, RouterInputs, RouterOptions, State
+from moe_jax.routing.router import Choice, Params, RouterInputs, State
 from moe_jax.routing.routers import loss_free
 from moe_jax.routing.routers.top_k import gates_of, scores_and_probs
 from moe_jax.routing.stats import RouterSums
 
 
-def state(options: RouterOptions, embed_dim: int, vocab_size: int) -> State:
+@dataclasses.dataclass(frozen=True)
+class Options(MatrixOptions, ScoreOptions, GateScaleOptions, BiasRateOptions):
+  """Hyperparameters of this router."""
+
+
+def state(options: Options, embed_dim: int, vocab_size: int) -> State:
   """Returns a bias of 0."""
   del embed_dim, vocab_size
   return {'bias': jnp.zeros((options.num_experts,), jnp.float32)}
 
 
-def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOptions) -> Choice:
+def choose(params: Params, state: State, inputs: RouterInputs, options: Options) -> Choice:
   """Selects the K largest of score + bias and, in training, measures how far the bias is off."""
   router_logits = router_lib.logits(params, inputs.tokens, options)
   scores, router_probs = scores_and_probs(router_logits, options.score)
@@ -91,7 +99,7 @@ def group_threshold(
   return jnp.where(tokens > 0, tokens * beta, 0).astype(jnp.float32)
 
 
-def update(state: State, sums: RouterSums, options: RouterOptions) -> State:
+def update(state: State, sums: RouterSums, options: Options) -> State:
   """Moves the bias by -bias_rate times the mean of beta; not at all in a batch without tokens."""
   mean = sums.own['threshold'] / jnp.maximum(jnp.sum(sums.tokens), 1)
   return {'bias': state['bias'] - options.bias_rate * mean}
@@ -102,16 +110,11 @@ ROUTER = router_lib.Router(
   paper='Su 2026, https://kexue.fm/archives/11619',
   summary='K largest of score + bias; the bias from the quantile that gives each expert its share',
   choose=choose,
+  options=Options,
   causal=True,
   learns=True,
   balance='state',
   cost='D E products, top-k of E; in training 32 counts of the tokens for each expert',
-  reads=(
-    'score',
-    'gate_scale',
-    'router_dtype',
-    'bias_rate',
-  ),
   state=state,
   update=update,
   allowed=loss_free.gates_allowed,

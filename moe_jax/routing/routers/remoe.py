@@ -1,20 +1,40 @@
 """ReMoE: ReLU gates; a token takes every expert whose gate is positive."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from moe_jax import fields
+from moe_jax.router_options import MatrixOptions, hyperparameter
 from moe_jax.routing import router as router_lib
-from moe_jax.routing.router import Choice, Params, RouterInputs, RouterOptions, State
+from moe_jax.routing.router import Choice, Params, RouterInputs, State
 
 # A coefficient that underflows to 0 could never grow again: multiplication moves it.
 SMALLEST_COEFFICIENT = 1e-20
 LARGEST_COEFFICIENT = 1e20
 
 
-def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOptions) -> Choice:
+@dataclasses.dataclass(frozen=True)
+class Options(MatrixOptions):
+  """Hyperparameters of this router."""
+
+  sparsity_factor: float = hyperparameter(
+    fields.number(
+      1.2,
+      'What the coefficient of sparsity is multiplied or divided by after each step.',
+      'must be a finite number > 1',
+      lambda v: v > 1,
+    )
+  )
+  sparsity_start: float = hyperparameter(
+    fields.positive(1e-8, 'That coefficient before the first step.')
+  )
+
+
+def choose(params: Params, state: State, inputs: RouterInputs, options: Options) -> Choice:
   """Selects every expert with a positive logit; the gate is the logit itself, R = relu(x W).
 
   Assignment e of a token is expert e. A logit of exactly 0 selects nothing and has no gradient. A
@@ -41,13 +61,13 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
   )
 
 
-def new_state(options: RouterOptions, embed_dim: int, vocab_size: int) -> State:
+def new_state(options: Options, embed_dim: int, vocab_size: int) -> State:
   """Returns the coefficient of the regularisation before the first step."""
   del embed_dim, vocab_size
   return {'coefficient': jnp.full((), options.sparsity_start, jnp.float32)}
 
 
-def loss(sums: Any, state: State, options: RouterOptions) -> Float[Array, '']:
+def loss(sums: Any, state: State, options: Options) -> Float[Array, '']:
   """Returns coefficient * (1 / T) sum_t sum_e f_e R_te, f_e = E / (K T) * (tokens with R_te > 0).
 
   T are the valid tokens of the whole batch, K is `num_selected_experts`, the wanted mean number of
@@ -65,7 +85,7 @@ def loss(sums: Any, state: State, options: RouterOptions) -> Float[Array, '']:
   return jax.lax.stop_gradient(state['coefficient']) * weighted
 
 
-def update(state: State, sums: Any, options: RouterOptions) -> State:
+def update(state: State, sums: Any, options: Options) -> State:
   """Multiplies the coefficient by sparsity_factor ** sign((1 - K / E) - S).
 
   S = 1 - active / (T E) is the share of gates that are 0. The sign is taken of active - K T, the
@@ -84,15 +104,13 @@ def update(state: State, sums: Any, options: RouterOptions) -> State:
   return {'coefficient': coefficient}
 
 
-def _tokens_and_active(
-  sums: Any, options: RouterOptions
-) -> tuple[Float[Array, ''], Float[Array, 'E']]:
+def _tokens_and_active(sums: Any, options: Options) -> tuple[Float[Array, ''], Float[Array, 'E']]:
   """Returns T and the number of positive gates of each expert, over all balance scopes."""
   per_scope = sums.tokens_per_expert.reshape(-1, options.num_experts)
   return jnp.sum(sums.tokens), jnp.sum(per_scope, axis=0)
 
 
-def allowed(options: RouterOptions) -> tuple[str, str] | None:
+def allowed(options: Options) -> tuple[str, str] | None:
   """Rejects what would stop the coefficient, or make of the ReLU gates something else."""
   if options.sparsity_factor <= 1:
     return 'sparsity_factor', 'must be above 1'
@@ -108,15 +126,11 @@ ROUTER = router_lib.Router(
   paper='ReMoE, arXiv:2412.14711',
   summary='ReLU gates, as many experts as are positive; adaptive L1 penalty to K on average',
   choose=choose,
+  options=Options,
   causal=True,
   learns=True,
   balance='loss',
   cost='D E products; E assignments to sort',
-  reads=(
-    'router_dtype',
-    'sparsity_factor',
-    'sparsity_start',
-  ),
   state=new_state,
   update=update,
   loss=loss,

@@ -1,19 +1,31 @@
 """S-BASE: experts are selected from a balanced transport plan, found by Sinkhorn's iteration."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from moe_jax import fields
+from moe_jax.router_options import GateScaleOptions, MatrixOptions, hyperparameter
 from moe_jax.routing import router as router_lib
-from moe_jax.routing.router import Choice, Params, RouterInputs, RouterOptions, State
+from moe_jax.routing.router import Choice, Params, RouterInputs, State
 from moe_jax.routing.routers.greedy import taken_gates
 
 # What is divided by is at least this. Far below any sum but that of a column that exp rounds to 0.
 SMALLEST_SUM = 1e-30
 # A guard: normal logits need 5 to 10 for a tolerance of 1e-4, those ten times as large up to 200.
 MAX_ROUNDS = 500
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(MatrixOptions, GateScaleOptions):
+  """Hyperparameters of this router."""
+
+  assignment_tolerance: float = hyperparameter(
+    fields.positive(1e-4, 'Change at which the iteration ends.')
+  )
 
 
 class Scales(NamedTuple):
@@ -85,7 +97,7 @@ def sinkhorn(
   ).scales
 
 
-def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOptions) -> Choice:
+def choose(params: Params, state: State, inputs: RouterInputs, options: Options) -> Choice:
   """Training: the K largest elements of each token's row of the plan. Evaluation: K largest logits.
 
   The gate is sigmoid of the expert's logit for K = 1, the softmax probability over all experts for
@@ -126,7 +138,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
   )
 
 
-def allowed(options: RouterOptions) -> tuple[str, str] | None:
+def allowed(options: Options) -> tuple[str, str] | None:
   """Rejects a sigmoid gate divided by itself."""
   if options.num_selected_experts == 1 and options.renormalize != 'none':
     return 'renormalize', 'must be none with num_selected_experts=1, or the gate is always 1'
@@ -138,15 +150,11 @@ ROUTER = router_lib.Router(
   paper='Clark et al. 2022, arXiv:2202.01169',
   summary='top-k of a balanced transport plan; sigmoid or softmax gate; top-k in evaluation',
   choose=choose,
+  options=Options,
   causal=False,
   learns=True,
   balance='assignment',
   cost='D E products, top-k of E, tens to hundreds of passes over E',
-  reads=(
-    'gate_scale',
-    'router_dtype',
-    'assignment_tolerance',
-  ),
   always={'score': 'sigmoid'},
   allowed=allowed,
 )

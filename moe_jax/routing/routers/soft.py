@@ -3,17 +3,20 @@
 `mix` has the weights of both mixtures, `choose` what statistics and losses read of them.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from moe_jax import fields
+from moe_jax.router_options import MatrixOptions, hyperparameter
 from moe_jax.routing import router as router_lib
 from moe_jax.routing.router import (
   Choice,
   Mixture,
   Params,
   RouterInputs,
-  RouterOptions,
   State,
   Weight,
 )
@@ -23,7 +26,14 @@ NORM_EPSILON = 1e-6
 LEAST_LOGIT = -1e30
 
 
-def new_params(options: RouterOptions, embed_dim: int) -> dict[str, Weight]:
+@dataclasses.dataclass(frozen=True)
+class Options(MatrixOptions):
+  """Hyperparameters of this router."""
+
+  slots_per_expert: int = hyperparameter(fields.at_least(1, 1, 'Slots of each expert.'))
+
+
+def new_params(options: Options, embed_dim: int) -> dict[str, Weight]:
   """Returns one vector per slot, and the scale of all logits."""
   return {
     'phi': Weight((embed_dim, options.num_experts * options.slots_per_expert)),
@@ -31,7 +41,7 @@ def new_params(options: RouterOptions, embed_dim: int) -> dict[str, Weight]:
   }
 
 
-def mix(params: Params, state: State, inputs: RouterInputs, options: RouterOptions) -> Mixture:
+def mix(params: Params, state: State, inputs: RouterInputs, options: Options) -> Mixture:
   """Returns the weights of both mixtures; slot j of expert e is column e P + j of `phi`.
 
   A = l2norm(X) (scale l2norm(phi)), phi normalised over D. dispatch = softmax of A over the valid
@@ -51,7 +61,7 @@ def mix(params: Params, state: State, inputs: RouterInputs, options: RouterOptio
   return Mixture(dispatch=jnp.where(valid, over_tokens, 0), combine=jnp.where(valid, over_slots, 0))
 
 
-def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOptions) -> Choice:
+def choose(params: Params, state: State, inputs: RouterInputs, options: Options) -> Choice:
   """Returns what a token gets of each expert: its combine weights, summed over the expert's slots.
 
   `router_logits` are the logsumexp over an expert's slots, so their softmax over experts is
@@ -72,9 +82,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
   )
 
 
-def _slot_logits(
-  params: Params, inputs: RouterInputs, options: RouterOptions
-) -> Float[Array, 'G S E P']:
+def _slot_logits(params: Params, inputs: RouterInputs, options: Options) -> Float[Array, 'G S E P']:
   # Padding may hold anything; its logits are those of a zero token.
   tokens = _to_unit_length(jnp.where(inputs.valid[..., None], inputs.tokens, 0), axis=-1)
   phi = params['scale'][:, None] * _to_unit_length(params['phi'], axis=0)
@@ -87,7 +95,7 @@ def _to_unit_length(vectors: Float[Array, '*any'], axis: int) -> Float[Array, '*
   return vectors * jax.lax.rsqrt(squared + NORM_EPSILON)
 
 
-def allowed(options: RouterOptions) -> tuple[str, str] | None:
+def allowed(options: Options) -> tuple[str, str] | None:
   """Rejects experts without a slot."""
   if options.slots_per_expert < 1:
     return 'slots_per_expert', 'must be at least 1'
@@ -99,14 +107,11 @@ ROUTER = router_lib.Router(
   paper='Puigcerver et al. 2023, arXiv:2308.00951',
   summary='each slot reads a mixture of all tokens, each token a mixture of all slots',
   choose=choose,
+  options=Options,
   causal=False,
   learns=True,
   balance='fixed',
   cost='D E P products; E P weights for dispatch and E P for combine, kept for the gradient',
-  reads=(
-    'router_dtype',
-    'slots_per_expert',
-  ),
   params=new_params,
   num_assignments=lambda options: options.num_experts,
   decodes=lambda options: False,

@@ -1,12 +1,20 @@
 """Spill-over: tokens in order of position, each takes its best experts that still have room."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from moe_jax.router_options import GateScaleOptions, MatrixOptions
 from moe_jax.routing import router as router_lib
-from moe_jax.routing.router import Choice, Params, RouterInputs, RouterOptions, State
+from moe_jax.routing.router import Choice, Params, RouterInputs, State
 from moe_jax.routing.routers.greedy import allowed, taken_gates
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(MatrixOptions, GateScaleOptions):
+  """Hyperparameters of this router."""
 
 
 def spill_assignment(
@@ -49,7 +57,7 @@ def spill_assignment(
   return router_lib.per_group(serve_all, router_logits, valid)
 
 
-def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOptions) -> Choice:
+def choose(params: Params, state: State, inputs: RouterInputs, options: Options) -> Choice:
   """See `spill_assignment`, with C the capacity of the group, in training and evaluation alike.
 
   Gates are the softmax probabilities over all experts; with renormalize `before_drop` divided by
@@ -84,14 +92,11 @@ ROUTER = router_lib.Router(
   paper='none',
   summary='each token in turn takes its best experts with room; causal',
   choose=choose,
+  options=Options,
   causal=True,
   learns=True,
   balance='assignment',
   fills_slots=True,
   cost='D E products, top-k of E, in S sequential steps',
   allowed=allowed,
-  reads=(
-    'gate_scale',
-    'router_dtype',
-  ),
 )

@@ -1,15 +1,21 @@
 """Token choice: each token selects its K best experts by its router logits."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from moe_jax.router_options import SCORES, SOFTMAX_ORDERS, SoftmaxOrderOptions, TopKOptions
 from moe_jax.routing import router as router_lib
-from moe_jax.routing.router import Choice, Params, RouterInputs, RouterOptions, State
+from moe_jax.routing.router import Choice, Params, RouterInputs, State
 
-SOFTMAX_ORDERS = ('before', 'after')
 RENORMALIZATIONS = ('none', 'before_drop', 'after_drop')
-SCORES = ('softmax', 'sigmoid', 'sqrt_softplus')
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(TopKOptions):
+  """Hyperparameters of this router."""
 
 
 def choose_top_k(
@@ -99,7 +105,7 @@ def _at_least(total: Float[Array, 'G S 1']) -> Float[Array, 'G S 1']:
   return jnp.maximum(total, 1e-12)
 
 
-def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOptions) -> Choice:
+def choose(params: Params, state: State, inputs: RouterInputs, options: Options) -> Choice:
   """See `choose_top_k`."""
   del state
   return choose_top_k(
@@ -112,10 +118,8 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
   )
 
 
-def allowed(options: RouterOptions) -> tuple[str, str] | None:
+def gates_allowed(options: SoftmaxOrderOptions) -> tuple[str, str] | None:
   """Rejects gates that are always 1, through which the router would learn nothing."""
-  if options.softmax_order == 'after' and options.score != 'softmax':
-    return 'softmax_order', f'must be before with score={options.score}'
   if options.num_selected_experts == 1:
     why = 'with num_selected_experts=1, or the gate is always 1 and the router learns nothing'
     if options.renormalize != 'none':
@@ -125,20 +129,22 @@ def allowed(options: RouterOptions) -> tuple[str, str] | None:
   return None
 
 
+def allowed(options: TopKOptions) -> tuple[str, str] | None:
+  """Rejects a softmax over the selected of other scores, and gates that are always 1."""
+  if options.softmax_order == 'after' and options.score != 'softmax':
+    return 'softmax_order', f'must be before with score={options.score}'
+  return gates_allowed(options)
+
+
 ROUTER = router_lib.Router(
   name='top_k',
   paper='Shazeer et al. 2017, arXiv:1701.06538; Fedus et al. 2021, arXiv:2101.03961',
   summary='K largest logits; softmax, sigmoid or sqrt-softplus gates',
   choose=choose,
+  options=Options,
   causal=True,
   learns=True,
   balance='loss',
   cost='D E products, top-k of E',
   allowed=allowed,
-  reads=(
-    'score',
-    'softmax_order',
-    'gate_scale',
-    'router_dtype',
-  ),
 )

@@ -1,16 +1,34 @@
 """Token choice by logits with noise of fixed size, gates as they are (V-MoE)."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from moe_jax import fields
+from moe_jax.router_options import (
+  GateScaleOptions,
+  MatrixOptions,
+  SoftmaxOrderOptions,
+  hyperparameter,
+)
 from moe_jax.routing import router as router_lib
-from moe_jax.routing.router import Choice, Params, RouterInputs, RouterOptions, State
+from moe_jax.routing.router import Choice, Params, RouterInputs, State
 from moe_jax.routing.routers import noisy_top_k, top_k
 from moe_jax.routing.stats import RouterSums
 
 
-def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOptions) -> Choice:
+@dataclasses.dataclass(frozen=True)
+class Options(MatrixOptions, SoftmaxOrderOptions, GateScaleOptions):
+  """Hyperparameters of this router."""
+
+  noise_scale: float = hyperparameter(
+    fields.positive(1.0, 'The noise on the logits has deviation noise_scale / E.')
+  )
+
+
+def choose(params: Params, state: State, inputs: RouterInputs, options: Options) -> Choice:
   """Selects the K largest of h = x W_r + N(0, (noise_scale / E)^2).
 
   Gates are the softmax of h over all experts, at the selected ones; V-MoE has `renormalize` none,
@@ -68,7 +86,7 @@ def probability_above(
   return jax.scipy.special.ndtr((router_logits - threshold) / deviation)
 
 
-def loss(sums: RouterSums, state: State, options: RouterOptions) -> Float[Array, '']:
+def loss(sums: RouterSums, state: State, options: Options) -> Float[Array, '']:
   """Returns (CV^2(importance) + CV^2(load)) / 2; 0 at balance.
 
   Importance is the summed softmax of the logits without noise. Over the valid tokens of the whole
@@ -83,13 +101,11 @@ def loss(sums: RouterSums, state: State, options: RouterOptions) -> Float[Array,
   return (variation + router_lib.squared_variation(sums.own['load'])) / 2
 
 
-def allowed(options: RouterOptions) -> tuple[str, str] | None:
-  """Rejects other scores than softmax, and gates that are always 1."""
-  if options.score != 'softmax':
-    return 'score', 'must be softmax'
+def allowed(options: Options) -> tuple[str, str] | None:
+  """Rejects negative noise, and gates that are always 1."""
   if options.noise_scale < 0:
     return 'noise_scale', 'must not be negative'
-  return top_k.allowed(options)
+  return top_k.gates_allowed(options)
 
 
 ROUTER = router_lib.Router(
@@ -97,16 +113,11 @@ ROUTER = router_lib.Router(
   paper='Riquelme et al. 2021, arXiv:2106.05974',
   summary='K largest logits with noise 1 / E; loss on importance and smooth load',
   choose=choose,
+  options=Options,
   causal=True,
   learns=True,
   balance='loss',
   cost='D E products, E random numbers, top-k of E',
-  reads=(
-    'softmax_order',
-    'gate_scale',
-    'router_dtype',
-    'noise_scale',
-  ),
   loss=loss,
   allowed=allowed,
 )

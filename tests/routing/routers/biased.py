@@ -63,9 +63,10 @@ def max_violation(counts):
   return max(counts) / (sum(counts) / len(counts)) - 1
 
 
-def options(**changes):
+def options(name, **changes):
+  """Returns the options of a router."""
   fields = {'num_experts': 4, 'num_selected_experts': 2, 'score': 'sigmoid', **changes}
-  return router_lib.RouterOptions(**fields)
+  return registry.ROUTERS[name].options(**fields)
 
 
 @functools.partial(jax.jit, static_argnames=('name', 'choice_options'))

@@ -10,8 +10,9 @@ import pytest
 import scipy.optimize
 from hypothesis import strategies as st
 
-from moe_jax.routing.router import RouterInputs, RouterOptions
+from moe_jax.routing.router import RouterInputs
 from moe_jax.routing.routers import base
+from moe_jax.routing.routers.base import Options
 from tests import oracle
 
 # (S, E): dividing and not, fewer tokens than experts, one token, one expert.
@@ -19,7 +20,7 @@ SHAPES = ((8, 4), (5, 3), (3, 6), (1, 3), (4, 1))
 
 
 def options_for(num_experts, **changes):
-  return RouterOptions(num_experts, 1, **{'renormalize': 'none', **changes})
+  return Options(num_experts, 1, **{'renormalize': 'none', **changes})
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -189,5 +190,5 @@ def test_a_later_token_takes_the_place_of_an_earlier_one():
 
 def test_allowed():
   assert base.allowed(options_for(4)) is None
-  assert base.allowed(RouterOptions(4, 2, renormalize='none'))[0] == 'num_selected_experts'
+  assert base.allowed(Options(4, 2, renormalize='none'))[0] == 'num_selected_experts'
   assert base.allowed(options_for(4, renormalize='after_drop'))[0] == 'renormalize'

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import strategies as st
 
 from moe_jax.routing.plan import make_plan
-from moe_jax.routing.router import RouterInputs, RouterOptions
+from moe_jax.routing.router import RouterInputs
 from moe_jax.routing.routers import dense
+from moe_jax.routing.routers.dense import Options
 from tests import oracle
 
 choose = jax.jit(dense.choose, static_argnums=3)
@@ -51,7 +52,7 @@ def test_matches_the_oracle(seed, shape):
     {'router': jnp.asarray(router, jnp.float32)},
     {},
     inputs_of(tokens),
-    RouterOptions(num_experts, 1),
+    Options(num_experts, 1),
   )
   assert choice.chosen.all()
   for g in range(shape[0]):
@@ -66,7 +67,7 @@ def test_matches_the_oracle(seed, shape):
 def test_by_hand():
   # Logits ln 1, ln 2, ln 5: weights 1/8, 2/8, 5/8; experts that say 8, 16, 80 give 1 + 4 + 50 = 55.
   router = jnp.log(jnp.array([[1.0, 2.0, 5.0]]))
-  choice = dense.choose({'router': router}, {}, inputs_of(np.ones((1, 1, 1))), RouterOptions(3, 1))
+  choice = dense.choose({'router': router}, {}, inputs_of(np.ones((1, 1, 1))), Options(3, 1))
   np.testing.assert_allclose(choice.gates[0, 0], [1 / 8, 2 / 8, 5 / 8], rtol=1e-6)
   np.testing.assert_allclose(np.dot(choice.gates[0, 0], [8, 16, 80]), 55, rtol=1e-6)
 
@@ -77,7 +78,7 @@ def test_output_is_the_weighted_sum_over_all_experts():
   experts = rng.normal(size=(4, DIM, DIM))
   valid = np.array([[True] * 5 + [False] * 2])
   inputs = inputs_of(tokens, valid)
-  choice = choose({'router': jnp.asarray(router, jnp.float32)}, {}, inputs, RouterOptions(4, 1))
+  choice = choose({'router': jnp.asarray(router, jnp.float32)}, {}, inputs, Options(4, 1))
   plan = make_plan(choice, inputs.valid, inputs.keys, capacity=7)
   np.testing.assert_array_equal(plan.keep, np.broadcast_to(valid[..., None], (1, 7, 4)))
   outputs = np.einsum('sd,edf->sef', tokens[0], experts)
@@ -96,7 +97,7 @@ def test_gradient_of_the_gates():
   cotangent = rng.normal(size=(5, 4))
 
   def gates(router):
-    choice = dense.choose({'router': router}, {}, inputs_of(tokens), RouterOptions(4, 1))
+    choice = dense.choose({'router': router}, {}, inputs_of(tokens), Options(4, 1))
     return jnp.sum(choice.gates[0] * jnp.asarray(cotangent, jnp.float32))
 
   def expected(router):
@@ -114,7 +115,7 @@ def test_degenerate_inputs_stay_finite(case):
   valid = np.full((1, 3), case != 'padding')
 
   def total(router):
-    options = RouterOptions(router.shape[1], 1)
+    options = Options(router.shape[1], 1)
     choice = dense.choose({'router': router}, {}, inputs_of(tokens, valid), options)
     return jnp.sum(jnp.square(choice.gates)), choice
 
@@ -131,16 +132,16 @@ def test_a_token_looks_at_nothing_but_itself():
   params = {'router': jnp.asarray(router, jnp.float32)}
   changed = tokens.copy()
   changed[0, 4:] = np.nan
-  choice = choose(params, {}, inputs_of(tokens), RouterOptions(4, 1))
-  other = choose(params, {}, inputs_of(changed), RouterOptions(4, 1))
+  choice = choose(params, {}, inputs_of(tokens), Options(4, 1))
+  other = choose(params, {}, inputs_of(changed), Options(4, 1))
   np.testing.assert_array_equal(choice.gates[0, :4], other.gates[0, :4])
 
 
 def test_is_asked_for_as_many_assignments_as_experts():
-  assert dense.ROUTER.num_assignments(RouterOptions(6, 2)) == 6
+  assert dense.ROUTER.num_assignments(Options(6, 2)) == 6
   assert dense.ROUTER.keeps_all
-  assert dense.ROUTER.allowed(RouterOptions(6, 6)) is None
-  assert dense.ROUTER.allowed(RouterOptions(6, 1)) == (
+  assert dense.ROUTER.allowed(Options(6, 6)) is None
+  assert dense.ROUTER.allowed(Options(6, 1)) == (
     'num_selected_experts',
     'must be 6, all experts',
   )

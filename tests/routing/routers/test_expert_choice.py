@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from moe_jax.routing.router import RouterInputs, RouterOptions
+from moe_jax.routing.router import RouterInputs
 from moe_jax.routing.routers import expert_choice
+from moe_jax.routing.routers.expert_choice import Options
 from tests import oracle
 
 # (S, E, C): scarce, ample, all tokens, more places than tokens, one token, one expert.
@@ -34,7 +35,7 @@ def choose(logits, valid, options, threshold=None):
 
 
 def options_for(num_experts, k=1, **changes):
-  return RouterOptions(num_experts, k, **{'renormalize': 'none', **changes})
+  return Options(num_experts, k, **{'renormalize': 'none', **changes})
 
 
 def best_tokens(scores, valid, capacity):
@@ -246,6 +247,6 @@ def test_content_of_padding_changes_nothing():
 
 def test_allowed():
   assert expert_choice.allowed(options_for(4)) is None
-  assert expert_choice.allowed(RouterOptions(4, 2))[0] == 'renormalize'
+  assert expert_choice.allowed(Options(4, 2))[0] == 'renormalize'
   assert expert_choice.allowed(options_for(4, evaluation='other'))[0] == 'evaluation'
   assert expert_choice.ROUTER.num_assignments(options_for(4)) == 4

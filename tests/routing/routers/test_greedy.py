@@ -10,8 +10,9 @@ import pytest
 import scipy.optimize
 from hypothesis import strategies as st
 
-from moe_jax.routing.router import RouterInputs, RouterOptions
+from moe_jax.routing.router import RouterInputs
 from moe_jax.routing.routers import greedy
+from moe_jax.routing.routers.greedy import Options
 from tests import oracle
 
 # (S, E, K, C): scarce and ample, K = E, one token, more places than tokens.
@@ -111,14 +112,14 @@ def test_by_hand():
   # (.6, full), token 2 at expert 1 (.5), token 0 at expert 1 (.3, full), token 2 has one already,
   # token 0 at expert 2 (.1).
   probs = np.array([[[0.6, 0.3, 0.1], [0.8, 0.15, 0.05], [0.3, 0.5, 0.2]]])
-  options = RouterOptions(3, 1, capacity=1, renormalize='none', gate_scale=2.0)
+  options = Options(3, 1, capacity=1, renormalize='none', gate_scale=2.0)
   choice = choose(np.log(probs).astype(np.float32), np.ones((1, 3), bool), options)
   np.testing.assert_array_equal(choice.expert_index[0, :, 0], [2, 0, 1])
   np.testing.assert_allclose(choice.gates[0, :, 0], [0.2, 1.6, 1.0], rtol=1e-5)
   evaluation = choose(
     np.log(probs).astype(np.float32),
     np.ones((1, 3), bool),
-    RouterOptions(3, 1, capacity=1, renormalize='none', training=False),
+    Options(3, 1, capacity=1, renormalize='none', training=False),
   )
   np.testing.assert_array_equal(evaluation.expert_index[0, :, 0], [0, 0, 1])
   assert np.all(evaluation.chosen)
@@ -130,7 +131,7 @@ def test_gates_and_their_gradient(renormalize):
   logits = rng.normal(size=(1, 8, 5)).astype(np.float32)
   cotangent, direction = rng.normal(size=(8, 5)), rng.normal(size=logits.shape)
   valid = np.array([[True] * 3 + [False] + [True] * 4])
-  options = RouterOptions(5, 2, capacity=2, renormalize=renormalize)
+  options = Options(5, 2, capacity=2, renormalize=renormalize)
   choice = choose(logits, valid, options)
   experts = serial(np.log(oracle.softmax(logits[0])), valid[0], 2, 2)
   # Ten places for fourteen: some tokens have one expert, or none.
@@ -219,7 +220,7 @@ def test_as_many_places_as_assignments_is_not_enough():
 )
 def test_degenerate(logits, valid, k, renormalize):
   logits, valid = logits.astype(np.float32), valid.astype(bool)
-  options = RouterOptions(logits.shape[-1], k, capacity=2, renormalize=renormalize)
+  options = Options(logits.shape[-1], k, capacity=2, renormalize=renormalize)
 
   def gates(z):
     choice = choose(z, valid, options)
@@ -236,7 +237,7 @@ def test_degenerate(logits, valid, k, renormalize):
 def test_ends_on_logits_that_are_not_finite():
   logits = np.random.default_rng(0).normal(size=(1, 8, 5)).astype(np.float32)
   logits[0, 1, 2], logits[0, 3], logits[0, 5, 0] = np.nan, np.inf, -np.inf
-  choice = choose(logits, np.ones((1, 8), bool), RouterOptions(5, 2, capacity=2))
+  choice = choose(logits, np.ones((1, 8), bool), Options(5, 2, capacity=2))
   counts = np.bincount(np.asarray(choice.expert_index)[np.asarray(choice.chosen)], minlength=5)
   assert counts.size == 5
   assert counts.max() <= 2
@@ -247,14 +248,14 @@ def test_padding_changes_nothing():
   logits = rng.normal(size=(2, 8, 5)).astype(np.float32)
   valid = rng.random((2, 8)) < 0.6
   other = np.where(valid[..., None], logits, 9 * rng.normal(size=logits.shape)).astype(np.float32)
-  options = RouterOptions(5, 2, capacity=2)
+  options = Options(5, 2, capacity=2)
   one, two = (choose(z, valid, options) for z in (logits, other))
   np.testing.assert_array_equal(one.expert_index[valid], two.expert_index[valid])
   np.testing.assert_array_equal(one.gates[valid], two.gates[valid])
 
 
 def test_a_later_token_takes_the_place_of_an_earlier_one():
-  options = RouterOptions(2, 1, capacity=1, renormalize='none')
+  options = Options(2, 1, capacity=1, renormalize='none')
   valid = np.ones((1, 2), bool)
   logits = np.array([[[1.0, 0.0], [0.0, 0.0]]], np.float32)
   later = np.array([[[1.0, 0.0], [9.0, 0.0]]], np.float32)
@@ -264,6 +265,6 @@ def test_a_later_token_takes_the_place_of_an_earlier_one():
 
 
 def test_allowed():
-  assert greedy.allowed(RouterOptions(4, 2)) is None
-  assert greedy.allowed(RouterOptions(4, 1))[0] == 'renormalize'
-  assert greedy.allowed(RouterOptions(4, 1, renormalize='none')) is None
+  assert greedy.allowed(Options(4, 2)) is None
+  assert greedy.allowed(Options(4, 1))[0] == 'renormalize'
+  assert greedy.allowed(Options(4, 1, renormalize='none')) is None

@@ -16,7 +16,9 @@ from tests.routing.routers import biased
 
 choose = functools.partial(biased.choose, 'group_limited')
 # Two groups of two, of which one is kept.
-OPTIONS = biased.options(num_expert_groups=2, num_selected_groups=1, gate_scale=2.5)
+OPTIONS = biased.options(
+  'group_limited', num_expert_groups=2, num_selected_groups=1, gate_scale=2.5
+)
 
 
 def select(selection, k, num_groups, num_kept):
@@ -78,6 +80,7 @@ def test_matches_the_oracle(data, sizes, group_size, names):
   score, renormalize = names
   logits, valid, bias = data.draw(biased.cases([(2, 6, num_experts)]))
   options = biased.options(
+    'group_limited',
     num_experts=num_experts,
     num_selected_experts=k,
     num_expert_groups=num_groups,
@@ -125,7 +128,7 @@ def test_other_groups_are_out_where_biased_scores_are_negative():
 @pytest.mark.parametrize('score', ['sigmoid', 'softmax'])
 def test_one_group_is_no_limit(score):
   logits, valid, bias = biased.random_case()
-  options = biased.options(score=score)
+  options = biased.options('group_limited', score=score)
   one = choose(logits, valid, bias, options)
   two = biased.choose('loss_free', logits, valid, bias, options)
   np.testing.assert_array_equal(one.expert_index, two.expert_index)
@@ -197,7 +200,7 @@ def test_bias_over_a_hundred_steps():
   valid = np.ones((1, 24), bool)
   valid[0, ::5] = False
   options = biased.options(
-    num_experts=6, num_expert_groups=3, num_selected_groups=2, bias_rate=0.01
+    'group_limited', num_experts=6, num_expert_groups=3, num_selected_groups=2, bias_rate=0.01
   )
   biases, counts = biased.trajectory('group_limited', logits, valid, options, 100)
   bias = np.zeros(6)
@@ -211,7 +214,7 @@ def test_bias_over_a_hundred_steps():
 
 def test_skewed_load_becomes_balanced():
   options = biased.options(
-    num_experts=8, num_expert_groups=4, num_selected_groups=2, bias_rate=0.005
+    'group_limited', num_experts=8, num_expert_groups=4, num_selected_groups=2, bias_rate=0.005
   )
   valid = np.ones((1, 512), bool)
   _, counts = biased.trajectory('group_limited', biased.skewed_logits(), valid, options, 300)
@@ -223,7 +226,9 @@ def test_degenerate_inputs():
   for score in ('sigmoid', 'softmax'):
     for logits, valid in biased.DEGENERATE.values():
       biased.assert_finite('group_limited', logits, valid, biased.replace(OPTIONS, score=score))
-  every = biased.options(num_selected_experts=4, num_expert_groups=2, num_selected_groups=2)
+  every = biased.options(
+    'group_limited', num_selected_experts=4, num_expert_groups=2, num_selected_groups=2
+  )
   biased.assert_finite('group_limited', *biased.DEGENERATE['collapse'], every)
   biased.assert_finite('group_limited', np.zeros((1, 1, 4)), np.ones((1, 1), bool), OPTIONS)
   biased.assert_indices_in_range_of_non_finite_logits('group_limited', OPTIONS)

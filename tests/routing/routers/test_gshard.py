@@ -55,7 +55,7 @@ def test_matches_the_oracle(case, mode):
   tokens, valid, num_experts, _ = case
   second_choice, training = mode
   options = token_choice.options(
-    num_experts=num_experts, second_choice=second_choice, training=training, gate_scale=1.5
+    NAME, num_experts=num_experts, second_choice=second_choice, training=training, gate_scale=1.5
   )
   params = {'router': np.eye(num_experts)}
   draws = uniforms(*valid.shape)
@@ -70,7 +70,7 @@ def test_by_hand():
   # Softmax 1/8, 2/8, 5/8: first expert 2, second expert 1, gates 5/7 and 2/7.
   # Twice the second gate is 4/7; (2/7) / 0.2 > 1, so `threshold` always takes it.
   tokens = np.log(np.tile([1.0, 2.0, 5.0], (1, 4000, 1)))
-  options = token_choice.options(num_experts=3)
+  options = token_choice.options(NAME, num_experts=3)
   choice = token_choice.choose(NAME, options, {'router': np.eye(3)}, tokens)
   np.testing.assert_array_equal(choice.expert_index[0, 0], [2, 1])
   np.testing.assert_allclose(choice.gates[0, 0], [5 / 7, 2 / 7], rtol=1e-6)
@@ -90,14 +90,14 @@ def test_by_hand():
 def test_threshold_is_a_probability_below_it():
   # Softmax 0.9 and 0.1: the second choice is taken with probability 0.1 / 0.2.
   tokens = np.log(np.tile([0.1, 0.9], (1, 4000, 1)))
-  options = token_choice.options(num_experts=2, second_choice='threshold')
+  options = token_choice.options(NAME, num_experts=2, second_choice='threshold')
   choice = token_choice.choose(NAME, options, {'router': np.eye(2)}, tokens)
   np.testing.assert_allclose(np.mean(choice.chosen[..., 1]), 0.5, atol=4 * 0.5 / np.sqrt(4000))
 
 
 def test_equal_gates_always_take_the_second_choice():
   # 2 g_2 = 1 and U(0, 1) < 1.
-  options = token_choice.options(num_experts=4)
+  options = token_choice.options(NAME, num_experts=4)
   choice = token_choice.choose(NAME, options, {'router': np.zeros((3, 4))}, np.ones((1, 500, 3)))
   assert choice.chosen.all()
   np.testing.assert_array_equal(choice.expert_index[0, 0], [0, 1])
@@ -107,7 +107,7 @@ def test_gradients():
   rng = np.random.default_rng(0)
   tokens, valid = rng.normal(size=(2, 4, 3)).astype(np.float32), rng.random((2, 4)) < 0.8
   params = {'router': rng.normal(size=(3, 4)).astype(np.float32)}
-  options = token_choice.options(gate_scale=2.0)
+  options = token_choice.options(NAME, gate_scale=2.0)
 
   def expected(params):
     made = expected_choice(params, tokens, valid, uniforms(2, 4), options)
@@ -118,7 +118,7 @@ def test_gradients():
 
 
 def test_loss_is_one_at_balance_and_e_at_collapse():
-  options = token_choice.options()
+  options = token_choice.options(NAME)
   # Each of four tokens is sure of its own expert; then all of expert 0.
   valid = np.ones((1, 4), bool)
   params = {'router': 200 * np.eye(4)}
@@ -131,14 +131,14 @@ def test_loss_is_one_at_balance_and_e_at_collapse():
 @pytest.mark.parametrize('num_experts', [2, 4])
 def test_degenerate_inputs(num_experts):
   params = {'router': np.random.default_rng(1).normal(size=(3, num_experts))}
-  options = token_choice.options(num_experts=num_experts)
+  options = token_choice.options(NAME, num_experts=num_experts)
   token_choice.check_degenerate(NAME, options, params, 3)
 
 
 def test_padding_and_later_tokens_change_nothing():
   rng = np.random.default_rng(2)
   params, tokens = {'router': rng.normal(size=(3, 4))}, rng.normal(size=(2, 4, 3))
-  options = token_choice.options()
+  options = token_choice.options(NAME)
   token_choice.check_padding(NAME, options, params, tokens)
   token_choice.check_causal(NAME, options, params, tokens)
 
@@ -147,7 +147,7 @@ def test_evaluation_draws_nothing():
   rng = np.random.default_rng(2)
   params, tokens = {'router': rng.normal(size=(3, 4))}, 3 * rng.normal(size=(2, 20, 3))
   for training, drawn in ((True, True), (False, False)):
-    options = token_choice.options(training=training)
+    options = token_choice.options(NAME, training=training)
     chosen = [
       np.asarray(token_choice.choose(NAME, options, params, tokens, seed=seed).chosen)
       for seed in (0, 1)
@@ -158,17 +158,16 @@ def test_evaluation_draws_nothing():
 
 def test_allowed():
   router = registry.ROUTERS[NAME]
-  assert router.allowed(token_choice.options()) is None
+  assert router.allowed(token_choice.options(NAME)) is None
   for changes, field in (
     ({'num_selected_experts': 1, 'renormalize': 'none'}, 'num_selected_experts'),
-    ({'score': 'sigmoid'}, 'score'),
     ({'renormalize': 'after_drop'}, 'renormalize'),
   ):
-    assert router.allowed(token_choice.options(**changes))[0] == field
+    assert router.allowed(token_choice.options(NAME, **changes))[0] == field
   with pytest.raises(ValueError, match="second_choice='never'"):
-    options = token_choice.options(second_choice='never')
+    options = token_choice.options(NAME, second_choice='never')
     token_choice.choose(NAME, options, {'router': np.eye(4)}, np.ones((1, 1, 4)))
   with pytest.raises(ValueError, match='num_selected_experts=3'):
-    options = token_choice.options(num_selected_experts=3)
+    options = token_choice.options(NAME, num_selected_experts=3)
     token_choice.choose(NAME, options, {'router': np.eye(4)}, np.ones((1, 1, 4)))
   assert gshard.SECOND_CHOICES == ('random', 'threshold', 'all')

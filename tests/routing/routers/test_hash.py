@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from moe_jax.routing.router import RouterInputs, RouterOptions
+from moe_jax.routing.router import RouterInputs
 from moe_jax.routing.routers import hash as hash_router
+from moe_jax.routing.routers.hash import Options
 
 choose = jax.jit(hash_router.choose, static_argnums=3)
 
@@ -47,7 +48,7 @@ def test_choice_matches_the_oracle(data, shape):
   table = np.array([rng.permutation(num_experts)[:k] for _ in range(VOCAB_SIZE)])
   token_ids = rng.integers(0, VOCAB_SIZE, (groups, size))
   state = {'table': jnp.asarray(table, jnp.float32)}
-  choice = choose({}, state, inputs_of(token_ids), RouterOptions(num_experts, k))
+  choice = choose({}, state, inputs_of(token_ids), Options(num_experts, k))
   for g in range(groups):
     for s in range(size):
       chosen = list(table[token_ids[g, s]])
@@ -64,7 +65,7 @@ def test_balanced_table_matches_the_oracle(data, num_experts, counts):
   k = data.draw(st.integers(1, num_experts))
   start = np.tile(np.arange(num_experts)[::-1][:k], (len(counts), 1))
   state = {'table': jnp.asarray(start, jnp.float32)}
-  options = RouterOptions(num_experts, k, hash_table='balanced')
+  options = Options(num_experts, k, hash_table='balanced')
   state = hash_router.from_counts(state, np.array(counts), options)
   expected, load = balanced_oracle(start, counts, num_experts, k)
   np.testing.assert_array_equal(state['table'], expected)
@@ -77,34 +78,34 @@ def test_balanced_table_matches_the_oracle(data, num_experts, counts):
 def test_balanced_table_by_hand():
   # Counts 2, 9, 4, 0, 4, two experts. In order: id 1 (9) to expert 0; id 2 (4) and id 4 (4), the
   # lower id first, to expert 1, now at 8; id 0 (2) to expert 1, 8 < 9. Id 3 never occurs.
-  options = RouterOptions(2, 1, hash_table='balanced')
+  options = Options(2, 1, hash_table='balanced')
   state = {'table': jnp.array([[0.0], [1.0], [0.0], [1.0], [0.0]])}
   table = hash_router.from_counts(state, np.array([2, 9, 4, 0, 4]), options)['table']
   np.testing.assert_array_equal(table[:, 0], [1, 0, 1, 1, 1])
 
 
 def test_random_table_needs_no_counts():
-  options = RouterOptions(4, 2)
+  options = Options(4, 2)
   state = hash_router.new_state(options, 3, VOCAB_SIZE)
   after = hash_router.from_counts(state, np.arange(VOCAB_SIZE), options)
   np.testing.assert_array_equal(after['table'], state['table'])
 
 
 def test_random_table_is_uniform_distinct_and_of_its_seed():
-  options = RouterOptions(4, 2, hash_seed=5)
+  options = Options(4, 2, hash_seed=5)
   table = np.asarray(hash_router.new_state(options, 3, 6000)['table'])
   assert (table[:, 0] != table[:, 1]).all()
   for column in table.T:
     # Standard deviation of a count: sqrt(6000 * 1/4 * 3/4) = 34.
     np.testing.assert_allclose(np.bincount(column.astype(int)), 1500, atol=4 * 34)
   np.testing.assert_array_equal(hash_router.new_state(options, 3, 6000)['table'], table)
-  other = hash_router.new_state(RouterOptions(4, 2, hash_seed=6), 3, 6000)['table']
+  other = hash_router.new_state(Options(4, 2, hash_seed=6), 3, 6000)['table']
   assert not np.array_equal(other, table)
 
 
 def test_balanced_is_flatter_than_random_on_a_skewed_text():
   counts = 10000 // np.arange(1, 201)
-  options = RouterOptions(4, 1, hash_table='balanced')
+  options = Options(4, 1, hash_table='balanced')
   random = hash_router.new_state(options, 3, 200)
   balanced = hash_router.from_counts(random, counts, options)
 
@@ -118,7 +119,7 @@ def test_balanced_is_flatter_than_random_on_a_skewed_text():
 
 def test_counts_beyond_float32_are_exact():
   # In float32 2**24 + 1 is 2**24: expert 1 would look as light as expert 0 and id 2 go to 0.
-  options = RouterOptions(2, 1, hash_table='balanced')
+  options = Options(2, 1, hash_table='balanced')
   state = {'table': jnp.zeros((3, 1))}
   counts = np.array([2**24 + 1, 2**24, 1])
   table = hash_router.from_counts(state, counts, options)['table']
@@ -126,7 +127,7 @@ def test_counts_beyond_float32_are_exact():
 
 
 def test_choice_of_an_id_depends_on_nothing_else():
-  options = RouterOptions(5, 2)
+  options = Options(5, 2)
   state = hash_router.new_state(options, 3, VOCAB_SIZE)
   choice = choose({}, state, inputs_of([[4, 2, 4, 7]]), options)
   np.testing.assert_array_equal(choice.expert_index[0, 0], choice.expert_index[0, 2])
@@ -139,7 +140,7 @@ def test_choice_of_an_id_depends_on_nothing_else():
 
 @pytest.mark.parametrize(('token_id', 'nearest'), [(-3, 0), (VOCAB_SIZE + 5, VOCAB_SIZE - 1)])
 def test_an_id_outside_the_vocabulary_takes_the_nearest_row(token_id, nearest):
-  options = RouterOptions(5, 2)
+  options = Options(5, 2)
   state = hash_router.new_state(options, 3, VOCAB_SIZE)
   choice = choose({}, state, inputs_of([[token_id, nearest]]), options)
   np.testing.assert_array_equal(choice.expert_index[0, 0], choice.expert_index[0, 1])
@@ -149,14 +150,14 @@ def test_carries_no_gradient():
   state = {'table': jnp.array([[0.0, 1.0], [1.0, 2.0]])}
 
   def total(tokens):
-    choice = hash_router.choose({}, state, inputs_of([[0, 1]], tokens=tokens), RouterOptions(3, 2))
+    choice = hash_router.choose({}, state, inputs_of([[0, 1]], tokens=tokens), Options(3, 2))
     return jnp.sum(choice.gates) + jnp.sum(choice.router_probs) + jnp.sum(choice.router_logits)
 
   np.testing.assert_array_equal(jax.grad(total)(jnp.ones((1, 2, 3))), np.zeros((1, 2, 3)))
 
 
 def test_names_the_tables_there_are():
-  field, message = hash_router.ROUTER.allowed(RouterOptions(2, 1, hash_table='sorted'))
+  field, message = hash_router.ROUTER.allowed(Options(2, 1, hash_table='sorted'))
   assert field == 'hash_table'
   assert 'balanced' in message
-  assert hash_router.ROUTER.allowed(RouterOptions(2, 1, hash_table='balanced')) is None
+  assert hash_router.ROUTER.allowed(Options(2, 1, hash_table='balanced')) is None

@@ -144,6 +144,7 @@ def test_matches_the_oracle(case, mode, noise):
   num_groups, kept = LEVELS[num_experts, num_selected]
   tokens = tokens[..., : 2 * (num_groups + num_experts)]
   options = token_choice.options(
+    NAME,
     num_experts=num_experts,
     num_selected_experts=num_selected,
     num_expert_groups=num_groups,
@@ -169,6 +170,7 @@ def test_by_hand():
   # its expert 0 has all of it: its product is 1/10.
   tokens = np.log([[[1.0, 3.0, 6.0, 1e9, 1.0, 4.0, 1.0, 1.0, 3.0, *[1.0] * 9]]])
   options = token_choice.options(
+    NAME,
     num_experts=6,
     num_expert_groups=3,
     num_selected_groups=2,
@@ -193,7 +195,7 @@ def test_by_hand():
 
 def loss_of(own):
   """Returns the router's loss of its own sums and the gradients by them."""
-  options = token_choice.options(num_expert_groups=2, num_selected_groups=2)
+  options = token_choice.options(NAME, num_expert_groups=2, num_selected_groups=2)
   choice = token_choice.choose(NAME, options, both(2, 4), np.ones((1, 1, 12)))
   sums = token_choice.sums_of(choice, jnp.ones((1, 1), bool), token_choice.keys(1))
   assert set(sums.own) == set(own)
@@ -240,7 +242,7 @@ def test_load_is_the_expected_number_of_tokens():
   # Equal tokens, each with noise of its own: the expected number of those that select an expert is
   # also what the load estimates. Within 5 standard deviations of a share of 20000.
   options = token_choice.options(
-    num_experts=9, num_selected_experts=4, num_expert_groups=3, num_selected_groups=2
+    NAME, num_experts=9, num_selected_experts=4, num_expert_groups=3, num_selected_groups=2
   )
   size = 20000
   token = np.random.default_rng(0).normal(size=24)
@@ -258,6 +260,7 @@ def gradient_case(mode):
   rng = np.random.default_rng(0)
   tokens, valid = rng.normal(size=(2, 4, 3)).astype(np.float32), rng.random((2, 4)) < 0.8
   options = token_choice.options(
+    NAME,
     num_experts=9,
     num_selected_experts=4,
     num_expert_groups=3,
@@ -318,7 +321,7 @@ def test_invariants():
   rng = np.random.default_rng(0)
   tokens = 2 * rng.normal(size=(2, 5, 11))
   options = token_choice.options(
-    num_experts=8, num_selected_experts=4, num_expert_groups=4, num_selected_groups=2
+    NAME, num_experts=8, num_selected_experts=4, num_expert_groups=4, num_selected_groups=2
   )
   params = random_params(rng, 4, 8, embed_dim=11)
   choice = token_choice.choose(NAME, options, params, tokens)
@@ -340,7 +343,7 @@ def test_one_group_is_top_k_in_evaluation(mode):
   rng = np.random.default_rng(0)
   tokens, params = rng.normal(size=(2, 5, 3)), random_params(rng, 1, 4)
   params['router_primary'] = np.zeros((3, 1))
-  options = token_choice.options(softmax_order=mode[0], renormalize=mode[1], training=False)
+  options = token_choice.options(NAME, softmax_order=mode[0], renormalize=mode[1], training=False)
   choice = token_choice.choose(NAME, options, params, tokens)
   plain = token_choice.choose('top_k', options, {'router': params['router']}, tokens)
   np.testing.assert_array_equal(choice.expert_index, plain.expert_index)
@@ -350,7 +353,7 @@ def test_one_group_is_top_k_in_evaluation(mode):
 
 def test_noise_of_one_level_leaves_the_other():
   options = token_choice.options(
-    num_experts=9, num_selected_experts=6, num_expert_groups=3, num_selected_groups=3
+    NAME, num_experts=9, num_selected_experts=6, num_expert_groups=3, num_selected_groups=3
   )
   tokens = np.tile(np.random.default_rng(0).normal(size=24) / 4, (1, 50, 1))
 
@@ -377,7 +380,9 @@ def test_evaluation_draws_nothing():
   rng = np.random.default_rng(2)
   params, tokens = random_params(rng, 2, 4), rng.normal(size=(2, 20, 3))
   for training in (True, False):
-    options = token_choice.options(num_expert_groups=2, num_selected_groups=2, training=training)
+    options = token_choice.options(
+      NAME, num_expert_groups=2, num_selected_groups=2, training=training
+    )
     chosen = [
       token_choice.choose(NAME, options, params, tokens, seed=seed).expert_index for seed in (0, 1)
     ]
@@ -385,7 +390,9 @@ def test_evaluation_draws_nothing():
 
 
 def test_all_selected_leaves_the_load_without_gradient():
-  options = token_choice.options(num_selected_experts=4, num_expert_groups=2, num_selected_groups=2)
+  options = token_choice.options(
+    NAME, num_selected_experts=4, num_expert_groups=2, num_selected_groups=2
+  )
   tokens = np.random.default_rng(0).normal(size=(2, 3, 12))
   choice = token_choice.choose(NAME, options, both(2, 4), tokens)
   for name in ('load_primary', 'load_secondary', 'group_tokens'):
@@ -393,7 +400,7 @@ def test_all_selected_leaves_the_load_without_gradient():
 
 
 def test_starts_with_noise_of_zero_matrices():
-  weights = registry.ROUTERS[NAME].params(token_choice.options(num_expert_groups=2), 3)
+  weights = registry.ROUTERS[NAME].params(token_choice.options(NAME, num_expert_groups=2), 3)
   assert {name: (w.shape, w.init) for name, w in weights.items()} == {
     'router_primary': ((3, 2), 'scaled'),
     'router': ((3, 4), 'scaled'),
@@ -403,7 +410,9 @@ def test_starts_with_noise_of_zero_matrices():
 
 
 def test_no_noise_left_is_finite():
-  options = token_choice.options(num_expert_groups=2, num_selected_groups=1, renormalize='none')
+  options = token_choice.options(
+    NAME, num_expert_groups=2, num_selected_groups=1, renormalize='none'
+  )
   params = random_params(np.random.default_rng(0), 2, 4)
   params |= {'noise_primary': np.full((3, 2), -100.0), 'noise': np.full((3, 4), -100.0)}
   token_choice.check_finite(NAME, options, params, np.ones((1, 3, 3)), np.ones((1, 3), bool))
@@ -415,6 +424,7 @@ def test_no_noise_left_is_finite():
 def test_degenerate_inputs(kept, k, softmax_order, training):
   params = random_params(np.random.default_rng(1), 2, 4)
   options = token_choice.options(
+    NAME,
     num_selected_experts=k,
     num_expert_groups=2,
     num_selected_groups=kept,
@@ -427,7 +437,7 @@ def test_degenerate_inputs(kept, k, softmax_order, training):
 def test_padding_and_later_tokens_change_nothing():
   rng = np.random.default_rng(2)
   params, tokens = random_params(rng, 2, 4), rng.normal(size=(2, 4, 3))
-  options = token_choice.options(num_expert_groups=2, num_selected_groups=2)
+  options = token_choice.options(NAME, num_expert_groups=2, num_selected_groups=2)
   token_choice.check_padding(NAME, options, params, tokens)
   token_choice.check_causal(NAME, options, params, tokens)
 
@@ -435,7 +445,7 @@ def test_padding_and_later_tokens_change_nothing():
 def test_padding_that_is_not_a_number_stays_out_of_the_sums():
   rng = np.random.default_rng(2)
   params, tokens = random_params(rng, 2, 4), rng.normal(size=(1, 4, 3))
-  options = token_choice.options(num_expert_groups=2, num_selected_groups=2)
+  options = token_choice.options(NAME, num_expert_groups=2, num_selected_groups=2)
   valid = np.array([[True, False, True, True]])
   expected = token_choice.choose(NAME, options, params, tokens, valid).sums
   tokens[0, 1] = np.nan
@@ -447,8 +457,8 @@ def test_allowed():
   router = registry.ROUTERS[NAME]
   good = {'num_experts': 6, 'num_selected_experts': 4, 'num_expert_groups': 3}
   good |= {'num_selected_groups': 2}
-  assert router.allowed(token_choice.options(**good)) is None
-  assert router.allowed(token_choice.options(**good, softmax_order='after')) is None
+  assert router.allowed(token_choice.options(NAME, **good)) is None
+  assert router.allowed(token_choice.options(NAME, **good, softmax_order='after')) is None
   for changes, field in (
     ({'num_expert_groups': 1}, 'num_expert_groups'),
     ({'num_expert_groups': 4}, 'num_expert_groups'),
@@ -456,11 +466,10 @@ def test_allowed():
     ({'num_selected_groups': 4}, 'num_selected_groups'),
     ({'num_selected_experts': 3}, 'num_selected_groups'),
     ({'num_selected_experts': 6}, 'num_selected_experts'),
-    ({'score': 'sigmoid'}, 'score'),
     ({'num_selected_groups': 1, 'num_selected_experts': 2}, 'renormalize'),
     ({'num_selected_experts': 2, 'softmax_order': 'after'}, 'softmax_order'),
   ):
-    assert router.allowed(token_choice.options(**{**good, **changes}))[0] == field, changes
+    assert router.allowed(token_choice.options(NAME, **{**good, **changes}))[0] == field, changes
 
 
 def test_one_selected_group_renormalised_would_not_learn_groups():
@@ -470,7 +479,7 @@ def test_one_selected_group_renormalised_would_not_learn_groups():
   tokens, valid = rng.normal(size=(1, 4, 3)), np.ones((1, 4), bool)
   slopes = {}
   for renormalize in ('none', 'before_drop'):
-    options = token_choice.options(num_expert_groups=2, renormalize=renormalize)
+    options = token_choice.options(NAME, num_expert_groups=2, renormalize=renormalize)
     gradient = token_choice.objectives(NAME, options, params, tokens, valid, jacobian=True)
     slopes[renormalize] = np.abs(gradient['router_primary'][0]).max()
   assert slopes['none'] > 1e-2

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from moe_jax.routing.router import RouterInputs, RouterOptions
+from moe_jax.routing.router import RouterInputs
 from moe_jax.routing.routers import kmeans
+from moe_jax.routing.routers.kmeans import Options
 from tests import oracle
 
 choose = jax.jit(kmeans.choose, static_argnums=3)
@@ -75,7 +76,7 @@ def test_choice_matches_the_oracle(seed, shape, temperature):
   directions = np.array([unit(row) for row in rng.normal(size=(3, DIM))], np.float32)
   centroids = directions[rng.integers(0, 3, num_experts)]
   valid = rng.random((groups, size)) < 0.7
-  options = RouterOptions(num_experts, k, kmeans_temperature=temperature)
+  options = Options(num_experts, k, kmeans_temperature=temperature)
   choice = choose({}, state_of(centroids), inputs_of(tokens, valid), options)
   assert choice.chosen.all()
   for g in range(groups):
@@ -103,7 +104,7 @@ def test_choice_by_hand():
   # with (0, 1, 0, 0), (0, 0, 1, 0), (0, .6, 0, .8): 1, -1, 1.4. Gates e^1.4 and e^1: e^.4 to 1.
   centroids = np.array([[0, 1, 0, 0], [0, 0, 1, 0], [0, 0.6, 0, 0.8]])
   choice = kmeans.choose(
-    {}, state_of(centroids), inputs_of(np.array([[[1.0, 3, 1, 3]]])), RouterOptions(3, 2)
+    {}, state_of(centroids), inputs_of(np.array([[[1.0, 3, 1, 3]]])), Options(3, 2)
   )
   np.testing.assert_allclose(choice.router_logits[0, 0], [1, -1, 1.4], rtol=1e-5)
   np.testing.assert_array_equal(choice.expert_index[0, 0], [2, 0])
@@ -113,9 +114,9 @@ def test_choice_by_hand():
 def test_the_best_product_is_the_nearest_centroid():
   rng = np.random.default_rng(5)
   tokens = rng.normal(size=(1, 8, DIM))
-  centroids = kmeans.new_state(RouterOptions(6, 1), DIM, 10)['centroids']
+  centroids = kmeans.new_state(Options(6, 1), DIM, 10)['centroids']
   np.testing.assert_allclose(np.linalg.norm(centroids, axis=1), 1, rtol=1e-6)
-  choice = choose({}, state_of(centroids), inputs_of(tokens), RouterOptions(6, 1))
+  choice = choose({}, state_of(centroids), inputs_of(tokens), Options(6, 1))
   for s in range(8):
     distances = [np.linalg.norm(layer_norm(tokens[0, s]) - mu) for mu in np.asarray(centroids)]
     assert choice.expert_index[0, s, 0] == np.argmin(distances)
@@ -151,7 +152,7 @@ def update_oracle(state, batch_sum, count, options, directions):
 @pytest.mark.parametrize('rule', kmeans.UPDATES)
 def test_update_matches_the_oracle_over_many_steps(rule):
   rng = np.random.default_rng(0)
-  options = RouterOptions(4, 1, kmeans_update=rule, kmeans_decay=0.9, kmeans_reseed_after=3)
+  options = Options(4, 1, kmeans_update=rule, kmeans_decay=0.9, kmeans_reseed_after=3)
   directions = np.asarray(kmeans._unit_directions(kmeans.RESEED_SEED, 4, DIM))
   state = kmeans.new_state(options, DIM, 10)
   expected, reseeded = {name: np.array(value, np.float64) for name, value in state.items()}, 0
@@ -175,11 +176,11 @@ def test_updates_by_hand():
   # One expert at (1, 0, 0, 0), two tokens that add up to (0, 4, 0, 0): their mean is (0, 2, 0, 0).
   own = {'centroid_sum': jnp.array([[0.0, 4, 0, 0]]), 'centroid_count': jnp.array([2.0])}
   # Decay 3/4: (.75, .5, 0, 0), of length sqrt(13) / 4: (3, 2, 0, 0) / sqrt(13).
-  options = RouterOptions(1, 1, kmeans_decay=0.75)
+  options = Options(1, 1, kmeans_decay=0.75)
   state = update(state_of([[1.0, 0, 0, 0]]), own, options)
   np.testing.assert_allclose(state['centroids'][0], [3 / 13**0.5, 2 / 13**0.5, 0, 0], rtol=1e-6)
   # 6 tokens before, 2 now: rate 1/4, the same. Without any before: rate 1, on the mean itself.
-  options = RouterOptions(1, 1, kmeans_update='minibatch')
+  options = Options(1, 1, kmeans_update='minibatch')
   start = {**state_of([[1.0, 0, 0, 0]]), 'counts': jnp.array([6.0])}
   state = update(start, own, options)
   np.testing.assert_allclose(state['centroids'][0], [3 / 13**0.5, 2 / 13**0.5, 0, 0], rtol=1e-6)
@@ -191,12 +192,12 @@ def test_updates_by_hand():
 def test_a_mean_that_cancels_the_centroid_leaves_it():
   # Half of (1, 0, 0, 0) and half of (-1, 0, 0, 0) have no direction.
   own = {'centroid_sum': jnp.array([[-3.0, 0, 0, 0]]), 'centroid_count': jnp.array([3.0])}
-  state = update(state_of([[1.0, 0, 0, 0]]), own, RouterOptions(1, 1, kmeans_decay=0.5))
+  state = update(state_of([[1.0, 0, 0, 0]]), own, Options(1, 1, kmeans_decay=0.5))
   np.testing.assert_array_equal(state['centroids'][0], [1, 0, 0, 0])
 
 
 def test_reseeded_centroids_are_near_the_fullest_and_not_at_one_point():
-  options = RouterOptions(4, 1, kmeans_reseed_after=1, kmeans_decay=0.0)
+  options = Options(4, 1, kmeans_reseed_after=1, kmeans_decay=0.0)
   own = {
     'centroid_sum': jnp.zeros((4, DIM)).at[2, 0].set(5.0),
     'centroid_count': jnp.array([0.0, 0, 5, 0]),
@@ -215,7 +216,7 @@ def test_finds_the_clusters_of_the_tokens(rule):
   rng = np.random.default_rng(0)
   centers = np.array([layer_norm(row) for row in 3 * np.eye(DIM)])
   labels = np.arange(32) % 4
-  options = RouterOptions(4, 1, kmeans_update=rule, kmeans_decay=0.9, kmeans_reseed_after=5)
+  options = Options(4, 1, kmeans_update=rule, kmeans_decay=0.9, kmeans_reseed_after=5)
   corner = np.array([unit(centers[0] + 0.01 * rng.normal(size=DIM)) for _ in range(4)])
   state, best = state_of(corner), []
   for _ in range(60):
@@ -237,7 +238,7 @@ def test_gradient_of_the_gates_reaches_the_token_and_not_the_centroids():
   tokens, direction = rng.normal(size=(2, 1, 5, DIM)).astype(np.float32).astype(np.float64)
   centroids = np.array([unit(row) for row in rng.normal(size=(6, DIM))])
   cotangent = rng.normal(size=(5, 3))
-  options = RouterOptions(6, 3, kmeans_temperature=0.5)
+  options = Options(6, 3, kmeans_temperature=0.5)
 
   def gates(tokens, state):
     choice = kmeans.choose({}, state, inputs_of(tokens), options)
@@ -266,7 +267,7 @@ def test_degenerate_inputs_stay_finite(case):
   if case == 'collapse':
     tokens[:] = [[1e4, 0, 0, 0]]
   valid = np.full(tokens.shape[:2], case != 'padding')
-  options = RouterOptions(4, 4 if case == 'all_experts' else 2, kmeans_reseed_after=1)
+  options = Options(4, 4 if case == 'all_experts' else 2, kmeans_reseed_after=1)
   state = kmeans.new_state(options, DIM, 10)
 
   def total(tokens):
@@ -287,7 +288,7 @@ def test_degenerate_inputs_stay_finite(case):
 
 def test_a_token_that_is_no_number_still_names_experts():
   tokens = np.array([[[np.nan] * DIM, [np.inf, 0, 0, 0], [3e38, -3e38, 0, 0], [1, 2, 3, 4]]])
-  options = RouterOptions(4, 2)
+  options = Options(4, 2)
   choice = choose({}, kmeans.new_state(options, DIM, 10), inputs_of(tokens), options)
   assert choice.expert_index.min() >= 0
   assert choice.expert_index.max() < 4
@@ -296,7 +297,7 @@ def test_a_token_that_is_no_number_still_names_experts():
 
 def test_padding_and_later_tokens_change_nothing():
   rng = np.random.default_rng(1)
-  options = RouterOptions(4, 2)
+  options = Options(4, 2)
   tokens, state = rng.normal(size=(1, 7, DIM)), kmeans.new_state(options, DIM, 10)
   valid = np.arange(7)[None] < 4
   changed = np.where(valid[..., None], tokens, np.nan)
@@ -317,5 +318,5 @@ def test_padding_and_later_tokens_change_nothing():
   ],
 )
 def test_names_the_bad_option(field, value):
-  assert kmeans.ROUTER.allowed(RouterOptions(4, 1)) is None
-  assert kmeans.ROUTER.allowed(RouterOptions(4, 1, **{field: value}))[0] == field
+  assert kmeans.ROUTER.allowed(Options(4, 1)) is None
+  assert kmeans.ROUTER.allowed(Options(4, 1, **{field: value}))[0] == field

@@ -47,6 +47,7 @@ def test_matches_the_oracle(case, k, names):
   score, renormalize, bias_update = names
   num_experts = logits.shape[-1]
   options = biased.options(
+    'loss_free',
     num_experts=num_experts,
     num_selected_experts=min(k, num_experts),
     score=score,
@@ -73,7 +74,7 @@ def test_by_hand():
   # without the bias: (4/5, 3/4) / (31/20) = 16/31, 15/31, times 2.
   logits = jnp.log(jnp.array([[[1.0, 3.0, 4.0, 9.0]]]))
   bias = jnp.array([0.0, 0.0, 0.0, -0.3])
-  choice = choose(logits, np.ones((1, 1), bool), bias, biased.options(gate_scale=2.0))
+  choice = choose(logits, np.ones((1, 1), bool), bias, biased.options('loss_free', gate_scale=2.0))
   np.testing.assert_array_equal(choice.expert_index[0, 0], [2, 1])
   np.testing.assert_allclose(choice.gates[0, 0], [32 / 31, 30 / 31], rtol=1e-6)
 
@@ -89,7 +90,7 @@ def test_by_hand():
   ],
 )
 def test_update_by_hand(bias_update, expected):
-  options = biased.options(bias_update=bias_update, bias_rate=0.1)
+  options = biased.options('loss_free', bias_update=bias_update, bias_rate=0.1)
   sums = sums_with([6.0, 4.0, 2.0, 4.0])
   after = loss_free.update({'bias': jnp.full(4, 0.5)}, sums, options)
   np.testing.assert_allclose(after['bias'], expected, rtol=1e-6)
@@ -103,20 +104,20 @@ def sums_with(counts):
   return sums._replace(tokens_per_expert=halves)
 
 
-OPTIONS = biased.options()
+OPTIONS = biased.options('loss_free')
 
 
 def test_centred_keeps_the_mean_where_sign_does_not():
   # Counts 13, 1, 1, 1: the mean is 4. Signs -1, 1, 1, 1 have mean 1/2.
   for bias_update, expected in (('sign', [-1, 1, 1, 1]), ('centred', [-1.5, 0.5, 0.5, 0.5])):
-    options = biased.options(bias_update=bias_update, bias_rate=1.0)
+    options = biased.options('loss_free', bias_update=bias_update, bias_rate=1.0)
     after = loss_free.update({'bias': jnp.zeros(4)}, sums_with([13.0, 1.0, 1.0, 1.0]), options)
     np.testing.assert_allclose(after['bias'], expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize('bias_update', loss_free.BIAS_UPDATES)
 def test_balance_and_no_tokens_move_nothing(bias_update):
-  options = biased.options(bias_update=bias_update)
+  options = biased.options('loss_free', bias_update=bias_update)
   for counts in ([4.0] * 4, [0.0] * 4):
     start = {'bias': jnp.array([0.5, 1.0, 2.0, -3.0])}
     after = loss_free.update(start, sums_with(counts), options)
@@ -129,7 +130,7 @@ def test_bias_over_a_hundred_steps(bias_update):
   valid = np.ones((1, 24), bool)
   valid[0, ::5] = False
   options = biased.options(
-    num_experts=6, num_selected_experts=2, bias_update=bias_update, bias_rate=0.01
+    'loss_free', num_experts=6, num_selected_experts=2, bias_update=bias_update, bias_rate=0.01
   )
   biases, counts = biased.trajectory('loss_free', logits, valid, options, 100)
   bias = np.ones(6) if bias_update == 'multiplicative' else np.zeros(6)
@@ -144,7 +145,7 @@ def test_bias_over_a_hundred_steps(bias_update):
 
 @pytest.mark.parametrize('bias_update', loss_free.BIAS_UPDATES)
 def test_skewed_load_becomes_balanced(bias_update):
-  options = biased.options(num_experts=8, bias_update=bias_update, bias_rate=0.005)
+  options = biased.options('loss_free', num_experts=8, bias_update=bias_update, bias_rate=0.005)
   valid = np.ones((1, 512), bool)
   _, counts = biased.trajectory('loss_free', biased.skewed_logits(), valid, options, 300)
   assert biased.max_violation(counts[0]) > 1
@@ -155,7 +156,7 @@ def test_gradient_of_the_gates():
   logits, valid, bias = biased.random_case()
   cotangent, direction = np.random.default_rng(1).normal(size=(2, 2, 6, 4))
   cotangent = cotangent[..., :2]
-  options = biased.options(gate_scale=2.5)
+  options = biased.options('loss_free', gate_scale=2.5)
 
   def value(z, b):
     return jnp.sum(choose(z, valid, b, options).gates * cotangent)
@@ -171,10 +172,10 @@ def test_gradient_of_the_gates():
 
 def test_degenerate_inputs():
   for score in ('sigmoid', 'softmax'):
-    options = biased.options(score=score)
+    options = biased.options('loss_free', score=score)
     for logits, valid in biased.DEGENERATE.values():
       biased.assert_finite('loss_free', logits, valid, options)
-  every = biased.options(num_selected_experts=4)
+  every = biased.options('loss_free', num_selected_experts=4)
   biased.assert_finite('loss_free', *biased.DEGENERATE['collapse'], every)
   biased.assert_finite('loss_free', np.zeros((1, 1, 4)), np.ones((1, 1), bool), OPTIONS)
   biased.assert_indices_in_range_of_non_finite_logits('loss_free', OPTIONS)
@@ -204,18 +205,17 @@ def test_evaluation_chooses_as_training_does():
     ({'num_selected_experts': 1, 'renormalize': 'none'}, None),
     ({'num_selected_experts': 1}, 'renormalize'),
     ({'renormalize': 'after_drop'}, 'renormalize'),
-    ({'softmax_order': 'after'}, 'softmax_order'),
     ({'bias_rate': 1.0}, None),
     ({'bias_rate': 1.0, 'bias_update': 'multiplicative'}, 'bias_rate'),
   ],
 )
 def test_allowed(changes, field):
-  wrong = loss_free.allowed(biased.options(**changes))
+  wrong = loss_free.allowed(biased.options('loss_free', **changes))
   assert (wrong and wrong[0]) == field
 
 
 def test_names_the_bad_value():
-  options = biased.options(bias_update='never')
+  options = biased.options('loss_free', bias_update='never')
   with pytest.raises(ValueError, match="bias_update='never'"):
     loss_free.update({'bias': jnp.zeros(4)}, sums_with([1.0] * 4), options)
   with pytest.raises(ValueError, match="bias_update='never'"):

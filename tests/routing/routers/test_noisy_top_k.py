@@ -80,6 +80,7 @@ def both(num_experts):
 def test_matches_the_oracle(case, mode):
   tokens, valid, num_experts, num_selected = case
   options = token_choice.options(
+    NAME,
     num_experts=num_experts,
     num_selected_experts=num_selected,
     training=mode[0],
@@ -98,7 +99,7 @@ def test_by_hand():
   # Evaluation, logits ln 1, ln 2, ln 6: experts 2 and 1, gates 6/8 and 2/8, counts 0, 1, 1.
   # CV^2 of the importance (0, 1/4, 3/4): mean 1/3, mean square (1/16 + 9/16) / 3 = 5/24, so
   # 5/24 * 9 - 1 = 7/8. CV^2 of the load (0, 1, 1): 2/3 * 9/4 - 1 = 1/2. In all 11/8.
-  options = token_choice.options(num_experts=3, training=False)
+  options = token_choice.options(NAME, num_experts=3, training=False)
   params = {'router': np.eye(3), 'noise': np.zeros((3, 3))}
   tokens = np.log([[[1.0, 2.0, 6.0]]])
   choice = token_choice.choose(NAME, options, params, tokens)
@@ -113,7 +114,7 @@ def test_by_hand():
 def test_load_is_the_probability_of_being_selected():
   # One token; the noise of one expert at a time is drawn anew, that of the others stays.
   num_experts, rng = 4, np.random.default_rng(0)
-  options = token_choice.options(num_experts=num_experts)
+  options = token_choice.options(NAME, num_experts=num_experts)
   tokens = rng.normal(size=(8, 1, 2 * num_experts))
   load = np.asarray(token_choice.choose(NAME, options, both(num_experts), tokens).sums['load'])
   draws = normals(8, 1, num_experts)
@@ -132,7 +133,7 @@ def test_gradients():
   rng = np.random.default_rng(0)
   tokens, valid = rng.normal(size=(2, 4, 3)).astype(np.float32), rng.random((2, 4)) < 0.8
   params = {name: rng.normal(size=(3, 4)).astype(np.float32) for name in ('router', 'noise')}
-  options = token_choice.options(gate_scale=2.0, noise_floor=0.01)
+  options = token_choice.options(NAME, gate_scale=2.0, noise_floor=0.01)
 
   def expected(params):
     made = expected_choice(params, tokens, valid, normals(2, 4, 4), options)
@@ -144,7 +145,7 @@ def test_gradients():
 
 
 def test_all_experts_selected_leaves_the_load_without_gradient():
-  options = token_choice.options(num_experts=2)
+  options = token_choice.options(NAME, num_experts=2)
   tokens = np.random.default_rng(0).normal(size=(2, 3, 4))
   choice = token_choice.choose(NAME, options, both(2), tokens)
   np.testing.assert_array_equal(choice.sums['load'], 3)
@@ -153,7 +154,7 @@ def test_all_experts_selected_leaves_the_load_without_gradient():
 def test_starts_at_zero_with_noise_that_balances():
   # Logits 0 and deviation ln 2 everywhere: only the noise chooses, so loads are alike.
   router = registry.ROUTERS[NAME]
-  options = token_choice.options()
+  options = token_choice.options(NAME)
   weights = router.params(options, 3)
   assert {name: (w.shape, w.init) for name, w in weights.items()} == {
     'router': ((3, 4), 'zeros'),
@@ -169,13 +170,13 @@ def test_starts_at_zero_with_noise_that_balances():
 def test_degenerate_inputs(num_experts, training):
   rng = np.random.default_rng(1)
   params = {name: rng.normal(size=(3, num_experts)) for name in ('router', 'noise')}
-  options = token_choice.options(num_experts=num_experts, training=training)
+  options = token_choice.options(NAME, num_experts=num_experts, training=training)
   token_choice.check_degenerate(NAME, options, params, 3)
 
 
 def test_no_noise_left_is_finite():
   # softplus(-300) is 0 in float32.
-  options = token_choice.options()
+  options = token_choice.options(NAME)
   params = {'router': np.ones((3, 4)), 'noise': np.full((3, 4), -100.0)}
   token_choice.check_finite(NAME, options, params, np.ones((1, 3, 3)), np.ones((1, 3), bool))
 
@@ -184,8 +185,8 @@ def test_padding_and_later_tokens_change_nothing():
   rng = np.random.default_rng(2)
   params = {name: rng.normal(size=(3, 4)) for name in ('router', 'noise')}
   tokens = rng.normal(size=(2, 4, 3))
-  token_choice.check_padding(NAME, token_choice.options(), params, tokens)
-  token_choice.check_causal(NAME, token_choice.options(), params, tokens)
+  token_choice.check_padding(NAME, token_choice.options(NAME), params, tokens)
+  token_choice.check_causal(NAME, token_choice.options(NAME), params, tokens)
 
 
 def test_evaluation_draws_nothing():
@@ -193,7 +194,7 @@ def test_evaluation_draws_nothing():
   params = {name: rng.normal(size=(3, 4)) for name in ('router', 'noise')}
   tokens = rng.normal(size=(2, 20, 3))
   for training in (True, False):
-    options = token_choice.options(training=training)
+    options = token_choice.options(NAME, training=training)
     chosen = [
       token_choice.choose(NAME, options, params, tokens, seed=seed).expert_index for seed in (0, 1)
     ]
@@ -202,11 +203,12 @@ def test_evaluation_draws_nothing():
 
 def test_allowed():
   router = registry.ROUTERS[NAME]
-  assert router.allowed(token_choice.options()) is None
+  assert router.allowed(token_choice.options(NAME)) is None
   for changes, field in (
     ({'num_selected_experts': 1, 'renormalize': 'none'}, 'num_selected_experts'),
-    ({'score': 'sigmoid'}, 'score'),
     ({'renormalize': 'none'}, 'softmax_order'),
   ):
-    assert router.allowed(token_choice.options(**changes))[0] == field
-  assert router.allowed(token_choice.options(renormalize='none', softmax_order='after')) is None
+    assert router.allowed(token_choice.options(NAME, **changes))[0] == field
+  assert (
+    router.allowed(token_choice.options(NAME, renormalize='none', softmax_order='after')) is None
+  )

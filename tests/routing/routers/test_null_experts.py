@@ -52,6 +52,7 @@ def expected_loss(made, valid, options):
 
 def options_for(num_experts, num_selected, **changes):
   return token_choice.options(
+    NAME,
     num_experts=num_experts,
     num_selected_experts=num_selected,
     num_null_experts=NUM_NULL,
@@ -168,8 +169,8 @@ def test_equal_logits_go_to_real_experts_first():
 def test_without_null_experts_it_is_top_k():
   rng = np.random.default_rng(0)
   tokens, params = rng.normal(size=(2, 5, 3)), {'router': rng.normal(size=(3, 4))}
-  choice = token_choice.choose(NAME, token_choice.options(), params, tokens)
-  plain = token_choice.choose('top_k', token_choice.options(), params, tokens)
+  choice = token_choice.choose(NAME, token_choice.options(NAME), params, tokens)
+  plain = token_choice.choose('top_k', token_choice.options('top_k'), params, tokens)
   for field in ('expert_index', 'gates', 'chosen', 'router_probs', 'router_logits'):
     np.testing.assert_array_equal(getattr(choice, field), getattr(plain, field))
 
@@ -192,6 +193,6 @@ def test_params_and_allowed():
   router = registry.ROUTERS[NAME]
   assert router.params(options_for(4, 2), 3)['router'].shape == (3, 6)
   assert router.allowed(options_for(4, 2)) is None
-  assert router.allowed(token_choice.options())[0] == 'num_null_experts'
+  assert router.allowed(token_choice.options(NAME))[0] == 'num_null_experts'
   assert router.allowed(options_for(4, 1))[0] == 'renormalize'
   assert router.allowed(options_for(4, 2, null_balance_weight=0.0))[0] == 'null_balance_weight'

@@ -15,7 +15,7 @@ from tests import oracle
 from tests.routing.routers import biased
 
 SHAPES = [(1, 1, 1), (1, 3, 2), (2, 4, 4), (1, 7, 5)]
-OPTIONS = biased.options(bias_rate=0.5)
+OPTIONS = biased.options('quantile', bias_rate=0.5)
 choose = functools.partial(biased.choose, 'quantile')
 
 
@@ -57,6 +57,7 @@ def test_matches_the_oracle(case, k, names):
   logits, valid, bias = case
   num_experts = logits.shape[-1]
   options = biased.options(
+    'quantile',
     num_experts=num_experts,
     num_selected_experts=min(k, num_experts),
     score=names[0],
@@ -82,7 +83,9 @@ def test_by_hand():
   # With r = 1 the bias becomes (-2/10, 0). Expert 0 then wins the first two tokens, ties on the
   # third, where it keeps its lower index but for rounding, and loses the fourth.
   odds = jnp.array([[[9.0, 1.0], [4.0, 1.0], [7 / 3, 1.0], [2 / 3, 1.0]]])
-  options = biased.options(num_experts=2, num_selected_experts=1, renormalize='none', bias_rate=1.0)
+  options = biased.options(
+    'quantile', num_experts=2, num_selected_experts=1, renormalize='none', bias_rate=1.0
+  )
   valid = jnp.ones((1, 4), bool)
   choice = choose(jnp.log(odds), valid, jnp.zeros(2), options)
   np.testing.assert_array_equal(choice.expert_index[0, :, 0], [0, 0, 0, 1])
@@ -118,7 +121,7 @@ def test_bias_over_forty_steps():
   logits = biased.skewed_logits(num_tokens=24, num_experts=6, seed=1)
   valid = np.ones((1, 24), bool)
   valid[0, ::5] = False
-  options = biased.options(num_experts=6, bias_rate=0.3)
+  options = biased.options('quantile', num_experts=6, bias_rate=0.3)
   biases, counts = biased.trajectory('quantile', logits, valid, options, 40)
   bias = np.zeros(6)
   for step in range(40):
@@ -131,7 +134,7 @@ def test_bias_over_forty_steps():
 
 @pytest.mark.parametrize(('bias_rate', 'num_steps'), [(1.0, 20), (0.3, 40)])
 def test_skewed_load_becomes_balanced(bias_rate, num_steps):
-  options = biased.options(num_experts=8, bias_rate=bias_rate)
+  options = biased.options('quantile', num_experts=8, bias_rate=bias_rate)
   valid = np.ones((1, 512), bool)
   _, counts = biased.trajectory('quantile', biased.skewed_logits(), valid, options, num_steps)
   assert biased.max_violation(counts[0]) > 1
@@ -179,8 +182,8 @@ def test_gradient_of_the_gates():
 def test_degenerate_inputs():
   for score in ('sigmoid', 'softmax'):
     for logits, valid in biased.DEGENERATE.values():
-      biased.assert_finite('quantile', logits, valid, biased.options(score=score))
-  every = biased.options(num_selected_experts=4)
+      biased.assert_finite('quantile', logits, valid, biased.options('quantile', score=score))
+  every = biased.options('quantile', num_selected_experts=4)
   biased.assert_finite('quantile', *biased.DEGENERATE['collapse'], every)
   biased.assert_finite('quantile', np.zeros((1, 1, 4)), np.ones((1, 1), bool), OPTIONS)
   biased.assert_indices_in_range_of_non_finite_logits('quantile', OPTIONS)
@@ -201,9 +204,8 @@ def test_causal():
     ({}, None),
     ({'bias_rate': 1.0, 'bias_update': 'multiplicative'}, None),
     ({'num_selected_experts': 1}, 'renormalize'),
-    ({'softmax_order': 'after'}, 'softmax_order'),
   ],
 )
 def test_allowed(changes, field):
-  wrong = registry.ROUTERS['quantile'].allowed(biased.options(**changes))
+  wrong = registry.ROUTERS['quantile'].allowed(biased.options('quantile', **changes))
   assert (wrong and wrong[0]) == field

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import strategies as st
 
 from moe_jax.routing.plan import make_plan
-from moe_jax.routing.router import RouterInputs, RouterOptions
+from moe_jax.routing.router import RouterInputs
 from moe_jax.routing.routers import remoe
+from moe_jax.routing.routers.remoe import Options
 from moe_jax.routing.stats import router_sums
 from tests import oracle
 
@@ -70,7 +71,7 @@ def test_matches_the_oracle(seed, shape):
   tokens = rng.integers(-2, 3, (groups, size, DIM)).astype(np.float64)
   router = rng.integers(-2, 3, (DIM, num_experts)).astype(np.float64)
   valid = rng.random((groups, size)) < 0.7
-  options = RouterOptions(num_experts, int(rng.integers(1, num_experts + 1)))
+  options = Options(num_experts, int(rng.integers(1, num_experts + 1)))
   params = {'router': jnp.asarray(router, jnp.float32)}
   choice = choose(params, {}, inputs_of(tokens, valid), options)
   for g in range(groups):
@@ -96,7 +97,7 @@ def test_by_hand():
   # Two tokens, two experts, K = 1. Gates (3, 0) and (1, 2): counts 2 and 1.
   # f = E / (K T) counts = 2 / 2 (2, 1) = (2, 1). Mean gates (4 / 2, 2 / 2) = (2, 1).
   # Loss 0.1 (2 * 2 + 1 * 1) = 0.5. Sparsity 1 - 3 / 4 < 1 - 1 / 2: the coefficient grows.
-  tokens, options = np.array([[[3.0, -5.0], [1.0, 2.0]]]), RouterOptions(2, 1)
+  tokens, options = np.array([[[3.0, -5.0], [1.0, 2.0]]]), Options(2, 1)
   choice = remoe.choose({'router': jnp.eye(2)}, {}, inputs_of(tokens), options)
   np.testing.assert_array_equal(choice.gates[0], [[3, 0], [1, 2]])
   np.testing.assert_array_equal(choice.chosen[0], [[True, False], [True, True]])
@@ -111,7 +112,7 @@ def test_reads_the_counts_of_the_layer():
   rng = np.random.default_rng(4)
   tokens, router = rng.normal(size=(2, 5, DIM)), rng.normal(size=(DIM, 4))
   valid = rng.random((2, 5)) < 0.7
-  inputs, options = inputs_of(tokens, valid), RouterOptions(4, 1)
+  inputs, options = inputs_of(tokens, valid), Options(4, 1)
   choice = choose({'router': jnp.asarray(router, jnp.float32)}, {}, inputs, options)
   # One slot per expert: nearly all is dropped, and the loss must not notice.
   plan = make_plan(choice, inputs.valid, inputs.keys, capacity=1)
@@ -127,7 +128,7 @@ def test_gradients_of_gates_probs_and_loss():
   router, direction = rng.normal(size=(2, DIM, 4)).astype(np.float32).astype(np.float64)
   cotangent = rng.normal(size=(2, 2, 5, 4))
   valid = np.arange(10).reshape(2, 5) % 4 > 0
-  options, state = RouterOptions(4, 2), {'coefficient': jnp.float32(0.3)}
+  options, state = Options(4, 2), {'coefficient': jnp.float32(0.3)}
 
   def values(router):
     choice = remoe.choose({'router': router}, {}, inputs_of(tokens, valid), options)
@@ -160,7 +161,7 @@ def test_degenerate_inputs_stay_finite(case):
   if case == 'collapse':
     router[:, 1:] = -1e4
   valid = jnp.full((1, 3), case != 'padding')
-  options = RouterOptions(router.shape[1], 1)
+  options = Options(router.shape[1], 1)
 
   def total(router):
     choice = remoe.choose({'router': router}, {}, inputs_of(np.ones((1, 3, DIM)), valid), options)
@@ -184,7 +185,7 @@ def test_degenerate_inputs_stay_finite(case):
 
 def test_padding_changes_nothing():
   rng = np.random.default_rng(1)
-  tokens, options = rng.normal(size=(1, 7, DIM)), RouterOptions(4, 1)
+  tokens, options = rng.normal(size=(1, 7, DIM)), Options(4, 1)
   params = {'router': jnp.asarray(rng.normal(size=(DIM, 4)), jnp.float32)}
   valid = np.arange(7)[None] < 4
   changed = np.where(valid[..., None], tokens, np.nan)
@@ -204,7 +205,7 @@ def counted(num_tokens, counts):
 
 def test_coefficient_follows_the_sparsity():
   # E = 4, K = 1, 10 tokens: the target is 10 active gates.
-  options = RouterOptions(4, 1, sparsity_factor=1.5, sparsity_start=1e-3)
+  options = Options(4, 1, sparsity_factor=1.5, sparsity_start=1e-3)
   state, expected = remoe.new_state(options, DIM, 10), 1e-3
   assert state['coefficient'] == np.float32(1e-3)
   for active in [40, 20, 11, 10, 9, 0, 13]:
@@ -217,7 +218,7 @@ def test_coefficient_follows_the_sparsity():
 
 @pytest.mark.parametrize(('active', 'end'), [(0, 1e-20), (40, 1e20)])
 def test_coefficient_can_always_come_back(active, end):
-  options = RouterOptions(4, 1)
+  options = Options(4, 1)
   state = {'coefficient': jnp.float32(end)}
   state = remoe.update(state, counted(10, [active, 0, 0, 0]), options)
   np.testing.assert_allclose(state['coefficient'], end, rtol=1e-6)
@@ -227,7 +228,7 @@ def test_coefficient_can_always_come_back(active, end):
 
 def test_sparsity_approaches_its_target():
   """A router of one offset per expert; the model wants larger gates, the penalty smaller ones."""
-  options = RouterOptions(8, 2)
+  options = Options(8, 2)
   noise = jax.random.normal(jax.random.key(0), (1, 64, 8))
   valid = jnp.ones((1, 64), bool)
 
@@ -258,5 +259,5 @@ def test_sparsity_approaches_its_target():
   [('sparsity_factor', 1.0), ('sparsity_start', 0.0), ('renormalize', 'after_drop')],
 )
 def test_names_the_bad_option(field, value):
-  assert remoe.ROUTER.allowed(RouterOptions(4, 1)) is None
-  assert remoe.ROUTER.allowed(RouterOptions(4, 1, **{field: value}))[0] == field
+  assert remoe.ROUTER.allowed(Options(4, 1)) is None
+  assert remoe.ROUTER.allowed(Options(4, 1, **{field: value}))[0] == field

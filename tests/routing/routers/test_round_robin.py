@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
-from moe_jax.routing.router import RouterInputs, RouterOptions
+from moe_jax.router_options import RouterOptions
+from moe_jax.routing.router import RouterInputs
 from moe_jax.routing.routers import round_robin
 
 choose = jax.jit(round_robin.choose, static_argnums=3)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from moe_jax.routing.router import RouterInputs, RouterOptions
+from moe_jax.routing.router import RouterInputs
 from moe_jax.routing.routers import sinkhorn
+from moe_jax.routing.routers.sinkhorn import Options
 from tests import oracle
 
 # (S, E, K): one expert, K = E, one token.
@@ -39,7 +40,7 @@ def plan_of(logits, valid):
 def options_for(num_experts, k, **changes):
   renormalize = 'none' if k == 1 else 'before_drop'
   settings = {'renormalize': renormalize, 'assignment_tolerance': TOLERANCE, **changes}
-  return RouterOptions(num_experts, k, **settings)
+  return Options(num_experts, k, **settings)
 
 
 def published(logits, tolerance=TOLERANCE):

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from moe_jax.routing.router import RouterInputs, RouterOptions
+from moe_jax.routing.router import RouterInputs
 from moe_jax.routing.routers import soft
+from moe_jax.routing.routers.soft import Options
 from tests import oracle
 
 mix = jax.jit(soft.mix, static_argnums=3)
@@ -65,7 +66,7 @@ def test_matches_the_oracle(seed, shape):
   tokens = rng.integers(-1, 2, (groups, size, DIM)).astype(np.float64)
   phi = rng.normal(size=(DIM, num_experts * slots))
   valid = rng.random((groups, size)) < 0.7
-  options = RouterOptions(num_experts, 1, slots_per_expert=slots)
+  options = Options(num_experts, 1, slots_per_expert=slots)
   params, inputs = params_of(phi, 2.5), inputs_of(tokens, valid)
   logits, dispatch, combine = (
     value.reshape(groups, size, num_experts, slots) for value in mix_oracle(tokens, phi, 2.5, valid)
@@ -88,7 +89,7 @@ def test_by_hand():
   # Unit tokens (1, 0), (0, 1); two experts of one slot, phi = 7 I, scale ln 3. Logits ln 3 on the
   # diagonal and 0 off it: every softmax is of (ln 3, 0), that is (3/4, 1/4).
   params = params_of(7 * np.eye(2), np.log(3))
-  inputs, options = inputs_of(np.eye(2)[None]), RouterOptions(2, 1)
+  inputs, options = inputs_of(np.eye(2)[None]), Options(2, 1)
   mixture = soft.mix(params, {}, inputs, options)
   expected = [[3 / 4, 1 / 4], [1 / 4, 3 / 4]]
   np.testing.assert_allclose(mixture.dispatch[0, :, :, 0], expected, rtol=1e-5)
@@ -98,7 +99,7 @@ def test_by_hand():
 def test_slots_of_an_expert_are_neighbouring_columns():
   # Expert 1 has columns 2 and 3 of phi; the token points along column 3.
   phi = np.eye(4)
-  params, options = params_of(phi, 9.0), RouterOptions(2, 1, slots_per_expert=2)
+  params, options = params_of(phi, 9.0), Options(2, 1, slots_per_expert=2)
   combine = soft.mix(params, {}, inputs_of(phi[None, 3:]), options).combine[0, 0]
   np.testing.assert_array_equal(np.unravel_index(np.argmax(combine), (2, 2)), (1, 1))
 
@@ -109,7 +110,7 @@ def test_gradients_of_both_mixtures():
   point = rng.normal(size=12 + 12 + 1).astype(np.float32).astype(np.float64)
   direction = rng.normal(size=point.shape)
   cotangent = rng.normal(size=(2, 1, 4, 4))
-  options = RouterOptions(2, 1, slots_per_expert=2)
+  options = Options(2, 1, slots_per_expert=2)
 
   def values(point):
     tokens, phi = point[:12].reshape(1, 4, DIM), point[12:24].reshape(DIM, 4)
@@ -131,7 +132,7 @@ def test_degenerate_inputs_stay_finite(case):
   tokens = np.ones((1, 1 if case == 'one_token' else 3, DIM)) * (case != 'zero_tokens')
   valid = np.full(tokens.shape[:2], case != 'padding')
   phi = np.random.default_rng(0).normal(size=(DIM, 4))
-  options = RouterOptions(2, 1, slots_per_expert=2)
+  options = Options(2, 1, slots_per_expert=2)
 
   def total(params, tokens):
     mixture = soft.mix(params, {}, inputs_of(tokens, valid), options)
@@ -154,7 +155,7 @@ def test_degenerate_inputs_stay_finite(case):
 
 def test_padding_changes_nothing():
   rng = np.random.default_rng(1)
-  tokens, options = rng.normal(size=(1, 7, DIM)), RouterOptions(3, 1, slots_per_expert=2)
+  tokens, options = rng.normal(size=(1, 7, DIM)), Options(3, 1, slots_per_expert=2)
   params, valid = params_of(rng.normal(size=(DIM, 6)), 2.0), np.arange(7)[None] % 3 > 0
   changed = np.where(valid[..., None], tokens, np.nan)
   for function in (mix, choose):
@@ -165,7 +166,7 @@ def test_padding_changes_nothing():
 
 def test_does_not_care_for_the_order_or_length_of_tokens():
   rng = np.random.default_rng(2)
-  tokens, options = rng.normal(size=(1, 7, DIM)), RouterOptions(3, 1, slots_per_expert=2)
+  tokens, options = rng.normal(size=(1, 7, DIM)), Options(3, 1, slots_per_expert=2)
   params = params_of(rng.normal(size=(DIM, 6)), 2.0)
   mixture = mix(params, {}, inputs_of(tokens), options)
   turned = mix(params, {}, inputs_of(100 * tokens[:, ::-1]), options)
@@ -177,7 +178,7 @@ def test_does_not_care_for_the_order_or_length_of_tokens():
 
 def test_leaks_the_future():
   rng = np.random.default_rng(3)
-  tokens, options = rng.normal(size=(1, 7, DIM)), RouterOptions(3, 1, slots_per_expert=2)
+  tokens, options = rng.normal(size=(1, 7, DIM)), Options(3, 1, slots_per_expert=2)
   params = params_of(rng.normal(size=(DIM, 6)), 2.0)
   changed = tokens.copy()
   changed[0, -1] *= -1
@@ -192,10 +193,10 @@ def test_leaks_the_future():
 
 
 def test_parameters_and_options():
-  options = RouterOptions(3, 1, slots_per_expert=2)
+  options = Options(3, 1, slots_per_expert=2)
   weights = soft.ROUTER.params(options, DIM)
   assert weights['phi'].shape == (DIM, 6)
   assert (weights['scale'].shape, weights['scale'].init) == ((1,), 'ones')
   assert soft.ROUTER.num_assignments(options) == 3
   assert soft.ROUTER.allowed(options) is None
-  assert soft.ROUTER.allowed(RouterOptions(3, 1, slots_per_expert=0))[0] == 'slots_per_expert'
+  assert soft.ROUTER.allowed(Options(3, 1, slots_per_expert=0))[0] == 'slots_per_expert'

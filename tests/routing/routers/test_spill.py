@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from moe_jax.routing.router import RouterInputs, RouterOptions
+from moe_jax.routing.router import RouterInputs
 from moe_jax.routing.routers import spill
+from moe_jax.routing.routers.spill import Options
 from tests import oracle
 
 # (S, E, K, C): scarce and ample, K = E, one token, as many places as tokens.
@@ -63,7 +64,7 @@ def groups(draw):
 @hypothesis.given(groups(), st.sampled_from(['none', 'before_drop']), st.booleans())
 def test_matches_the_oracle(drawn, renormalize, training):
   logits, valid, k, capacity = drawn
-  options = RouterOptions(
+  options = Options(
     logits.shape[-1], k, capacity=capacity, renormalize=renormalize, training=training
   )
   choice = choose(logits, valid, options)
@@ -82,7 +83,7 @@ def test_by_hand():
   # One place per expert, K = 2, softmax(ln 5, ln 3, ln 2) = .5, .3, .2. Token 0 takes experts 0 and
   # 1; token 1 finds only expert 2; token 2 none.
   logits = np.log(np.full((1, 3, 3), [5.0, 3.0, 2.0])).astype(np.float32)
-  options = RouterOptions(3, 2, capacity=1, renormalize='none', gate_scale=2.0)
+  options = Options(3, 2, capacity=1, renormalize='none', gate_scale=2.0)
   choice = choose(logits, np.ones((1, 3), bool), options)
   assert taken(choice, 0, [True] * 3) == [[0, 1], [2], []]
   np.testing.assert_allclose(choice.gates[0], [[1.0, 0.6], [0.4, 0], [0, 0]], rtol=1e-6)
@@ -94,7 +95,7 @@ def test_gradient_of_the_gates(renormalize):
   logits = rng.normal(size=(1, 8, 5)).astype(np.float32)
   cotangent, direction = rng.normal(size=(8, 5)), rng.normal(size=logits.shape)
   valid = np.ones((1, 8), bool)
-  options = RouterOptions(5, 2, capacity=2, renormalize=renormalize)
+  options = Options(5, 2, capacity=2, renormalize=renormalize)
   experts = one_by_one(logits[0], valid[0], 2, 2)
   # Ten places for sixteen: some tokens have none.
   assert [] in experts
@@ -119,7 +120,7 @@ def test_gradient_of_the_gates(renormalize):
 
 def test_is_top_k_while_there_is_room():
   logits = np.random.default_rng(2).normal(size=(2, 6, 3)).astype(np.float32)
-  choice = choose(logits, np.ones((2, 6), bool), RouterOptions(3, 2, capacity=6))
+  choice = choose(logits, np.ones((2, 6), bool), Options(3, 2, capacity=6))
   np.testing.assert_array_equal(choice.expert_index, np.argsort(-logits, axis=-1)[..., :2])
   assert np.all(choice.chosen)
 
@@ -127,7 +128,7 @@ def test_is_top_k_while_there_is_room():
 def test_fills_every_place_with_enough_tokens():
   logits = np.random.default_rng(3).normal(size=(1, 8, 4)).astype(np.float32)
   logits[..., 0] += 50
-  options = RouterOptions(4, 1, capacity=2, renormalize='none')
+  options = Options(4, 1, capacity=2, renormalize='none')
   choice = choose(logits, np.ones((1, 8), bool), options)
   assert np.all(choice.chosen)
   np.testing.assert_array_equal(np.bincount(choice.expert_index.ravel()), [2] * 4)
@@ -141,7 +142,7 @@ def test_is_causal(place):
   later[:, place:] = rng.normal(size=(1, 8 - place, 5)) * 5
   valid, other_valid = np.ones((1, 8), bool), np.ones((1, 8), bool)
   other_valid[:, place + 1 :] = False
-  options = RouterOptions(5, 2, capacity=2)
+  options = Options(5, 2, capacity=2)
   assert spill.ROUTER.causal
   one, two = choose(logits, valid, options), choose(later, other_valid, options)
   np.testing.assert_array_equal(one.expert_index[:, :place], two.expert_index[:, :place])
@@ -151,7 +152,7 @@ def test_is_causal(place):
 
 def test_an_earlier_token_takes_the_place_of_a_later_one():
   # The counterpart of the test above: the rule does look back.
-  options = RouterOptions(2, 1, capacity=1, renormalize='none')
+  options = Options(2, 1, capacity=1, renormalize='none')
   valid = np.ones((1, 2), bool)
   logits = np.array([[[1.0, 0.0], [1.0, 0.0]]], np.float32)
   earlier = np.array([[[0.0, 1.0], [1.0, 0.0]]], np.float32)
@@ -172,7 +173,7 @@ def test_an_earlier_token_takes_the_place_of_a_later_one():
 )
 def test_degenerate(logits, valid, k, renormalize):
   logits, valid = logits.astype(np.float32), valid.astype(bool)
-  options = RouterOptions(logits.shape[-1], k, capacity=2, renormalize=renormalize)
+  options = Options(logits.shape[-1], k, capacity=2, renormalize=renormalize)
 
   def gates(z):
     choice = choose(z, valid, options)
@@ -186,7 +187,7 @@ def test_degenerate(logits, valid, k, renormalize):
 def test_ends_on_logits_that_are_not_finite():
   logits = np.random.default_rng(0).normal(size=(1, 8, 5)).astype(np.float32)
   logits[0, 1, 2], logits[0, 3], logits[0, 5, 0] = np.nan, np.inf, -np.inf
-  choice = choose(logits, np.ones((1, 8), bool), RouterOptions(5, 2, capacity=2))
+  choice = choose(logits, np.ones((1, 8), bool), Options(5, 2, capacity=2))
   counts = np.bincount(np.asarray(choice.expert_index)[np.asarray(choice.chosen)], minlength=5)
   assert counts.size == 5
   assert counts.max() <= 2
@@ -197,13 +198,13 @@ def test_content_of_padding_changes_nothing():
   logits = rng.normal(size=(2, 8, 5)).astype(np.float32)
   valid = rng.random((2, 8)) < 0.6
   other = np.where(valid[..., None], logits, 9 * rng.normal(size=logits.shape)).astype(np.float32)
-  options = RouterOptions(5, 2, capacity=2)
+  options = Options(5, 2, capacity=2)
   one, two = (choose(z, valid, options) for z in (logits, other))
   np.testing.assert_array_equal(one.expert_index[valid], two.expert_index[valid])
   np.testing.assert_array_equal(one.gates[valid], two.gates[valid])
 
 
 def test_allowed():
-  assert spill.allowed(RouterOptions(4, 2)) is None
-  assert spill.allowed(RouterOptions(4, 1))[0] == 'renormalize'
-  assert spill.allowed(RouterOptions(4, 1, renormalize='none')) is None
+  assert spill.allowed(Options(4, 2)) is None
+  assert spill.allowed(Options(4, 1))[0] == 'renormalize'
+  assert spill.allowed(Options(4, 1, renormalize='none')) is None

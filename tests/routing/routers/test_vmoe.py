@@ -59,6 +59,7 @@ def expected_loss(made, valid):
 def test_matches_the_oracle(case, mode):
   tokens, valid, num_experts, num_selected = case
   options = token_choice.options(
+    NAME,
     num_experts=num_experts,
     num_selected_experts=num_selected,
     training=mode[0],
@@ -78,7 +79,7 @@ def test_by_hand():
   # Evaluation, logits ln 1, ln 2, ln 5: experts 2 and 1, gates 5/8 and 2/8 as they are.
   # CV^2 of the importance (1/8, 2/8, 5/8): mean 1/3, mean square 30/64 / 3 = 5/32, so
   # 45/32 - 1 = 13/32. CV^2 of the load (0, 1, 1): 2/3 * 9/4 - 1 = 1/2. Half of it all: 29/64.
-  options = token_choice.options(num_experts=3, training=False, renormalize='none')
+  options = token_choice.options(NAME, num_experts=3, training=False, renormalize='none')
   params, tokens = {'router': np.eye(3)}, np.log([[[1.0, 2.0, 5.0]]])
   choice = token_choice.choose(NAME, options, params, tokens)
   np.testing.assert_array_equal(choice.expert_index[0, 0], [2, 1])
@@ -91,7 +92,7 @@ def test_by_hand():
 def test_load_by_hand():
   # The K-th largest noisy logit itself: with E = K = 1 and noise n, eta - z = n, so the load is
   # 1 - Phi(n).
-  options = token_choice.options(num_experts=1, num_selected_experts=1, renormalize='none')
+  options = token_choice.options(NAME, num_experts=1, num_selected_experts=1, renormalize='none')
   choice = token_choice.choose(NAME, options, {'router': np.ones((1, 1))}, np.ones((1, 1, 1)))
   np.testing.assert_allclose(choice.sums['load'][0, 0], phi(-normals(1, 1, 1)[0, 0, 0]), rtol=1e-5)
 
@@ -101,7 +102,7 @@ def test_what_the_load_estimates():
   # expert that is not selected the load is the probability of being selected; for a selected one
   # that of exceeding the K-th largest as it stands, less than that of being selected.
   num_experts, rng, num_draws = 4, np.random.default_rng(0), 20000
-  options = token_choice.options(num_experts=num_experts, renormalize='none', noise_scale=4.0)
+  options = token_choice.options(NAME, num_experts=num_experts, renormalize='none', noise_scale=4.0)
   tokens = rng.normal(size=(6, 1, num_experts))
   choice = token_choice.choose(NAME, options, {'router': np.eye(num_experts)}, tokens)
   load, draws = np.asarray(choice.sums['load']), normals(6, 1, num_experts)
@@ -124,7 +125,7 @@ def test_gradients():
   rng = np.random.default_rng(0)
   tokens, valid = rng.normal(size=(2, 4, 3)).astype(np.float32), rng.random((2, 4)) < 0.8
   params = {'router': rng.normal(size=(3, 4)).astype(np.float32)}
-  options = token_choice.options(renormalize='none', noise_scale=2.0)
+  options = token_choice.options(NAME, renormalize='none', noise_scale=2.0)
 
   def expected(params):
     made = expected_choice(params, tokens, valid, normals(2, 4, 4), options)
@@ -136,7 +137,7 @@ def test_gradients():
 
 def test_noise_has_the_declared_size():
   # All logits 0 and K = E: log gates are the noise, up to one number per token.
-  options = token_choice.options(num_selected_experts=4, renormalize='none', noise_scale=2.0)
+  options = token_choice.options(NAME, num_selected_experts=4, renormalize='none', noise_scale=2.0)
   choice = token_choice.choose(NAME, options, {'router': np.zeros((3, 4))}, np.ones((1, 3000, 3)))
   noise = np.log(choice.gates[0])
   # Variance within a token, unbiased: (2 / 4)^2.
@@ -150,6 +151,7 @@ def test_noise_has_the_declared_size():
 def test_degenerate_inputs(num_experts, k, training, noise_scale):
   params = {'router': np.random.default_rng(1).normal(size=(3, num_experts))}
   options = token_choice.options(
+    NAME,
     num_experts=num_experts,
     num_selected_experts=k,
     training=training,
@@ -162,7 +164,7 @@ def test_degenerate_inputs(num_experts, k, training, noise_scale):
 def test_padding_and_later_tokens_change_nothing():
   rng = np.random.default_rng(2)
   params, tokens = {'router': rng.normal(size=(3, 4))}, rng.normal(size=(2, 4, 3))
-  options = token_choice.options(renormalize='none')
+  options = token_choice.options(NAME, renormalize='none')
   token_choice.check_padding(NAME, options, params, tokens)
   token_choice.check_causal(NAME, options, params, tokens)
 
@@ -171,18 +173,17 @@ def test_evaluation_draws_nothing():
   rng = np.random.default_rng(2)
   params, tokens = {'router': rng.normal(size=(3, 4))}, rng.normal(size=(2, 20, 3))
   for training in (True, False):
-    options = token_choice.options(training=training, renormalize='none')
+    options = token_choice.options(NAME, training=training, renormalize='none')
     gates = [token_choice.choose(NAME, options, params, tokens, seed=s).gates for s in (0, 1)]
     assert np.array_equal(*gates) != training
 
 
 def test_allowed():
   router = registry.ROUTERS[NAME]
-  assert router.allowed(token_choice.options(renormalize='none')) is None
-  assert router.allowed(token_choice.options()) is None
+  assert router.allowed(token_choice.options(NAME, renormalize='none')) is None
+  assert router.allowed(token_choice.options(NAME)) is None
   for changes, field in (
     ({'num_selected_experts': 1}, 'renormalize'),
-    ({'score': 'sigmoid'}, 'score'),
     ({'noise_scale': -1.0}, 'noise_scale'),
   ):
-    assert router.allowed(token_choice.options(**changes))[0] == field
+    assert router.allowed(token_choice.options(NAME, **changes))[0] == field

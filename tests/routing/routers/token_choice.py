@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 
 from moe_jax.routing import plan as plan_lib
 from moe_jax.routing import registry, stats
-from moe_jax.routing.router import RouterInputs, RouterOptions
+from moe_jax.routing.router import RouterInputs
 from tests import oracle
 
 
-def options(**changes):
-  return RouterOptions(**{'num_experts': 4, 'num_selected_experts': 2, **changes})
+def options(name, **changes):
+  """Returns the options of a router."""
+  fields = {'num_experts': 4, 'num_selected_experts': 2, **changes}
+  return registry.ROUTERS[name].options(**fields)
 
 
 def keys(num_groups, seed=0):
