@@ -33,7 +33,11 @@ SCHEMA: dict[str, dict[str, Field]] = {
     'mlp_dim': at_least(
       256, 1, 'Hidden units of a dense feed-forward layer; with moe.every=1 there is none.'
     ),
-    'activation': one_of('swiglu', ('swiglu', 'gelu'), 'Of dense layers and of experts.'),
+    'activation': one_of(
+      'swiglu',
+      ('swiglu', 'geglu', 'gelu', 'gelu_exact', 'relu'),
+      'Of dense layers and of experts; gelu and geglu with the tanh, gelu_exact with erf.',
+    ),
     'rope_theta': positive(10000.0, 'Base of the rotary position frequencies.'),
     'norm_epsilon': positive(1e-5, 'Added to the mean square in RMSNorm.'),
     'tied_embeddings': anything(True, 'Output matrix = transposed input embedding.'),

@@ -17,12 +17,13 @@ a plain one, hence the CPU paths. `MOE_JAX_CPU_EXPERTS=off` switches them off: a
 the other platforms run, with the same results up to rounding.
 """
 
-from moe_jax.experts.activations import ACTIVATIONS, activate, hidden_dim
+from moe_jax.experts.activations import ACTIVATIONS, GATED, activate, hidden_dim
 from moe_jax.experts.decode import run_blocks
 from moe_jax.experts.implementations import run_experts, should_pack
 
 __all__ = [
   'ACTIVATIONS',
+  'GATED',
   'activate',
   'hidden_dim',
   'run_blocks',

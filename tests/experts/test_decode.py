@@ -14,7 +14,7 @@ from moe_jax.parallel.mesh import make_mesh
 from tests.dispatch.test_blocks import draw_plan
 from tests.layers import small_layer
 
-ACTIVATIONS = {'swiglu': 2, 'gelu': 1}
+ACTIVATIONS = {'swiglu': 2, 'geglu': 2, 'gelu': 1, 'gelu_exact': 1, 'relu': 1}
 
 
 def draw_weights(num_experts, width, hidden, activation, layers=()):

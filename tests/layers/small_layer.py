@@ -49,7 +49,7 @@ def make_options(**changes):
 def draw(options, batch=16, length=8, seed=0):
   """Random input whose last feature is 1, with padding, one sequence of it whole."""
   rng = np.random.default_rng(seed)
-  columns = options.mlp_dim * (2 if options.activation == 'swiglu' else 1)
+  columns = options.mlp_dim * (2 if options.activation in ('swiglu', 'geglu') else 1)
   x = rng.normal(size=(batch, length, WIDTH))
   x[..., -1] = 1
   valid = rng.random((batch, length)) < 0.85

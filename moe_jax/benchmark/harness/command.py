@@ -9,7 +9,7 @@ from typing import Any
 
 from absl import flags
 
-from moe_jax import cli
+from moe_jax import cli, schema
 from moe_jax.benchmark.harness import parsers
 from moe_jax.benchmark.harness.shape import Shape
 from moe_jax.errors import UserError
@@ -53,7 +53,8 @@ def add_layer_flags(num_experts: str, tokens: str = '') -> None:
 
 def add_activation_flag() -> None:
   """Defines --activation."""
-  flags.DEFINE_enum('activation', 'swiglu', ['swiglu', 'gelu'], 'of all arms.')
+  choices = schema.SCHEMA['model']['activation'].choices
+  flags.DEFINE_enum('activation', 'swiglu', list(choices), 'of all arms.')
 
 
 def add_tokens_per_expert_flag() -> None:

@@ -10,18 +10,21 @@ of the waits, many times too long. Believe them on a quiet machine only, whateve
 shows.
 """
 
+import functools
 import importlib
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from moe_jax.benchmark.harness.shape import Shape
 from moe_jax.benchmark.harness.timing import is_invalid, milliseconds, ratio
 from moe_jax.errors import UserError
+from moe_jax.experts import GATED, activate
 from moe_jax.layers.moe_options import MoeParams
 
 GROUPED = 'grouped_mm'
@@ -148,15 +151,23 @@ def summary(seconds: dict[str, list[float]], ours: Sequence[str]) -> dict[str, A
 def _activation(torch: Any, activation: str) -> tuple[Callable, Callable]:
   """Returns hidden layer -> activated one as `experts.activate`, and the function within it."""
   functional = torch.nn.functional
-  if activation == 'gelu':
-    gelu = lambda hidden: functional.gelu(hidden, approximate='tanh')  # noqa: E731
-    return gelu, gelu
+  gelu = functools.partial(functional.gelu, approximate='tanh')
+  functions = {
+    'swiglu': functional.silu,
+    'geglu': gelu,
+    'gelu': gelu,
+    'gelu_exact': functional.gelu,
+    'relu': functional.relu,
+  }
+  function = functions[activation]
+  if activation not in GATED:
+    return function, function
 
-  def swiglu(hidden):
+  def gated(hidden):
     gate, value = hidden.chunk(2, dim=-1)
-    return functional.silu(gate) * value
+    return function(gate) * value
 
-  return swiglu, functional.silu
+  return gated, function
 
 
 def _experts(
@@ -172,7 +183,7 @@ def _experts(
       self.num_experts = w_in.shape[0]
       self.first, self.down_proj = torch.nn.Parameter(w_in), torch.nn.Parameter(w_out)
       self.act_fn = act_fn
-      if activation == 'swiglu':
+      if activation in GATED:
         self.gate_up_proj = self.first
       else:
         self.up_proj = self.first
@@ -180,9 +191,7 @@ def _experts(
     def forward(self, *_):
       raise RuntimeError(f'the registry of experts did not take {GROUPED}')
 
-  decorate = registry.use_experts_implementation(
-    is_transposed=True, has_gate=activation == 'swiglu'
-  )
+  decorate = registry.use_experts_implementation(is_transposed=True, has_gate=activation in GATED)
   return decorate(Experts)(types.SimpleNamespace(_experts_implementation=GROUPED))
 
 
@@ -214,13 +223,8 @@ def _check(
   for token, experts in enumerate(np.asarray(expert_index[: len(found)])):
     for expert in experts:
       hidden = _wide(tokens[token]) @ _wide(params.w_in[expert])
-      if shape.activation == 'swiglu':
-        gate, value = np.split(hidden, 2)
-        hidden = gate / (1 + np.exp(-gate)) * value
-      else:
-        inner = np.sqrt(2 / np.pi) * (hidden + 0.044715 * hidden**3)
-        hidden = hidden * (1 + np.tanh(inner)) / 2
-      wanted[token] += hidden @ _wide(params.w_out[expert]) / len(experts)
+      hidden = np.asarray(activate(jnp.asarray(hidden, jnp.float32), shape.activation))
+      wanted[token] += _wide(hidden) @ _wide(params.w_out[expert]) / len(experts)
   off = np.max(np.abs(found.numpy() - wanted)) / np.max(np.abs(wanted))
   if not off <= _TOLERANCE[shape.dtype]:
     raise RuntimeError(f'{GROUPED}: outputs are off by {off:.1%} of the largest')

@@ -1,0 +1,69 @@
+"""Activations against their formulas, in NumPy with the standard library's erf."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import experts
+
+X = np.array([-30.0, -2.0, -0.75, -1e-3, 0.0, 1e-3, 0.5, 1.0, 3.0, 30.0])
+VALUE = np.array([1.0, -2.0, 0.5, 3.0, 1.0, -1.0, 4.0, 0.25, -0.5, 2.0])
+
+
+def oracle(activation, gate, value):
+  """Returns the activated hidden layer; `value` serves those with a gate."""
+  tanh = np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))
+  erf = np.array([math.erf(x / math.sqrt(2)) for x in gate])
+  return {
+    'relu': np.where(gate > 0, gate, 0),
+    'gelu': gate * (1 + tanh) / 2,
+    'gelu_exact': gate * (1 + erf) / 2,
+    'geglu': gate * (1 + tanh) / 2 * value,
+    'swiglu': gate / (1 + np.exp(-gate)) * value,
+  }[activation]
+
+
+def hidden_of(activation):
+  gated = activation in ('swiglu', 'geglu')
+  return np.concatenate([X, VALUE]) if gated else X
+
+
+@pytest.mark.parametrize('activation', experts.ACTIVATIONS)
+def test_matches_the_formula(activation):
+  hidden = hidden_of(activation)
+  assert experts.hidden_dim(len(X), activation) == len(hidden)
+  found = experts.activate(jnp.asarray(hidden, jnp.float32), activation)
+  np.testing.assert_allclose(found, oracle(activation, X, VALUE), rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('activation', experts.ACTIVATIONS)
+def test_the_gradient_is_that_of_the_formula(activation):
+  hidden = hidden_of(activation)[X.tolist().index(0.0) :]  # not at the corner of ReLU
+  gate, value = np.array([-2.0, 0.5, 3.0]), np.array([1.0, -2.0, 0.25])
+  hidden = np.concatenate([gate, value]) if len(hidden) > len(X) else gate
+  loss = lambda h: jnp.sum(experts.activate(h, activation))  # noqa: E731
+  found = np.asarray(jax.grad(loss)(jnp.asarray(hidden, jnp.float32)))
+  step = 1e-5
+  for place in range(len(hidden)):
+    moved = np.stack([hidden, hidden])
+    moved[:, place] += [step, -step]
+    sums = [np.sum(oracle(activation, h[:3], h[3:] if len(h) > 3 else None)) for h in moved]
+    np.testing.assert_allclose(found[place], (sums[0] - sums[1]) / (2 * step), rtol=1e-4, atol=1e-5)
+
+
+def test_the_two_gelus_differ_and_by_hand():
+  """At 1, Phi(1) = 0.8413447; with the tanh 0.8411920."""
+  one = jnp.float32([1.0])
+  np.testing.assert_allclose(experts.activate(one, 'gelu_exact'), 0.8413447, rtol=1e-6)
+  np.testing.assert_allclose(experts.activate(one, 'gelu'), 0.8411920, rtol=1e-6)
+  two = jnp.float32([1.0, -2.0])
+  np.testing.assert_allclose(experts.activate(two, 'geglu'), -2 * 0.8411920, rtol=1e-6)
+  np.testing.assert_array_equal(experts.activate(two, 'relu'), [1.0, 0.0])
+
+
+def test_an_unknown_name_is_refused():
+  with pytest.raises(ValueError, match="activation='silu': must be one of swiglu"):
+    experts.activate(jnp.zeros(2), 'silu')
