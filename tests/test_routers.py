@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -71,22 +72,37 @@ def test_every_preset_fits_every_base(name):
 
 @pytest.mark.parametrize('name', PRESETS)
 def test_a_preset_says_what_its_experts_run(name):
-  """Whatever the paper had: the activation is a field of the model, which no preset sets."""
   text = ' '.join(importlib.import_module(f'configs.presets.{name}').__doc__.split())
-  assert preset(name).model.activation == 'swiglu'
-  assert 'Its experts run SwiGLU' in text, (
-    f"say so in the docstring of configs/presets/{name}.py: 'Its experts run SwiGLU, ...'"
+  words = {'swiglu': 'SwiGLU', 'geglu': 'GEGLU', 'gelu': 'GELU', 'relu': 'ReLU'}
+  said = words[preset(name).model.activation]
+  assert re.search(rf'Its experts run {said}\b', text), (
+    f"say in the docstring of configs/presets/{name}.py: 'Its experts run {said}, ...'"
   )
+
+
+def test_presets_have_the_activation_of_their_papers():
+  papers = {
+    'switch': 'relu',
+    'gshard': 'relu',
+    'st_moe': 'geglu',
+    'vmoe': 'gelu',
+    'top_k': 'swiglu',
+  }
+  assert {name: preset(name).model.activation for name in papers} == papers
+  for base in ('quickstart', 'lm_small'):
+    assert preset('switch', base).model.activation == 'relu'
 
 
 @pytest.mark.parametrize('name', ['switch', *(n for n, r in routing.ROUTERS.items() if r.reads)])
 def test_a_preset_leaves_no_choice_open(name):
   names = (*presets.SILENT, *routing.ROUTERS[preset(name).moe.router].reads)
   choices = {field: preset(name).moe[field] for field in names}
-  presets.make('', **choices)
+  presets.make('', activation='relu', **choices)
+  with pytest.raises(TypeError, match=r'model\.activation open'):
+    presets.make('', **choices)
   for field in names:
     with pytest.raises(TypeError, match=f'moe.{field} open'):
-      presets.make('', **{key: value for key, value in choices.items() if key != field})
+      presets.make('', activation='relu', **{k: v for k, v in choices.items() if k != field})
 
 
 def test_what_every_router_reads_has_one_default():

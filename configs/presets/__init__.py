@@ -43,11 +43,12 @@ SILENT = (
 )
 
 
-def make(base: str, **choices: Any):
+def make(base: str, *, activation: str = '', **choices: Any):
   """Returns a config with a paper's choices.
 
   Args:
     base: the argument of --config: '' or debug for seconds, quickstart, or lm_small.
+    activation: `model.activation`, of the paper's experts; dense layers run it, too.
     **choices: fields of `moe`; each of `SILENT`, and what else the router reads.
 
   Raises:
@@ -59,6 +60,8 @@ def make(base: str, **choices: Any):
     near = did_you_mean(base, _BASES)
     raise UserError('--config', base, f'the argument must be one of {known}{near}')
   own = routing.ROUTERS[choices['router']].reads if 'router' in choices else ()
+  if not activation:
+    raise TypeError('the preset leaves model.activation open')
   missing = [name for name in (*SILENT, *own) if name not in choices]
   if missing:
     raise TypeError(f'the preset leaves moe.{missing[0]} open')
@@ -67,6 +70,7 @@ def make(base: str, **choices: Any):
     config.moe.update(num_experts=8, mlp_dim=32)
     config.optim.update(learning_rate=5e-3, warmup_steps=10)
     config.train.update(num_steps=300, checkpoint_every=300, eval_every=0)
+  config.model.activation = activation
   config.moe.update(choices)
   return config
 

@@ -8,7 +8,7 @@ Differs: a capacity, where the source has none. In training it is what the assig
 nothing is dropped; in evaluation C = S / 2 with 8 experts, S / 4 with the 16 of lm_small, and
 tokens can be dropped.
 
-Its experts run SwiGLU; those of the source are ReLU layers behind a norm, several in a row.
+Its experts run ReLU; those of the source are ReLU layers behind a norm, several in a row.
 
 python -m moe_jax.train --config=configs/presets/base.py --workdir=runs/base
 """
@@ -20,6 +20,7 @@ def get_config(arg: str = ''):
   """Returns the choices on the model of a base config; see `configs.presets.make`."""
   return presets.make(
     arg,
+    activation='relu',
     router='base',
     every=1,
     num_selected_experts=1,

@@ -20,6 +20,7 @@ def get_config(arg: str = ''):
   """Returns the choices on the model of a base config; see `configs.presets.make`."""
   config = presets.make(
     arg,
+    activation='swiglu',
     router='top_k',
     every=1,
     num_selected_experts=1,

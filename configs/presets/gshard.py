@@ -3,7 +3,10 @@
 Lepikhin et al. 2020, arXiv:2006.16668. Its loss counts first choices alone; 1 at balance here. Not
 stated: the initial scale of the router. Differs: a MoE layer in every block, there in every second.
 
-Its experts run SwiGLU, where the paper has ReLU.
+The model around the experts is a language model, where the paper has an encoder and a decoder that
+translate.
+
+Its experts run ReLU, as there.
 
 python -m moe_jax.train --config=configs/presets/gshard.py --workdir=runs/gshard
 """
@@ -15,6 +18,7 @@ def get_config(arg: str = ''):
   """Returns the choices on the model of a base config; see `configs.presets.make`."""
   return presets.make(
     arg,
+    activation='relu',
     router='gshard',
     every=1,
     num_selected_experts=2,

@@ -5,7 +5,7 @@ Roller et al. 2021, arXiv:2106.04426, balanced by the frequency of tokens in the
 Differs: a capacity, where ParlAI (13fe067) applies none. With 8 experts C = S / 2, in evaluation
 C = S and nothing is dropped; with the 16 of lm_small S / 4 and S / 2, and tokens can be dropped.
 
-Its experts run SwiGLU; ParlAI's feed-forward layers have no gate, and ReLU by default.
+Its experts run ReLU, the default of ParlAI's feed-forward layers.
 
 python -m moe_jax.train --config=configs/presets/hash.py --workdir=runs/hash
 """
@@ -17,6 +17,7 @@ def get_config(arg: str = ''):
   """Returns the choices on the model of a base config; see `configs.presets.make`."""
   return presets.make(
     arg,
+    activation='relu',
     router='hash',
     every=1,
     num_selected_experts=1,

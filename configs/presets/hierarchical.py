@@ -5,7 +5,7 @@ all experts, each weighted by 0.1; app. C: two groups and two experts in each. D
 where the paper has 16; matrices of logits that do not start at zero. With 8 experts C = S and
 nothing is dropped, as in the paper, which has no capacity; with the 16 of lm_small C = S / 2.
 
-Its experts run SwiGLU, where the paper has ReLU.
+Its experts run ReLU, as there.
 
 python -m moe_jax.train --config=configs/presets/hierarchical.py --workdir=runs/hierarchical
 """
@@ -17,6 +17,7 @@ def get_config(arg: str = ''):
   """Returns the choices on the model of a base config; see `configs.presets.make`."""
   return presets.make(
     arg,
+    activation='relu',
     router='hierarchical',
     every=1,
     num_selected_experts=4,

@@ -3,7 +3,7 @@
 Shazeer et al. 2017, arXiv:1701.06538. Differs: a capacity, where the paper has none; K = 2, where
 its flat layers have 4.
 
-Its experts run SwiGLU, where the paper has ReLU.
+Its experts run ReLU, as there.
 
 python -m moe_jax.train --config=configs/presets/noisy_top_k.py --workdir=runs/noisy_top_k
 """
@@ -15,6 +15,7 @@ def get_config(arg: str = ''):
   """Returns the choices on the model of a base config; see `configs.presets.make`."""
   return presets.make(
     arg,
+    activation='relu',
     router='noisy_top_k',
     every=1,
     num_selected_experts=2,

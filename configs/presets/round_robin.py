@@ -14,6 +14,7 @@ def get_config(arg: str = ''):
   """Returns the choices on the model of a base config; see `configs.presets.make`."""
   return presets.make(
     arg,
+    activation='swiglu',
     router='round_robin',
     every=1,
     num_selected_experts=1,

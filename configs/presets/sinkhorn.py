@@ -17,6 +17,7 @@ def get_config(arg: str = ''):
   """Returns the choices on the model of a base config; see `configs.presets.make`."""
   return presets.make(
     arg,
+    activation='swiglu',
     router='sinkhorn',
     every=1,
     num_selected_experts=1,

@@ -6,7 +6,7 @@ the 196 tokens of an image. Differs: a sequence instead of an image; without noi
 option there. Nothing is dropped: capacity, priority and `num_selected_experts` are not read, nor is
 the size of the weights' start, as they are normalised.
 
-Its experts run SwiGLU, where the paper has GELU.
+Its experts run GELU, as there; by the tanh, the default of the library of its code.
 
 `python -m moe_jax.train` refuses it in one line. tests/layers/test_soft_layer.py trains its layer.
 """
@@ -18,6 +18,7 @@ def get_config(arg: str = ''):
   """Returns the choices on the model of a base config; see `configs.presets.make`."""
   return presets.make(
     arg,
+    activation='gelu',
     router='soft',
     every=1,
     num_selected_experts=1,

@@ -12,7 +12,9 @@ are those of the router gshard.
 Differs: in evaluation every second choice asks for a slot, there the draw is made too; a MoE layer
 in every block, there in every fourth.
 
-Its experts run SwiGLU, where the paper has GEGLU.
+The model around the experts is a decoder, where the paper has T5's encoder and decoder.
+
+Its experts run GEGLU, as there.
 
 python -m moe_jax.train --config=configs/presets/st_moe.py --workdir=runs/st_moe
 """
@@ -24,6 +26,7 @@ def get_config(arg: str = ''):
   """Returns the choices on the model of a base config; see `configs.presets.make`."""
   return presets.make(
     arg,
+    activation='geglu',
     router='gshard',
     every=1,
     num_selected_experts=2,

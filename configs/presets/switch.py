@@ -3,7 +3,10 @@
 Fedus et al. 2021, arXiv:2101.03961. Differs: the balance is asked for over
 the batch, not per core; a MoE layer in every block, there in every second.
 
-Its experts run SwiGLU, where the paper has ReLU (its equations, Switch-C) or GEGLU (the others).
+The model around the experts is a decoder, where the paper has T5's encoder and decoder with
+relative positions.
+
+Its experts run ReLU, as in the paper's equations and Switch-C; its other models have GEGLU.
 
 python -m moe_jax.train --config=configs/presets/switch.py --workdir=runs/switch
 """
@@ -15,6 +18,7 @@ def get_config(arg: str = ''):
   """Returns the choices on the model of a base config; see `configs.presets.make`."""
   return presets.make(
     arg,
+    activation='relu',
     router='top_k',
     every=1,
     num_selected_experts=1,

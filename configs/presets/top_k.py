@@ -6,6 +6,8 @@ trainer. Differs: 2 of 8 experts instead of 8 of 64.
 With 8 experts C = S and nothing is dropped, as there; with the 16 of lm_small C = S / 2, and tokens
 can be dropped.
 
+The model around the experts lacks OLMoE's norm on queries and keys.
+
 Its experts run SwiGLU, as there.
 
 python -m moe_jax.train --config=configs/presets/top_k.py --workdir=runs/top_k
@@ -18,6 +20,7 @@ def get_config(arg: str = ''):
   """Returns the choices on the model of a base config; see `configs.presets.make`."""
   return presets.make(
     arg,
+    activation='swiglu',
     router='top_k',
     every=1,
     num_selected_experts=2,

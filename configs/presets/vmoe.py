@@ -6,7 +6,10 @@ router starts as lecun_normal, of variance 1 / D. Neither order is causal. Diffe
 instead of images; a MoE layer in every block, there in every second or the last few; a capacity
 rounded up to a whole number, where the code rounds it up to a multiple of 4.
 
-Its experts run SwiGLU, where the paper has GELU.
+The model around the experts lacks the patches, the learned positions and the class token of a
+vision transformer, and the biases of its matrices.
+
+Its experts run GELU, as there; by the tanh, the default of the library of its code.
 
 python -m moe_jax.train --config=configs/presets/vmoe.py --workdir=runs/vmoe
 """
@@ -18,6 +21,7 @@ def get_config(arg: str = ''):
   """Returns the choices on the model of a base config; see `configs.presets.make`."""
   return presets.make(
     arg,
+    activation='gelu',
     router='vmoe',
     every=1,
     num_selected_experts=2,
