@@ -50,7 +50,7 @@ def test_the_gradient_is_that_of_the_formula(activation):
   for place in range(len(hidden)):
     moved = np.stack([hidden, hidden])
     moved[:, place] += [step, -step]
-    sums = [np.sum(oracle(activation, h[:3], h[3:] if len(h) > 3 else None)) for h in moved]
+    sums = [np.sum(oracle(activation, h[:3], h[3:] if len(h) > 3 else 1.0)) for h in moved]
     np.testing.assert_allclose(found[place], (sums[0] - sums[1]) / (2 * step), rtol=1e-4, atol=1e-5)
 
 

@@ -224,7 +224,7 @@ def _check(
     for expert in experts:
       hidden = _wide(tokens[token]) @ _wide(params.w_in[expert])
       hidden = np.asarray(activate(jnp.asarray(hidden, jnp.float32), shape.activation))
-      wanted[token] += _wide(hidden) @ _wide(params.w_out[expert]) / len(experts)
+      wanted[token] += hidden.astype(np.float64) @ _wide(params.w_out[expert]) / len(experts)
   off = np.max(np.abs(found.numpy() - wanted)) / np.max(np.abs(wanted))
   if not off <= _TOLERANCE[shape.dtype]:
     raise RuntimeError(f'{GROUPED}: outputs are off by {off:.1%} of the largest')

@@ -185,7 +185,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   )
 
 
-def allowed(options: Options) -> tuple[str, str] | None:
+def allowed(options: GateScaleOptions) -> tuple[str, str] | None:
   """Rejects gates that are always 1, through which the router would learn nothing."""
   if options.num_selected_experts == 1 and options.renormalize != 'none':
     why = 'with num_selected_experts=1, or the gate is always 1 and the router learns nothing'
