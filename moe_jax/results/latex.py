@@ -55,7 +55,7 @@ def latex(summary: Summary, keys: Sequence[str] = (), *, wide: bool = False) -> 
   Raises:
     UserError: for a column that there is not.
   """
-  shown = [_Column(column.title, column.cells) for column in tables.columns(summary, keys)]
+  shown = [_as_shown(summary, column) for column in tables.columns(summary, keys)]
   labels = labels_of(summary.study)
   names = _names(summary)
   width = _TEXT_WIDTH if wide else _COLUMN_WIDTH
@@ -88,8 +88,17 @@ def left_out(
     return []
   columns = tables.columns(summary)
   room = _room(_names(summary), _TEXT_WIDTH if wide else _COLUMN_WIDTH)
-  taken = {column.title for column in _first([_Column(c.title, c.cells) for c in columns], room)}
-  return [column for column in columns if column.title not in taken]
+  shown = [_as_shown(summary, column) for column in columns]
+  taken = {column.title for column in _first(shown, room)}
+  return [c for c, column in zip(columns, shown, strict=True) if column.title not in taken]
+
+
+def _as_shown(summary: Summary, column: tables.Column) -> _Column:
+  """Returns a column of the table, which calls the baseline by its label, as the rows do."""
+  title = column.title
+  if column.key == tables.DIFFERENCE:
+    title = f'minus {labels_of(summary.study)[summary.study.baseline]}'
+  return _Column(title, column.cells)
 
 
 def _names(summary: Summary) -> _Column:

@@ -29,6 +29,7 @@ from moe_jax.sweep.trials import Trial, training_flops
 from moe_jax.train import ancestry, device_errors, evaluate, manifest, packed, timing
 from moe_jax.train.loop import DivergedError, Listener, program_of, train
 from moe_jax.train.opening import dataset_of
+from moe_jax.train.progress import bar_file
 from moe_jax.train.restore import restore_run
 
 
@@ -179,7 +180,11 @@ def _run_unit(
   if len(new) > 1 and not alone:
     _train_pack(new, workdir, progress)
   trained = [t for t in unit if _is_trained(t, workdir)]
-  evaluated = _evaluate_pack(study, trained, workdir, say) if len(trained) > 1 else {}
+  evaluated: dict[str, _Evaluated] = {}
+  if len(trained) > 1:
+    progress.begin(*trained)
+    progress.show_phase('evaluating')
+    evaluated = _evaluate_pack(study, trained, workdir, say)
   return [_run_one(study, t, workdir, progress, say, evaluated.get(t.id)) for t in unit]
 
 
@@ -285,7 +290,9 @@ def _run_one(
       if not done.finished:
         raise Interrupted(done.interrupted_by or 0)
       seconds: dict[str, Any] = {'training': watch.seconds()}
-      evaluated = evaluated or _evaluate(study, trial, folder)
+      if evaluated is None:
+        progress.show_phase('evaluating')
+        evaluated = _evaluate(study, trial, folder)
       facts |= {
         'evaluations': evaluated.results,
         'evaluated_together': evaluated.together,
@@ -434,6 +441,7 @@ class _Progress:
       initial=sum(self._cost[id_] * steps for id_, steps in self._done.items()),
       # The library's own estimate would count compiling as if every step compiled.
       bar_format='{percentage:3.0f}%|{bar:20}| {elapsed}{postfix}',
+      file=bar_file(),
       mininterval=0.5 if sys.stderr.isatty() else 30.0,
       dynamic_ncols=True,
     )
@@ -463,8 +471,7 @@ class _Progress:
       self._pace.resume()
     else:
       self._pace.pause()
-    # Away from a terminal each refresh is a line.
-    self._bar.set_postfix_str(self._text(), refresh=not phase or sys.stderr.isatty())
+    self._bar.set_postfix_str(self._text(), refresh=True)
 
   def _text(self) -> str:
     """Returns what runs, and the time of training that is left once a step was timed."""

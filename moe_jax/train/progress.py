@@ -19,6 +19,28 @@ def print_line(line: str) -> None:
     print(line, flush=True)
 
 
+def bar_file() -> Any:
+  """Returns where a bar writes: stderr; away from a terminal each refresh is a line of its own."""
+  return sys.stderr if sys.stderr.isatty() else _Lines(sys.stderr)
+
+
+class _Lines:
+  """A text stream that ends lines where a bar would write over the last one."""
+
+  def __init__(self, stream: Any):
+    self._stream = stream
+
+  def write(self, text: str) -> int:
+    """Writes each refresh of a bar as a line; blanks that only clear the last one are dropped."""
+    for line in text.replace('\r', '\n').split('\n'):
+      if line.strip():
+        self._stream.write(line.rstrip() + '\n')
+    return len(text)
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._stream, name)
+
+
 class ProgressBar:
   """The progress bar: phase, loss, tokens per second, drop share, time left."""
 
@@ -31,6 +53,7 @@ class ProgressBar:
       initial=step,
       unit='step',
       disable=not shown or jax.process_index() != 0,
+      file=bar_file(),
       mininterval=0.2 if self._terminal else 10.0,
       dynamic_ncols=True,
     )

@@ -1,9 +1,17 @@
 """Paths to the numbers of an evaluation, and what is said of one that is not there."""
 
+import pathlib
+
 import pytest
 
 from moe_jax.errors import UserError
 from moe_jax.sweep import metric_paths
+from moe_jax.sweep.evaluations import (
+  LAYER_METRICS,
+  METRICS,
+  POOLED_LAYER_METRICS,
+  POOLED_METRICS,
+)
 
 LOSS = {'loss': 2.5, 'router/max_violation': [0.5, 2.0], 'router/load': [[0.5, 0.5]]}
 EVALUATIONS = {
@@ -93,3 +101,10 @@ def test_a_dense_arm_and_a_layer_that_is_not_there():
   ):
     with pytest.raises(UserError, match=words):
       metric_paths.check_layers(name, 'moe', layers)
+
+
+def test_the_readme_names_every_metric():
+  text = (pathlib.Path(__file__).parents[2] / 'experiments/README.md').read_text(encoding='utf-8')
+  every = {*METRICS, *LAYER_METRICS, *POOLED_METRICS, *POOLED_LAYER_METRICS}
+  missing = {name for name in every if f'`{name.removesuffix("_baseline")}`' not in text}
+  assert not missing
