@@ -95,7 +95,7 @@ def _remarks(made: 'sweep_report.Report') -> Iterator[str]:
     if names:
       yield f'figures as wide as {place}, {width:g} in: {", ".join(names)}'
   if not made.url:
-    yield 'cite.bib: has no url; set repository-code in CITATION.cff to the address of your checkout'
+    yield 'cite.bib: has no url; set repository-code in CITATION.cff to the address of your fork'
 
 
 if __name__ == '__main__':
