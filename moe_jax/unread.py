@@ -34,6 +34,13 @@ WEIGHTED = {
   'load_balancing_weight': 'balance_normalization',
   'device_balance_weight': 'device_balance_parts',
 }
+# The losses that are formed in scopes; a router's own may be.
+SCOPED = (
+  'load_balancing_weight',
+  'device_balance_weight',
+  'importance_weight',
+  'router_loss_weight',
+)
 # What a config file may state for when another of its fields is changed: a preset its capacity
 # though one may choose `dropless`, a study its balance_devices for the arm that asks for balance on
 # them.
@@ -43,6 +50,7 @@ STATED = (
   'model.mlp_dim',
   'moe.balance_devices',
   'moe.balance_normalization',
+  'moe.balance_scope',
   'moe.capacity_factor',
   'moe.device_balance_parts',
   'moe.eval_capacity_factor',
@@ -85,6 +93,8 @@ def unread(config: ml_collections.ConfigDict) -> dict[str, str]:
   for weight, field in WEIGHTED.items():
     if not moe[weight]:
       found[f'moe.{field}'] = f'moe.{weight}=0'
+  if not any(moe[weight] for weight in SCOPED):
+    found['moe.balance_scope'] = ', '.join(f'moe.{weight}=0' for weight in SCOPED)
   if moe.balance_scope != 'device':
     found['moe.balance_devices'] = f'moe.balance_scope={moe.balance_scope}'
   return found | _unread_by_layer(config)

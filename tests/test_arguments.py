@@ -10,7 +10,7 @@ import pytest
 from absl import flags
 
 from moe_jax import __main__ as front
-from moe_jax import arguments
+from moe_jax import arguments, router_options
 from moe_jax.errors import UserError, did_you_mean
 from tests import tiny
 

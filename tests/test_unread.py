@@ -120,6 +120,7 @@ def test_the_tables_say_what_is_read_and_the_rest_is_refused(choice, value):
       {'moe.load_balancing_weight': 0.0, 'moe.balance_normalization': 'k'},
       'moe.balance_normalization',
     ),
+    ({'moe.load_balancing_weight': 0.0, 'moe.balance_scope': 'group'}, 'moe.balance_scope'),
     ({'moe.device_balance_parts': 2}, 'moe.device_balance_parts'),
     ({'moe.every': 2, 'moe.layer_reduction': 'sum'}, 'moe.layer_reduction'),
     ({'data.name': 'tier1', 'data.valid_fraction': 0.2}, 'data.valid_fraction'),
