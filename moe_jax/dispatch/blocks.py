@@ -56,11 +56,14 @@ def make_blocks(
     block_size: B, rows in a block.
   """
   num_rows, num_experts = expert_index.size, counts.size
+  # ceil(n_e / b) blocks for each expert, and the block after its last.
   blocks = -(-counts // block_size)
   ends = jnp.cumsum(blocks).astype(jnp.int32)
   # Each expert has at most one block that is not full; each block has a row.
   most = min(num_rows, num_rows // block_size + num_experts)
   first = jnp.append((ends - blocks) * block_size, most * block_size)
+  # Row r of expert e stands at (first block of e) * b + r. One that goes to no expert is past the
+  # end.
   place = first[jnp.minimum(expert_index, num_experts)] + rank
   items = jnp.full((most * block_size,), num_rows, jnp.int32)
   items = items.at[place].set(jnp.arange(num_rows, dtype=jnp.int32), mode='drop')
@@ -77,6 +80,7 @@ def sort_into_blocks(expert_index: Int[Array, 'M'], num_experts: int, block_size
   """
   numbers = jnp.arange(expert_index.size, dtype=jnp.int32)
   in_order, row = jax.lax.sort((expert_index, numbers), num_keys=1, is_stable=True)
+  # After a stable sort by expert, rank = position - where the expert's rows begin.
   first = jnp.searchsorted(in_order, jnp.arange(num_experts + 1)).astype(jnp.int32)
   rank = jnp.zeros_like(numbers).at[row].set(numbers - first[in_order], unique_indices=True)
   return make_blocks(expert_index, rank, jnp.diff(first), block_size)
@@ -119,6 +123,7 @@ def backward(
     expert, items = _of_block(blocks, block)
     token = items // fan_out
     inputs, own = rows(tokens, token)[None], _weights_of(weights, expert)
+    # The block's forward pass again, cheaper than to keep every block's hidden units.
     outputs, pull = jax.vjp(experts, inputs, own)
     of_y = rows(grad_y, token).astype(jnp.float32)
     of_scales = jnp.sum(outputs[0].astype(jnp.float32) * of_y, axis=-1)

@@ -61,8 +61,10 @@ def dispatch(
     first_expert: of this device; assignments to others than these are left out.
   """
   selected = plan.expert_index.shape[-1]
+  # Where experts are spread over devices, each takes the assignments of its own alone.
   local = plan.expert_index - first_expert
   here = plan.keep & (local >= 0) & (local < num_experts)
+  # Others queue for an expert that isn't there, behind all blocks.
   queue = jnp.where(here, local, num_experts).ravel()
   blocks = blocks_lib.sort_into_blocks(queue, num_experts, num_rows)
   rows = blocks_lib.rows(tokens.reshape(-1, tokens.shape[-1]), blocks.items // selected)

@@ -126,12 +126,16 @@ def run(
   num_devices = jax.lax.axis_size(axis_name)
   sizes = sizes_of(groups * size, num_experts, num_selected, num_devices)
   with jax.named_scope('plan'):
+    # One group of all, so that an expert's rows are contiguous: base slots first, the rest after
+    # them.
     of_base, beyond = merged.merge(plan, sizes.base)
   rows = tokens.reshape(groups * size, width)
   y = None
+  # With as many slots as tokens nothing can lie beyond the base, and the loops aren't compiled.
   if sizes.base < groups * size:
     weights = varying_like(weights, rows)
     with jax.named_scope('plan'):
+      # Zero for what the base computes: blocks then add nothing for it.
       scales = jnp.where(beyond, plan.combine_weights.reshape(beyond.shape), 0).ravel()
       rest = find_rest(of_base, beyond, sizes.base)
     axis = axis_name if num_devices > 1 else None
@@ -182,6 +186,7 @@ def _add_rest_fwd(experts, sizes, axis_name, tokens, scales, weights, rest):
 def _add_rest_bwd(experts, sizes, axis_name, residuals, grads):
   tokens, scales, weights, rest = residuals
   grad_y, of_tokens, of_weights = grads
+  # The base's gradients came in; the blocks add to them in place.
   start = Gradients(of_tokens.astype(jnp.float32), jnp.zeros_like(scales), of_weights)
   if axis_name is None:
     blocks = blocks_lib.make_blocks(rest.expert, rest.rank, rest.counts, sizes.block)
@@ -217,6 +222,7 @@ class _Rounds:
     numbers = jnp.arange(rest.expert.size, dtype=jnp.int32)
     place = jnp.append(first, numbers.size)[rest.expert] + rest.rank
     self._order = jnp.full_like(numbers, numbers.size).at[place].set(numbers, mode='drop')
+    # Rows for each device, and where they start in that order.
     self._counts = rest.counts.reshape(num_devices, -1).sum(axis=1)
     self._first = jnp.cumsum(self._counts) - self._counts
     most = jnp.max(-(-self._counts // self._num_rows))
@@ -227,12 +233,15 @@ class _Rounds:
     fan_out = scales.size // tokens.shape[0]
 
     def run(index, y):
+      # To the experts: X rows for each device. There by blocks of one expert, and back the same
+      # way, where each row is scaled and added to its token.
       items = self._items(index)
       inputs = self._swap(blocks_lib.rows(tokens, items // fan_out))
       blocks = self._received_blocks(items)
       start = varying_like(jnp.zeros(inputs.shape, jnp.float32), inputs)
       ones = varying_like(jnp.ones(inputs.shape[0], jnp.float32), inputs)
       outputs = blocks_lib.forward(start, inputs, ones, self._weights, blocks, self._experts)
+      # The exchange is its own inverse, so rows come back in the order they left in.
       returned = self._swap(outputs.astype(tokens.dtype)).astype(jnp.float32)
       scaled = returned * blocks_lib.rows(scales[:, None], items)
       return y.at[items // fan_out].add(scaled, mode='drop')
@@ -244,6 +253,8 @@ class _Rounds:
 
     def run(index, gradients):
       items = self._items(index)
+      # Rows, their gradients and their scales go to the experts; the gradients of rows and scales
+      # come back. Those of weights stay where the experts are.
       token = items // fan_out
       inputs = self._swap(blocks_lib.rows(tokens, token))
       of_outputs = self._swap(blocks_lib.rows(grad_y, token))
@@ -282,6 +293,7 @@ class _Rounds:
   def _received_blocks(self, items: Int[Array, 'R_X']) -> blocks_lib.Blocks:
     """Returns the blocks of the rows that came, by this device's experts."""
     none = self._expert.size
+    # Experts as their own device numbers them; -1 for an empty row, which no expert takes.
     expert = jnp.where(items < none, self._expert[jnp.minimum(items, none - 1)] % self._each, -1)
     expert = self._swap(expert[:, None])[:, 0]
     expert = jnp.where(expert < 0, self._each, expert)

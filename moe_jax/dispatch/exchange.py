@@ -73,6 +73,8 @@ def slices_of(
     num_devices: R.
   """
   num_experts, groups = filled.shape
+  # Experts on each device. Slice (e, g) is one expert's slots of one group, filled from the first
+  # on, so an offset and a number of rows describe it.
   each = num_experts // num_devices
   expert, group = jnp.arange(num_experts)[:, None], jnp.arange(groups)[None, :]
   # Of slices for others: row e here, and at its device behind those of devices before this one.

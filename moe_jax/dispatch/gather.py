@@ -29,6 +29,7 @@ def _take_tokens(tokens: Float[Array, 'G S D'], plan: Plan) -> Float[Array, 'E G
   """Slot (e, g, c) reads its token; an empty slot is zero."""
   num_groups, group_size, width = tokens.shape
   num_selected = plan.expert_index.shape[-1]
+  # Assignment s * K + k of the group stands in the slot, S * K where the slot is empty.
   source = jnp.moveaxis(plan.source_index, 1, 0)
   filled = source < group_size * num_selected
   group = jnp.arange(num_groups)[None, :, None]
@@ -44,6 +45,7 @@ def _take_slots(buffer: Float[Array, 'E G C D'], plan: Plan) -> Float[Array, 'G 
   _, num_groups, capacity, width = buffer.shape
   group = jnp.arange(num_groups)[:, None, None]
   slot = jnp.minimum(plan.slot_index, capacity - 1)
+  # A dropped assignment reads its expert's last slot, and is zeroed below.
   row = (plan.expert_index * num_groups + group) * capacity + slot
   return jnp.where(plan.keep[..., None], buffer.reshape(-1, width)[row], 0)
 
@@ -68,6 +70,7 @@ def _add_to_tokens(rows: Float[Array, 'E G C D'], plan: Plan) -> Float[Array, 'G
   source = jnp.moveaxis(plan.source_index, 1, 0)
   group = jnp.arange(num_groups)[None, :, None]
   filled = source < group_size * num_selected
+  # An empty slot adds to a token past the last, which `mode='drop'` leaves out.
   token = jnp.where(filled, group * group_size + source // num_selected, num_groups * group_size)
   total = jnp.zeros((num_groups * group_size, rows.shape[-1]), rows.dtype)
   total = total.at[token.ravel()].add(rows.reshape(-1, rows.shape[-1]), mode='drop')
@@ -129,6 +132,8 @@ def _combine_fwd(expert_outputs, combine_weights, plan):
 
 def _combine_bwd(residuals, grad):
   expert_outputs, combine_weights, plan = residuals
+  # y = sum_k weight * output: the gradient of an output is its token's gradient, weighted; that of
+  # a weight is the dot product of its token's gradient with the output.
   grad_rows = _take_tokens(grad, plan).astype(jnp.float32)
   grad_outputs = grad_rows * _slot_weights(combine_weights, plan)[..., None]
   if _has_fewer_slots(plan):

@@ -23,12 +23,14 @@ def merge(plan: Plan, base: int) -> tuple[Plan, Bool[Array, '1 N K']]:
   num_experts = plan.source_index.shape[1]
   kept_before = _kept_in_earlier_groups(plan, num_experts)
   group = jnp.arange(groups)[:, None, None]
+  # Behind what earlier groups keep at the same expert.
   slot = plan.slot_index + kept_before[group, plan.expert_index]
   expert, slot, asked, keep, weights = (
     a.reshape(1, groups * size, -1)
     for a in (plan.expert_index, slot, plan.asked, plan.keep, plan.combine_weights)
   )
   in_base = keep & (slot < base)
+  # The inverse: which assignment stands in each slot of the base. The rest goes past the end.
   place = jnp.where(in_base, expert * base + slot, num_experts * base).ravel()
   source = jnp.full((num_experts * base,), expert.size, jnp.int32)
   source = source.at[place].set(jnp.arange(expert.size, dtype=jnp.int32), mode='drop')

@@ -175,6 +175,7 @@ def through_experts(
     if filled is not None and num_devices > 1 and (packs or exchange == 'ragged'):
       received = checkpoint_name(swap(filled, axis_name), EXCHANGED)
       slots = (filled, received) if exchange == 'ragged' else None
+    # Padded: every slot crosses. Ragged: those up to the last that holds a token.
     send, give_back = _ways(slots, buffer.shape, axis_name)
     exchanged = checkpoint_name(send(buffer), EXCHANGED)
   with jax.named_scope('experts'):
@@ -183,6 +184,7 @@ def through_experts(
       # [R E_local, G] as it came, [E_local, R G] as the rows are.
       counts = received.reshape(num_devices, -1, groups).swapaxes(0, 1)
       packed = packing.packing_of(counts.reshape(-1, num_devices * groups), capacity)
+      # Filled rows first, so that experts can skip the others; then back to where they came from.
       outputs = experts(packing.pack(rows, packed), weights, filled=packed.filled)
       outputs = packing.unpack(outputs, packed)
     else:

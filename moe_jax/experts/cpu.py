@@ -177,12 +177,14 @@ def _for_each_expert(
   sizes = sizes_of(capacity)
   # Experts in the order of their sizes; those without rows come first, and have no loop.
   count = functools.partial(jnp.searchsorted, method='compare_all')
+  # The number of sizes below `filled`: 0 without rows, i + 1 for sizes[i].
   rank = count(jnp.array((0, *sizes[:-1])), filled)
   if filled.size == 1:
     # Nothing would differ between the turns of a loop, and XLA would compute all sizes before it.
     branches = [functools.partial(body, size, jnp.zeros_like(filled[0])) for size in sizes]
     return jax.lax.switch(rank[0], [lambda results: results, *branches], results)
   order = jnp.argsort(rank).astype(jnp.int32)
+  # ends[i] to ends[i + 1]: the experts of sizes[i] in that order.
   ends = count(rank[order], jnp.arange(len(sizes) + 1), side='right').astype(jnp.int32)
   for i, size in enumerate(sizes):
     one = functools.partial(lambda size, j, results: body(size, order[j], results), size)

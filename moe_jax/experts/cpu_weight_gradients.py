@@ -60,6 +60,7 @@ def _gradients(size, filled, pairs):
   totals = tuple(batched.weights_gradient(rows[:, :size], grad[:, :size]) for rows, grad in pairs)
   if size == pairs[0][0].shape[1]:
     return totals
+  # Experts with more rows come first, and a loop goes through these alone.
   has_more = filled > size
   order = jnp.argsort(~has_more).astype(jnp.int32)
 

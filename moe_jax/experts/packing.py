@@ -39,6 +39,7 @@ def packing_of(counts: Int[Array, 'E P'], capacity: int) -> Packing:
   num_experts, parts = counts.shape
   num_rows = parts * capacity
   slot = jnp.arange(capacity, dtype=jnp.int32)[None, None, :]
+  # Part p of an expert begins behind the filled rows of the parts before it.
   starts = jnp.cumsum(counts, axis=1) - counts
   back = jnp.where(slot < counts[..., None], starts[..., None] + slot, num_rows)
   back = back.reshape(num_experts, num_rows).astype(jnp.int32)

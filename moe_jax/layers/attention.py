@@ -28,6 +28,7 @@ def rotate(
 
   Source: Su et al. 2021, arXiv:2104.09864, sec. 3.2. Differs: halves are paired, not neighbours.
   """
+  # Angles grow with the position and fall with the dimension: theta ** (-i / (H / 2)).
   half = x.shape[-1] // 2
   frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
   angle = positions[..., None, None].astype(jnp.float32) * frequency[None, None, None]
@@ -93,6 +94,7 @@ class Attention(nn.Module):
     key = rotate(project('key', self.num_kv_heads, 'kv_heads'), positions, self.rope_theta)
     value = project('value', self.num_kv_heads, 'kv_heads')
     if cache is not None:
+      # Decoding: new keys and values go into their cells, then queries read the whole cache.
       start = positions[:, 0]
       cache = KeyValueCache(
         _write(cache.key, key, layer, start), _write(cache.value, value, layer, start)

@@ -115,6 +115,7 @@ def _priority_rank(
   if priority == 'choice':
     return choice * group_size + token
   if priority == 'priority':
+    # argsort of an argsort: the rank of each token, largest probability first.
     order = jnp.argsort(-jnp.max(router_probs, axis=-1), stable=True)
     token_rank = jnp.argsort(order).astype(jnp.int32)[:, None]
     return choice * group_size + token_rank
@@ -131,6 +132,8 @@ def _assign_slots(
 ) -> tuple[Int[Array, 'S K'], Int[Array, 'E C']]:
   """Ranks the assignments within each expert by one sort: O(S K log(S K)), no one-hot."""
   num_assignments = expert_index.size
+  # Sort by (expert, priority): an assignment's slot is its place among its expert's. Those without
+  # a slot queue for an expert E, behind all others.
   queue = jnp.where(asked, expert_index, num_experts)
   assignment = jnp.arange(num_assignments, dtype=jnp.int32)
   if (num_experts + 1) * num_assignments < 2**31:
@@ -152,6 +155,8 @@ def _assign_slots(
     .set(sorted_slot, unique_indices=True)
     .reshape(expert_index.shape)
   )
+  # The other direction: slot c of expert e holds the assignment at starts[e] + c, if it is still
+  # e's.
   place = starts[:-1, None] + jnp.arange(capacity, dtype=jnp.int32)[None, :]
   filled = place < starts[1:, None]
   source_index = jnp.where(
