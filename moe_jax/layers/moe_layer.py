@@ -62,6 +62,7 @@ def moe_layer(
     ValueError: if the mesh does not divide the experts, or mesh and groups the batch, or if its
       devices or the router have no such exchange.
   """
+  # Groups are those of the whole batch: they never depend on the number of devices.
   num_groups = _num_groups(x.shape[0], mesh, options)
   platform = mesh.devices.flat[0].platform
   _check_exchange(options, platform)
@@ -108,6 +109,7 @@ def _local_layer(
   choice_options = dataclasses.replace(
     options.choice, capacity=sizes.capacity, training=not deterministic
   )
+  # Keys belong to groups, so what is drawn for a token is the same on any mesh.
   noise_keys, choice_keys, order_keys = split_keys(keys)
 
   with jax.named_scope('router'):
@@ -128,6 +130,7 @@ def _local_layer(
       renormalize=options.choice.renormalize,
     )
 
+  # Soft MoE alone: slots hold mixtures of tokens, and the plan serves the statistics.
   mixture = router.mix and router.mix(params.router, state, inputs, choice_options)
   weights = (params.w_in, params.w_out)
   y_GSD = _run_experts(
@@ -144,6 +147,7 @@ def _local_layer(
   with jax.named_scope('statistics'):
     scope = _balance_scopes(len(tokens_GSD), num_groups, options.balance_scopes)
     sums = routing.router_sums(choice, plan, info_GS.valid, scope, options.balance_scopes)
+    # Without a capacity no slot is set aside, so none can be empty.
     if options.capacity_factor is None:
       sums = sums._replace(slots=jnp.sum(sums.kept_per_expert))  # none is set aside
     sums = _sum_over_devices(sums)

@@ -91,6 +91,7 @@ def router_sums(
   logsumexp = jax.nn.logsumexp(router_logits, axis=-1)
   # The tiny number keeps the gradient finite where a probability underflowed.
   entropy = -jnp.sum(router_probs * jnp.log(router_probs + 1e-30), axis=-1)
+  # A token is lost if none of its assignments has a slot; a residual connection is all it gets.
   lost = valid & ~jnp.any(plan.keep, axis=-1)
   return RouterSums(
     tokens=to_scopes(to_parts(mask)),

@@ -117,6 +117,8 @@ def _assign_group(scores: Float[Array, 'P E'], capacity: int, max_rounds: int) -
 def _bid(auction: _Auction, scores: Float[Array, 'P E'], capacity: int) -> _Auction:
   """Lets all tokens without a place bid once."""
   num_tokens, num_experts = scores.shape
+  # Each waiting token bids for its favourite, so much that it gains epsilon less than at its
+  # second.
   waiting = auction.expert == num_experts
   values = scores - auction.price[None, :]
   favourite = jnp.argmax(values, axis=-1).astype(jnp.int32)
@@ -130,8 +132,10 @@ def _bid(auction: _Auction, scores: Float[Array, 'P E'], capacity: int) -> _Auct
   sorted_expert, _, token = jax.lax.sort((expert, -bid, place), num_keys=2)
   starts = jnp.searchsorted(sorted_expert, jnp.arange(num_experts)).astype(jnp.int32)
   rank = place - starts[sorted_expert]
+  # An expert keeps its C highest bids; the others wait again.
   held = jnp.zeros((num_tokens,), bool).at[token].set(rank < capacity, unique_indices=True)
   expert = jnp.where(held, expert, num_experts)
+  # The price of a full expert is its lowest bid, that of another what it was when the phase began.
   count = jax.ops.segment_sum(held.astype(jnp.int32), expert, num_experts + 1)[:-1]
   lowest = jax.ops.segment_min(bid, expert, num_experts + 1)[:-1]
   return auction._replace(

@@ -92,6 +92,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
     chosen = best_experts(router_logits, options.num_selected_experts)
   elif not options.training and options.evaluation == 'threshold':
     chosen = scores > state['threshold'][None, None, :]
+  # Groups of padding alone count for nothing in the mean of the thresholds.
   has_tokens = jnp.any(valid, axis=-1)
   return Choice(
     expert_index=jnp.broadcast_to(jnp.arange(num_experts, dtype=jnp.int32), scores.shape),

@@ -81,6 +81,7 @@ def greedy_assignment(
   key = jnp.where(valid[..., None], key, _REJECTED)
 
   def play(matching: _Matching) -> _Matching:
+    # Every token proposes to its K best experts that have not rejected it.
     best, expert_index = _best_experts(matching.key, num_selected_experts)
     expert = jnp.where(best > _REJECTED, expert_index, num_experts)
     # By expert, best first; stable, so of equals the lower token.
@@ -113,6 +114,7 @@ def _best_experts(
     found: tuple[Int[Array, 'G S 1'], Int[Array, 'G S 1']], _: None
   ) -> tuple[tuple[Int[Array, 'G S 1'], Int[Array, 'G S 1']], tuple[Array, Array]]:
     best, expert_index = found
+    # The next in order after the one found last: smaller, or equal with a higher index.
     left = (key < best) | ((key == best) & (expert > expert_index))
     best = jnp.max(jnp.where(left, key, _REJECTED), axis=-1, keepdims=True)
     wanted = left & (key == best)

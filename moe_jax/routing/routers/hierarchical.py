@@ -72,6 +72,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   num_groups, kept = options.num_expert_groups, options.num_selected_groups
   size, per_group = options.num_experts // num_groups, options.num_selected_experts // kept
   num_tokens = inputs.valid.shape
+  # First level: the groups of experts, by the same noisy top-k as the flat router.
   level = {'router': params['router_primary'], 'noise': params['noise_primary']}
   primary = router_lib.logits(level, inputs.tokens, options)
   secondary = router_lib.logits(params, inputs.tokens, options)
@@ -85,16 +86,19 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
     rows = jnp.take_along_axis(rows, groups.expert_index[..., None], axis=2)
     return rows.reshape(num_tokens[0], -1, size)
 
+  # Second level: the experts of each selected group, as if each such group were a token of its own.
   deviation = in_groups(noisy_top_k.noise_deviation(params, inputs.tokens, options))
   experts, expert_probability = _select(
     in_groups(secondary), deviation, keys[:, 1], per_group, options.training
   )
   index_in_group = experts.expert_index.reshape(*num_tokens, kept, per_group)
+  # Expert j of group i has number i * size + j.
   expert_index = (groups.expert_index[..., None] * size + index_in_group).reshape(*num_tokens, -1)
   if options.softmax_order == 'after':
     gates = groups.gates[..., None] * experts.gates.reshape(index_in_group.shape)
     gates = gates.reshape(expert_index.shape)
   else:
+    # `before`: the product of both levels' softmax over all candidates, read at the selected ones.
     of_group = jnp.take_along_axis(groups.router_probs, groups.expert_index, axis=-1)
     products = of_group[..., None] * experts.router_probs.reshape(*num_tokens, kept, size)
     place = jnp.arange(kept)[None, None, :, None] * size + index_in_group
@@ -102,10 +106,12 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
       products.reshape(*num_tokens, -1), place.reshape(expert_index.shape), options.renormalize
     )
 
+  # Statistics read the probability of every expert, selected group or not.
   within = jax.nn.softmax(secondary.reshape(*num_tokens, num_groups, size), axis=-1)
   probs = jax.nn.softmax(primary, axis=-1)[..., None] * within
   logits = primary[..., None] + secondary.reshape(probs.shape)
   valid = inputs.valid[..., None, None]
+  # The load of a group's experts counts the tokens that selected that group.
   in_group = jnp.where(valid, jax.nn.one_hot(groups.expert_index, num_groups), 0)
   in_load = jnp.where(valid, expert_probability.reshape(*num_tokens, kept, size), 0)
   importance = noisy_top_k.spread(expert_index, gates, options.num_experts)

@@ -120,6 +120,7 @@ def update(state: State, sums: Any, options: Options) -> State:
   """
   batch_sum, count = sums.own['centroid_sum'], sums.own['centroid_count']
   counts = state['counts'] + count
+  # `count` is over the whole batch and all devices, so every device moves the centroids alike.
   mean = batch_sum / jnp.maximum(count, 1)[:, None]
   if options.kmeans_update == 'ema':
     rate = jnp.full(count.shape, 1 - options.kmeans_decay, jnp.float32)
@@ -129,6 +130,7 @@ def update(state: State, sums: Any, options: Options) -> State:
   moved = _to_unit_length(old + rate[:, None] * (mean - old), old)
   centroids = jnp.where((count > 0)[:, None], moved, old)
 
+  # Steps without a token in a row; after enough of them the centroid starts next to the fullest.
   is_step = jnp.sum(count) > 0
   empty_steps = jnp.where(count > 0, 0, state['empty_steps'] + is_step)
   reseed = (empty_steps >= options.kmeans_reseed_after) & is_step

@@ -58,6 +58,8 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   expert_index = jax.lax.top_k(biased, num_selected)[1]
   gates = gates_of(scores, expert_index, options.renormalize) * options.gate_scale
   if options.training:
+    # By how much an expert is above (or below) being selected; its quota-th largest is what the
+    # bias is off by.
     margin = biased - to_beat(biased, expert_index)
     threshold = group_threshold(margin, inputs.valid, num_selected)
   else:
@@ -93,6 +95,7 @@ def group_threshold(
   """
   num_experts = margin.shape[-1]
   tokens = jnp.sum(valid, axis=-1, dtype=jnp.int32)[:, None]
+  # K n / E tokens are an expert's share; the (q + 1)-th margin separates these from the others.
   quota = jnp.clip(tokens * num_selected_experts // num_experts, 0, jnp.maximum(tokens - 1, 0))
   masked = jnp.where(valid[..., None], margin, -jnp.inf)
   beta = selection.kth_largest(masked, quota[..., None] + 1)[:, 0]

@@ -82,6 +82,7 @@ def sinkhorn(
 
   def step(state: _Iteration) -> _Iteration:
     columns = state.scales.columns
+    # Rows first, then columns by the new rows: the columns are exact, the rows up to the tolerance.
     row_sums = jnp.sum(cost * columns[None, :], axis=1)
     rows = jnp.where(valid, 1 / (num_tokens * jnp.maximum(row_sums, SMALLEST_SUM)), 0)
     column_sums = jnp.sum(cost * rows[:, None], axis=0)
@@ -123,6 +124,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   if options.training:
 
     def log_columns(logits, valid):
+      # Within a row the plan is in order of logits + log(columns): the rows' scales fall out.
       cost = normalized_cost(logits, valid)
       return jnp.log(sinkhorn(cost, valid, tolerance=options.assignment_tolerance).columns)
 
