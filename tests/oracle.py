@@ -104,12 +104,16 @@ def plan(expert_index, gate, valid, order, num_experts, slots, renormalize, chos
 
 
 def activate(hidden, activation):
-  if activation == 'gelu':
-    inner = math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)
-    return 0.5 * hidden * (1 + np.tanh(inner))
-  half = hidden.shape[-1] // 2
-  gate, value = hidden[..., :half], hidden[..., half:]
-  return gate / (1 + np.exp(-gate)) * value
+  """Returns the activated hidden layer; of gated ones the first half is the gate."""
+  gate, value = np.split(hidden, 2, axis=-1) if activation in ('swiglu', 'geglu') else (hidden, 1)
+  if activation == 'relu':
+    return np.maximum(gate, 0)
+  if activation == 'swiglu':
+    return gate / (1 + np.exp(-gate)) * value
+  if activation == 'gelu_exact':
+    return gate * (1 + np.vectorize(math.erf)(gate / math.sqrt(2))) / 2
+  tanh = np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))
+  return gate * (1 + tanh) / 2 * value
 
 
 def expert(x, w_in, w_out, activation):

@@ -343,8 +343,9 @@ def test_one_group_is_top_k_in_evaluation(mode):
   rng = np.random.default_rng(0)
   tokens, params = rng.normal(size=(2, 5, 3)), random_params(rng, 1, 4)
   params['router_primary'] = np.zeros((3, 1))
-  options = token_choice.options(NAME, softmax_order=mode[0], renormalize=mode[1], training=False)
-  choice = token_choice.choose(NAME, options, params, tokens)
+  how = {'softmax_order': mode[0], 'renormalize': mode[1], 'training': False}
+  choice = token_choice.choose(NAME, token_choice.options(NAME, **how), params, tokens)
+  options = token_choice.options('top_k', **how)
   plain = token_choice.choose('top_k', options, {'router': params['router']}, tokens)
   np.testing.assert_array_equal(choice.expert_index, plain.expert_index)
   for field in ('gates', 'router_probs', 'router_logits'):

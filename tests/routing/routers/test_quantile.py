@@ -202,7 +202,7 @@ def test_causal():
   ('changes', 'field'),
   [
     ({}, None),
-    ({'bias_rate': 1.0, 'bias_update': 'multiplicative'}, None),
+    ({'bias_rate': 1.0}, None),
     ({'num_selected_experts': 1}, 'renormalize'),
   ],
 )
