@@ -95,9 +95,11 @@ def left_out(
 
 def _as_shown(summary: Summary, column: tables.Column) -> _Column:
   """Returns a column of the table, which calls the baseline by its label, as the rows do."""
-  title = column.title
-  if column.key == tables.DIFFERENCE:
-    title = f'minus {labels_of(summary.study)[summary.study.baseline]}'
+  title, name = column.title, summary.study.baseline
+  label = labels_of(summary.study)[name] if column.key == tables.DIFFERENCE else ''
+  # A long name is already called the baseline; a label is shorter as a rule, or not worth it.
+  if label and title.endswith(name) and len(label) < len(name):
+    title = f'minus {label}'
   return _Column(title, column.cells)
 
 
