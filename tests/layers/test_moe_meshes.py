@@ -79,11 +79,16 @@ def compute(data, expert, capacity_factor, fetch=np.asarray):
   return outcome
 
 
+def compute_all(data, expert):
+  """Returns what `compute` does by capacity factor, programs compiled side by side."""
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    run = functools.partial(compute, data, expert)
+    return dict(zip(CAPACITY_FACTORS, pool.map(run, CAPACITY_FACTORS), strict=True))
+
+
 @pytest.fixture(scope='module')
 def one_device():
-  with concurrent.futures.ThreadPoolExecutor() as pool:
-    run = functools.partial(compute, 1, 1)
-    return dict(zip(CAPACITY_FACTORS, pool.map(run, CAPACITY_FACTORS), strict=True))
+  return compute_all(1, 1)
 
 
 def assert_close(actual, wanted, name):
