@@ -233,7 +233,7 @@ def verdicts(rows: list[tuple[list[str], dict[str, Any]]]) -> list[str]:
         peer = Ratio(**row['peers']['ours'][name])
         ahead = f', grouped_mm/arm {_exact(peer)} {"ahead" if peer.median > 1 else "not ahead"}'
       invalid = row['void'] or bool(row['peers'] and row['peers']['void'])
-      lines.append(f'{head}{_exact(eta):<21}{asked}{ahead}{", VOID" if invalid else ""}')
+      lines.append(f'{head}{_exact(eta):<21}{asked}{ahead}{", INVALID" if invalid else ""}')
   return lines
 
 

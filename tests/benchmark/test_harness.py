@@ -119,7 +119,7 @@ def test_ratios_are_medians_with_quartiles_and_an_invalid_row_is_marked():
   assert ratio == (2.0, 1.5, 2.5) and str(ratio) == '2.00 [1.50, 2.50]'
   for median, invalid in ((0.94, True), (0.95, False), (1.05, False), (1.06, True)):
     assert timing.is_invalid(tables.Ratio(median, 1, 1)) == invalid
-  assert 'VOID' in tables.invalid({'void': True}) and not tables.invalid({'void': False})
+  assert 'INVALID' in tables.invalid({'void': True}) and not tables.invalid({'void': False})
 
 
 @pytest.mark.parametrize(

@@ -223,9 +223,9 @@ def test_verdicts_name_target_peer_and_what_is_void():
   assert lines[0].endswith('0.800 [0.70, 0.90]   0.85 missed')
   assert lines[2].endswith('0.75 reached, grouped_mm/arm 0.800 [0.70, 0.90] not ahead')
   assert lines[4].endswith(
-    'none below 512 tokens, grouped_mm/arm 0.800 [0.70, 0.90] not ahead, VOID'
+    'none below 512 tokens, grouped_mm/arm 0.800 [0.70, 0.90] not ahead, INVALID'
   )
-  assert lines[6].endswith('missed, VOID')
+  assert lines[6].endswith('missed, INVALID')
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def program(arm: dict[str, Any]) -> str:
 
 def invalid(row: dict[str, Any]) -> str:
   """Returns the mark of a row whose A/A control is off, else nothing."""
-  return '  VOID: restless machine' if row['void'] else ''
+  return '  INVALID: noisy machine' if row['void'] else ''
 
 
 def share(value: float | None) -> str:
