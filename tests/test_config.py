@@ -57,6 +57,12 @@ def test_fields_that_are_newer_than_results_are_named():
   assert not old & set(LATER_FIELDS)
 
 
+def test_the_list_of_fields_is_that_of_the_schema():
+  assert regenerate.FIELDS.read_text(encoding='utf-8') == regenerate.fields_page(), (
+    'if the change is meant, run python -m tests.golden.regenerate'
+  )
+
+
 def test_every_config_file_has_a_golden_text():
   files = {path.stem for path in pathlib.Path(debug.__file__).parent.glob('*.py')} - {'__init__'}
   assert files == {name.split('.')[0] for name in regenerate.named_configs()}

@@ -1,10 +1,22 @@
-"""Writes the golden texts anew, after a meant change: python -m tests.golden.regenerate."""
+"""Writes the golden texts again, after a meant change: python -m tests.golden.regenerate.
+
+`configs/FIELDS.md`, the list of fields, is one of them.
+"""
 
 import pathlib
+import re
 
 from configs import debug, dense_matched, lm_small, quickstart
+from moe_jax import config as config_lib
 
 FOLDER = pathlib.Path(__file__).parent
+FIELDS = FOLDER.parents[1] / 'configs' / 'FIELDS.md'
+_INTRODUCTION = """# Every field
+
+`--config.SECTION.NAME=VALUE` sets a field on the command line, `config.SECTION.update(NAME=VALUE)` in a
+config file, `'SECTION.NAME'` in the arms of a study. Columns `debug` and `quickstart` show where these
+two configs differ from the default. Fields that list routers are read by these alone.
+"""
 
 
 def named_configs():
@@ -29,8 +41,29 @@ def as_text(config):
   return '\n'.join(sorted(lines)) + '\n'
 
 
+def fields_page():
+  """Returns the text of configs/FIELDS.md."""
+  shown = {'debug': debug.get_config(), 'quickstart': quickstart.get_config()}
+  lines = [_INTRODUCTION]
+  section = None
+  for name, field in config_lib.fields().items():
+    own_section, own_name = name.split('.')
+    if own_section != section:
+      section = own_section
+      lines += [f'\n## {section}\n', '| field | default | debug | quickstart | meaning | allowed |']
+      lines += ['|---|---|---|---|---|---|']
+    values = [config[section][own_name] for config in shown.values()]
+    differing = ['' if value == field['default'] else f'`{value!r}`' for value in values]
+    allowed = field['allowed'].removeprefix('must be ')
+    allowed = re.sub(rf'in (\d+)\.\.{2**31 - 1}', r'>= \1', allowed)
+    cells = [f'`{own_name}`', f'`{field["default"]!r}`', *differing, field['meaning'], allowed]
+    lines.append(f'| {" | ".join(cell.replace("|", "/") for cell in cells)} |')
+  return '\n'.join(lines) + '\n'
+
+
 def main():
-  """Writes one file for each named config."""
+  """Writes one file for each named config, and the list of fields."""
+  FIELDS.write_text(fields_page(), encoding='utf-8')
   for path in FOLDER.glob('*.txt'):
     path.unlink()
   for name, config in named_configs().items():
