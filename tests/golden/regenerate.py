@@ -13,9 +13,9 @@ FOLDER = pathlib.Path(__file__).parent
 FIELDS = FOLDER.parents[1] / 'configs' / 'FIELDS.md'
 _INTRODUCTION = """# Every field
 
-`--config.SECTION.NAME=VALUE` sets a field on the command line, `config.SECTION.update(NAME=VALUE)` in a
-config file, `'SECTION.NAME'` in the arms of a study. Columns `debug` and `quickstart` show where these
-two configs differ from the default. Fields that list routers are read by these alone.
+`--config.SECTION.NAME=VALUE` sets a field on the command line, `config.SECTION.update(NAME=VALUE)`
+in a config file, `'SECTION.NAME'` in the arms of a study. Columns `debug` and `quickstart` show
+where these two configs differ from the default. Fields that list routers are read by these alone.
 """
 
 
@@ -44,7 +44,7 @@ def as_text(config):
 def fields_page():
   """Returns the text of configs/FIELDS.md."""
   shown = {'debug': debug.get_config(), 'quickstart': quickstart.get_config()}
-  lines = [_INTRODUCTION]
+  lines = [_INTRODUCTION.strip()]
   section = None
   for name, field in config_lib.fields().items():
     own_section, own_name = name.split('.')
