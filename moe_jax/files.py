@@ -1,8 +1,10 @@
 """Files that are written whole or not at all."""
 
 import contextlib
+import json
 import os
 import uuid
+from typing import Any
 
 _INCOMPLETE = '.incomplete-'
 
@@ -38,6 +40,11 @@ def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
       raise OSError(error.errno, error.strerror, os.fspath(path)) from error
     raise
   _sync_folder(folder)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+  """Writes a result whole or not at all, as indented JSON with sorted keys."""
+  write_atomically(path, json.dumps(value, indent=2, sort_keys=True))
 
 
 def _sync_folder(folder: str) -> None:

@@ -50,7 +50,7 @@ def main() -> None:
   _check_flags()
   from moe_jax.models.build import build_model
   from moe_jax.models.generate import encode_prompt, generate
-  from moe_jax.train.restore import restore_run
+  from moe_jax.run.restore import restore_run
 
   run = restore_run(workdir, _STEP.value, _MESH.value)
   model = build_model(run.config, run.mesh, run.tokenizer.vocab_size, 'decode')

@@ -19,9 +19,9 @@ from moe_jax.errors import UserError
 from moe_jax.models.build import build_model
 from moe_jax.models.decoder import forward
 from moe_jax.parallel.sharding import batch_sharding, replicated
-from moe_jax.train import metrics
-from moe_jax.train.opening import dataset_of
-from moe_jax.train.restore import restore_run
+from moe_jax.run import metrics_file
+from moe_jax.run.restore import restore_run
+from moe_jax.run.setup import dataset_of
 from moe_jax.train.state import params_shardings
 from moe_jax.train.step import BATCH_FIELDS, put_batch
 
@@ -152,7 +152,7 @@ class Run:
     """
     import pandas
 
-    lines = metrics.read_metrics(self.directory / 'metrics.jsonl')
+    lines = metrics_file.read_metrics(self.directory / 'metrics.jsonl')
     # A run that was stopped before its first line has the columns all the same.
     return pandas.DataFrame(lines or {'step': [], 'split': [], 'loss': []})
 

@@ -18,8 +18,8 @@ from typing import Any
 from moe_jax import cli
 from moe_jax.errors import UserError
 from moe_jax.field_names import split_field
+from moe_jax.run.manifest_kinds import LOCK, problem_of
 from moe_jax.schema import FREE_FIELDS
-from moe_jax.train.manifest_kinds import LOCK, problem_of
 
 _MANIFEST, _METRICS = 'manifest.json', 'metrics.jsonl'
 # What a run may differ in from others without being another experiment.

@@ -14,7 +14,7 @@ import pytest
 
 from configs import presets
 from moe_jax.data import ByteTokenizer, token_store
-from moe_jax.train import loop, manifest, opening
+from moe_jax.run import manifest, setup, single
 from tests import tiny
 
 # Orbax leaves event loops to the garbage collector when it meets a damaged file.
@@ -529,7 +529,7 @@ def test_evaluate_takes_other_text(run, text, tmp_path):
   tiny.command('evaluate', f'--workdir={run}', '--nofigure')
   before = (run / 'evaluation_test.json').read_text()
   expected = json.loads(before)
-  dataset = opening.dataset_of(tiny.config(text))
+  dataset = setup.dataset_of(tiny.config(text))
   for domain in dataset.domains:
     (tmp_path / 'new' / domain).mkdir(parents=True)
     for number, document in enumerate(dataset.document_text('test', domain)):
@@ -609,7 +609,7 @@ def test_a_defect_of_ours_is_not_dressed_up(path, tmp_path, monkeypatch):
   def broken(*arguments, **more):
     raise ZeroDivisionError('ours')
 
-  monkeypatch.setattr(loop, 'train', broken)
+  monkeypatch.setattr(single, 'train', broken)
   with pytest.raises(ZeroDivisionError):
     tiny.command('train', f'--config={path}', f'--workdir={tmp_path / "run"}')
 

@@ -104,9 +104,9 @@ def test_arms_of_a_seed_start_from_the_same_values_outside_experts_and_routers()
 
 def test_the_order_of_the_text_does_not_depend_on_the_arm(text):
   from moe_jax.data import train_iterator
-  from moe_jax.train import opening
+  from moe_jax.run import setup
 
-  dataset = opening.dataset_of(tiny.config(text))
+  dataset = setup.dataset_of(tiny.config(text))
   windows = dataset.windows('train', 16)
   first, again, other = (
     next(train_iterator(windows, batch_size=8, seed=seed, process_index=0, process_count=1))

@@ -16,7 +16,8 @@ from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.errors import UserError
 from moe_jax.loading import _pieces
 from moe_jax.models.build import build_model
-from moe_jax.train import evaluate, loop, manifest, metrics
+from moe_jax.run import manifest, metrics_file, single
+from moe_jax.train import evaluate
 from tests import tiny
 
 # A routing state that moves, and slots for a quarter of the assignments in evaluation.
@@ -44,7 +45,7 @@ ONE_DEVICE = 'data=1,expert=1'
 def trained(folder, overrides):
   """Trains a run and returns its directory."""
   workdir = folder / 'run'
-  assert loop.train(tiny.config(overrides), str(workdir)).finished
+  assert single.train(tiny.config(overrides), str(workdir)).finished
   return workdir
 
 
@@ -178,7 +179,7 @@ def test_a_run_without_metrics_has_an_empty_data_frame(run, tmp_path):
 
 
 def test_metrics_are_a_data_frame_of_the_file(run):
-  lines = metrics.read_metrics(run.directory / 'metrics.jsonl')
+  lines = metrics_file.read_metrics(run.directory / 'metrics.jsonl')
   frame = run.metrics
   assert len(frame) == len(lines) == 8
   assert set(frame.columns) == {name for line in lines for name in line}

@@ -15,9 +15,10 @@ from configs import presets
 from moe_jax import config as schema
 from moe_jax import routing
 from moe_jax.errors import UserError
+from moe_jax.run import manifest, single
+from moe_jax.run.metrics_file import read_metrics
 from moe_jax.schema import ROUTER_FIELDS
-from moe_jax.train import accounting, loop, manifest
-from moe_jax.train.metrics import read_metrics
+from moe_jax.train import accounting
 from tests import tiny
 
 # All that is watched of every router, also of a loss whose weight is 0.
@@ -230,7 +231,7 @@ def test_every_preset_learns(name, text, tmp_path, capsys):
   config.data.update(valid_fraction=0.2, test_fraction=0.2)
   config.train.update(num_steps=200, checkpoint_every=200, log_every=20)
   schema.validate(config)
-  assert loop.train(config, str(tmp_path / 'run')).finished
+  assert single.train(config, str(tmp_path / 'run')).finished
   facts = manifest.read(tmp_path / 'run')
   assert facts['compilations'] == 1
   causal = routing.ROUTERS[config.moe.router].causal and config.moe.priority == 'token'

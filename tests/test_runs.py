@@ -8,7 +8,7 @@ import pytest
 
 from moe_jax import config as config_lib
 from moe_jax import runs
-from moe_jax.train import manifest
+from moe_jax.run import manifest
 from tests import tiny
 
 FACTS = {

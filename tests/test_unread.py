@@ -16,10 +16,10 @@ from experiments.load_balance import study as load_balance
 from moe_jax import config as schema
 from moe_jax import optim, routing, unread
 from moe_jax.errors import UserError
+from moe_jax.run import single
 from moe_jax.schema import SCHEMA
 from moe_jax.study import Study, point, product
 from moe_jax.sweep import trials
-from moe_jax.train import loop
 from tests import tiny
 from tests.golden import regenerate
 
@@ -257,7 +257,7 @@ def test_the_command_refuses_a_new_run_and_goes_on_with_an_old_one(text, tmp_pat
     tiny.command('train', *flags, f'--config.{override}').assert_error('nothing reads it with')
   assert not workdir.exists()
   old = tiny.config({**overrides, 'optim.b1': 0.8, 'moe.balance_devices': 4})
-  assert loop.train(old, str(workdir)).finished
+  assert single.train(old, str(workdir)).finished
   again = tiny.command('train', *flags, '--config.optim.b1=0.8', '--config.moe.balance_devices=4')
   assert again.code == 0 and 'finished at step 1' in again.out, again.err
 
@@ -291,7 +291,7 @@ def test_a_decay_that_does_not_end_where_it_says_is_refused(steps, warmup, fract
 def test_training_refuses_such_a_decay(tmp_path):
   changes = {'optim.schedule': 'wsd', 'optim.warmup_steps': 5, 'optim.decay_fraction': 0.5}
   with pytest.raises(UserError, match='a decay of 3 of train.num_steps=6 would begin within'):
-    loop.train(tiny.config({**changes, 'mesh.data': 1, 'mesh.expert': 1}), str(tmp_path / 'run'))
+    single.train(tiny.config({**changes, 'mesh.data': 1, 'mesh.expert': 1}), str(tmp_path / 'run'))
   assert not (tmp_path / 'run').exists()
 
 

@@ -26,8 +26,8 @@ from moe_jax.data import open_dataset
 from moe_jax.models.build import build_model
 from moe_jax.models.decoder import init_router_state
 from moe_jax.parallel.mesh import make_mesh
-from moe_jax.train import loop
-from moe_jax.train.knobs import knobs_of
+from moe_jax.train import program
+from moe_jax.train.hyperparameters import knobs_of
 from moe_jax.train.state import TrainState, init_average_load, init_params, state_shardings
 from moe_jax.train.step import make_gradient, make_train_step, put_batch
 
@@ -103,7 +103,7 @@ class Trainer:
     )
     self.optimizer = optim.make_optimizer(config.optim, config.train.num_steps)
     schedule = optim.make_schedule(config.optim, config.train.num_steps)
-    how = (steps, loop.accumulation_scope(config), config.moe.layer_reduction)
+    how = (steps, program.accumulation_scope(config), config.moe.layer_reduction)
     self._make_step = lambda: make_train_step(
       self.model, self.optimizer, schedule, *how, config.train.load_decay
     )

@@ -18,12 +18,12 @@ from moe_jax.data import (
   evaluation_dataset,
 )
 from moe_jax.errors import UserError
+from moe_jax.files import write_json
 from moe_jax.models.build import build_model
-from moe_jax.train import churn
+from moe_jax.run.restore import RestoredRun, restore_run
+from moe_jax.run.setup import dataset_of
 from moe_jax.train import evaluate as evaluate_room
-from moe_jax.train.loop import write_json
-from moe_jax.train.opening import dataset_of
-from moe_jax.train.restore import RestoredRun, restore_run
+from moe_jax.train import routing_change
 
 
 class Request(NamedTuple):
@@ -200,11 +200,11 @@ def _churn(
   model, before = (
     build_model(c, mesh, vocab_size, 'eval', returns_choices=True) for c in (run.config, config)
   )
-  return churn.churn(
-    churn.make_overlap_step(model, before),
+  return routing_change.churn(
+    routing_change.make_overlap_step(model, before),
     model,
-    churn.Weights(earlier.params, earlier.router_state),
-    churn.Weights(run.params, run.router_state),
+    routing_change.Weights(earlier.params, earlier.router_state),
+    routing_change.Weights(run.params, run.router_state),
     dataset,
     split=split,
     sequence_length=length,

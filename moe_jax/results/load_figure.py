@@ -15,7 +15,7 @@ from moe_jax.errors import UserError
 from moe_jax.files import write_atomically
 from moe_jax.results import style
 from moe_jax.results.panels import wrapped
-from moe_jax.train.metrics import read_metrics
+from moe_jax.run.metrics_file import read_metrics
 
 
 @matplotlib.rc_context(style.SCREEN)

@@ -50,9 +50,9 @@ def main() -> int:
     cli.required(_WORKDIR)
   import tqdm
 
+  from moe_jax.run.setup import mesh_of
   from moe_jax.sweep import dry_run, plan, programs, runner
   from moe_jax.sweep.trials import check_new, load_study, trials_of
-  from moe_jax.train.opening import mesh_of
 
   study = load_study(file)
   trials = plan.with_id(trials_of(study, plan.free_fields(_SET.value)), _TRIAL.value)

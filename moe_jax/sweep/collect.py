@@ -15,11 +15,11 @@ from moe_jax import config as config_lib
 from moe_jax.errors import DamagedError, UserError
 from moe_jax.results import records
 from moe_jax.results.records import Record
+from moe_jax.run import manifest
+from moe_jax.run.metrics_file import read_metrics
 from moe_jax.study import Study, labels_of
 from moe_jax.sweep import metric_paths, outcome, user_metrics
 from moe_jax.sweep.trials import Trial, trial_id, trials_of
-from moe_jax.train import manifest
-from moe_jax.train.metrics import read_metrics
 
 _POINTS_OF_CURVE = 200
 _POINTS_OF_LOAD = 40

@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from moe_jax.errors import DamagedError, UserError
+from moe_jax.run import setup
 from moe_jax.study import Study, labels_of
 from moe_jax.sweep import checks, outcome, runner, time_estimate
 from moe_jax.sweep.probe import probe
 from moe_jax.sweep.time_estimate import Estimate, Measured, Work
 from moe_jax.sweep.trials import Trial, training_flops, vocab_size_of
-from moe_jax.train import accounting, evaluate, opening
+from moe_jax.train import accounting, evaluate
 
 
 class Plan(NamedTuple):
@@ -107,7 +108,7 @@ def problems(study: Study, trials: Sequence[Trial]) -> list[UserError]:
 
 def _check_mesh(study: Study, trial: Trial) -> None:
   del study
-  opening.mesh_of(trial.config)
+  setup.mesh_of(trial.config)
 
 
 def _check_data_dir(study: Study, trial: Trial) -> None:
@@ -124,7 +125,7 @@ def _check_data_dir(study: Study, trial: Trial) -> None:
 
 def _check_text(study: Study, trial: Trial) -> None:
   """Checks that a text is there; other data sets are fetched when they are needed."""
-  dataset = opening.prepared_dataset_of(trial.config)
+  dataset = setup.prepared_dataset_of(trial.config)
   if dataset is not None:
     checks.check_dataset(study, dataset)
 
@@ -140,7 +141,7 @@ def _num_batches(study: Study, trials: Sequence[Trial]) -> dict[str, int]:
     key = json.dumps([config.data.to_dict(), microbatch], sort_keys=True)
     if key not in of_data:
       try:
-        dataset = opening.prepared_dataset_of(config)
+        dataset = setup.prepared_dataset_of(config)
       except (UserError, DamagedError):
         dataset = None  # `problems` says what is wrong with it.
       of_data[key] = (

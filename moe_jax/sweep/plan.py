@@ -6,9 +6,9 @@ from typing import Any
 from moe_jax import config as config_lib
 from moe_jax.errors import UserError, did_you_mean
 from moe_jax.field_names import field_value
+from moe_jax.run.manifest import FREE_FIELDS
 from moe_jax.sweep import collect
 from moe_jax.sweep.trials import Trial
-from moe_jax.train.manifest import FREE_FIELDS
 
 
 def without_known(trials: list[Trial], results: str | None, quiet: bool = False) -> list[Trial]:

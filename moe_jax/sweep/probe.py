@@ -10,13 +10,15 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.models.decoder import init_router_state
+from moe_jax.run import setup
+from moe_jax.run.progress import Listener
+from moe_jax.run.single import train
 from moe_jax.study import Study
 from moe_jax.sweep import runner, time_estimate
 from moe_jax.sweep.evaluations import config_for
 from moe_jax.sweep.time_estimate import TRAINING, Measured, Work
 from moe_jax.sweep.trials import Trial
-from moe_jax.train import evaluate, opening
-from moe_jax.train.loop import Listener, train
+from moe_jax.train import evaluate
 from moe_jax.train.state import init_params, params_shardings
 
 # Steps and batches of a probe; the first is set-up.
@@ -35,7 +37,7 @@ def probe(study: Study, trials: Sequence[Trial]) -> dict[tuple[str, str], list[M
   """
   measured: dict[tuple[str, str], list[Measured]] = {}
   for trial in trials:
-    opening.dataset_of(trial.config)
+    setup.dataset_of(trial.config)
     work = time_estimate.work_of(study, trial, None)
     for name, one in zip((TRAINING, *study.evaluations), work, strict=True):
       if (one.part, one.program) in measured:
@@ -73,7 +75,7 @@ def _train(study: Study, trial: Trial, name: str, on_step: Any) -> None:
 def _evaluate(study: Study, trial: Trial, name: str, on_batch: Any) -> None:
   """Evaluates the initial values, which take as long as trained ones."""
   config = config_for(trial.config, name)
-  mesh, dataset = opening.mesh_of(config), opening.dataset_of(config)
+  mesh, dataset = setup.mesh_of(config), setup.dataset_of(config)
   program = runner.evaluation_program(config)
   model, step = runner.eval_step(program, mesh, dataset.tokenizer.vocab_size)
   with jax.set_mesh(mesh):

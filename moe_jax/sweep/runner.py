@@ -20,17 +20,20 @@ from moe_jax.errors import DamagedError, UserError, is_full
 from moe_jax.models.build import build_model
 from moe_jax.models.decoder import Decoder
 from moe_jax.results.records import DIVERGED, FAILED, FINISHED
+from moe_jax.run import ancestry, device_errors, manifest, packed, timing
+from moe_jax.run.divergence import DivergedError
+from moe_jax.run.progress import Listener, bar_file
+from moe_jax.run.restore import restore_run
+from moe_jax.run.setup import dataset_of
+from moe_jax.run.single import train
 from moe_jax.study import Study
 from moe_jax.sweep import outcome, user_metrics
 from moe_jax.sweep.checks import check_dataset
 from moe_jax.sweep.evaluations import config_for
 from moe_jax.sweep.stopwatch import Pace, Stopwatch
 from moe_jax.sweep.trials import Trial, training_flops
-from moe_jax.train import ancestry, device_errors, evaluate, manifest, packed, timing
-from moe_jax.train.loop import DivergedError, Listener, program_of, train
-from moe_jax.train.opening import dataset_of
-from moe_jax.train.progress import bar_file
-from moe_jax.train.restore import restore_run
+from moe_jax.train import evaluate
+from moe_jax.train.program import program_of
 
 
 class Interrupted(Exception):  # noqa: N818

@@ -20,7 +20,7 @@ from moe_jax.sweep import runner
 from moe_jax.sweep.evaluations import config_for
 from moe_jax.sweep.trials import Trial, vocab_size_of
 from moe_jax.train import accounting
-from moe_jax.train.loop import program_of
+from moe_jax.train.program import program_of
 
 TRAINING, EVALUATION = 'training', 'evaluation'
 # Seconds assumed where nothing was measured: to compile a program, and to start and end a trial.

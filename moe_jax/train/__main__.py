@@ -28,8 +28,8 @@ def main() -> int:
     raise _with_way_on(error) from error
   from moe_jax import unread
   from moe_jax.parallel.distributed import join_processes
-  from moe_jax.train import manifest
-  from moe_jax.train.loop import train
+  from moe_jax.run import manifest
+  from moe_jax.run.single import train
 
   if not manifest.holds_run(workdir):
     unread.check_unread(config, unread.defaults(config) | cli.overridden_fields())
@@ -46,7 +46,7 @@ def _with_way_on(error: UserError) -> UserError:
   workdir = os.path.expanduser(words[places[-1] + 1]) if places else ''
   if not os.path.exists(os.path.join(workdir, 'manifest.json')):
     return error
-  from moe_jax.train import manifest
+  from moe_jax.run import manifest
 
   return manifest.with_way_on(error, workdir)
 

@@ -10,10 +10,10 @@ import time
 import numpy as np
 import pytest
 
-from moe_jax.train import loop, manifest
-from moe_jax.train.metrics import read_metrics
+from moe_jax.run import manifest, single
+from moe_jax.run.metrics_file import read_metrics
 from tests import tiny
-from tests.train.test_loop import state_of
+from tests.run.test_single import state_of
 
 SETTINGS = {'train.num_steps': 4, 'train.checkpoint_every': 2, 'train.eval_every': 2}
 SETTINGS |= {'optim.clip_norm': 1.0, 'optim.momentum': 0.9}
@@ -68,7 +68,7 @@ def test_two_processes_are_one(text, tmp_path):
   two = start(
     '--processes=2', '--devices_per_process=4', f'--config={path}', f'--workdir={workdir}'
   )
-  assert loop.train(config, str(alone)).finished
+  assert single.train(config, str(alone)).finished
   result = tiny.finish(two)
   assert result.code == 0, result.err
   facts = manifest.read(workdir)

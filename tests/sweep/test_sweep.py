@@ -15,10 +15,11 @@ import pytest
 from moe_jax.errors import DamagedError, UserError
 from moe_jax.results import summary
 from moe_jax.results.records import read_records, write_records
+from moe_jax.run import single
+from moe_jax.run.metrics_file import read_metrics
 from moe_jax.study import Comparison, Metric, Study, chain, point, product
 from moe_jax.sweep import collect, dry_run, evaluations, outcome, runner, trials
-from moe_jax.train import evaluate, loop
-from moe_jax.train.metrics import read_metrics
+from moe_jax.train import evaluate, program
 from tests import tiny
 
 BALANCED, FREE = 'load_balancing_weight=0.01', 'load_balancing_weight=0'
@@ -140,10 +141,10 @@ def swept(text, tmp_path_factory):
   workdir = str(tmp_path_factory.mktemp('sweep'))
   said = []
   # Other files may have compiled the same program.
-  loop.step_of.cache_clear()
-  before = loop.step_of.cache_info()
+  program.step_of.cache_clear()
+  before = program.step_of.cache_info()
   counts = runner.run(study, trials.trials_of(study), workdir, said.append)
-  after = loop.step_of.cache_info()
+  after = program.step_of.cache_info()
   return study, workdir, counts, said, after.misses - before.misses
 
 
@@ -176,7 +177,7 @@ def test_a_trial_is_what_training_and_evaluation_alone_give(swept, tmp_path):
   study, workdir, *_ = swept
   trial = trials.trials_of(study)[3]
   config = trial.config
-  loop.train(config, str(tmp_path / 'alone'))
+  single.train(config, str(tmp_path / 'alone'))
   alone = read_metrics(tmp_path / 'alone' / 'metrics.jsonl')
   record = records_by_arm(study, workdir)[BALANCED][1]
   assert record.curve == [[line['step'], line['loss']] for line in alone]
@@ -328,7 +329,7 @@ def test_another_split_is_evaluated_without_training(swept, tmp_path, monkeypatc
   study, workdir, *_ = swept
   shutil.copytree(workdir, tmp_path / 'w')
   other = dataclasses.replace(study, split='valid', arms=study.arms[:1])
-  monkeypatch.setattr(loop, '_steps', None)  # Training would need it.
+  monkeypatch.setattr(single, '_steps', None)  # Training would need it.
   counts = runner.run(other, trials.trials_of(other), str(tmp_path / 'w'), lambda line: None)
   assert counts.finished == 2
   records = collect.records_of(other, tmp_path / 'w')
@@ -361,7 +362,7 @@ def test_what_was_not_run_or_not_finished_is_said(text, tmp_path):
   study = make_study(text)
   first = trials.trials_of(study)[0]
   assert {r.status for r in collect.records_of(study, tmp_path)} == {'missing'}
-  loop.train(first.config, str(first.folder(tmp_path)))
+  single.train(first.config, str(first.folder(tmp_path)))
   record = collect.records_of(study, tmp_path)[0]
   assert (record.status, record.reason) == ('unfinished', 'not evaluated yet')
 

@@ -1,1 +1,1 @@
-"""Training, from one loss to two processes."""
+"""What a step of training computes."""

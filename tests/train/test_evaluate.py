@@ -14,7 +14,8 @@ from moe_jax.errors import UserError
 from moe_jax.models.build import build_model
 from moe_jax.models.decoder import forward, init_router_state
 from moe_jax.parallel.mesh import make_mesh
-from moe_jax.train import evaluate, opening, routing_counts
+from moe_jax.run import setup
+from moe_jax.train import evaluate, routing_counts
 from moe_jax.train.expert_similarity import expert_similarity
 from moe_jax.train.state import init_params, params_shardings
 from tests import tiny
@@ -47,7 +48,7 @@ def _evaluate(dataset, mesh=(1, 1), split='test', with_matrices=True, **more):
 
 @pytest.fixture(scope='module')
 def dataset(text):
-  return opening.dataset_of(tiny.config(text))
+  return setup.dataset_of(tiny.config(text))
 
 
 @pytest.fixture(scope='module')

@@ -7,7 +7,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from moe_jax import routing
-from moe_jax.train import manifest, metrics, metrics_file
+from moe_jax.run import manifest, metrics_file, metrics_writer
+from moe_jax.train import metrics
 
 
 def line(step, split='train', **more):
@@ -15,7 +16,7 @@ def line(step, split='train', **more):
 
 
 def steps_of(path):
-  return [record['step'] for record in metrics.read_metrics(path)]
+  return [record['step'] for record in metrics_file.read_metrics(path)]
 
 
 DAMAGED_LINES = (
@@ -206,7 +207,7 @@ def test_tensorboard_holds_numbers_and_a_number_for_each_layer(tmp_path):
   }
   # From step 4 on anew: what was written past it is hidden.
   for resume_step, steps in ((0, (4, 8)), (4, (6,))):
-    writer = metrics.MetricsWriter(str(tmp_path), resume_step, say=lambda line: None)
+    writer = metrics_writer.MetricsWriter(str(tmp_path), resume_step, say=lambda line: None)
     for step in steps:
       writer.write(step, 'train', record)
     writer.write(steps[-1], 'valid', record | {'loss': float(steps[-1])})

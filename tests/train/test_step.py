@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from moe_jax.models.decoder import forward
-from moe_jax.train import loop, objective
+from moe_jax.run import divergence
+from moe_jax.train import objective
 from moe_jax.train.state import init_state, state_shardings
 from moe_jax.train.step import over_scopes, put_batch
 from tests import tiny
@@ -169,16 +170,19 @@ def test_a_router_state_that_is_not_finite_ends_the_run():
   trainer = tiny.trainer({'moe.router': 'loss_free', 'optim.name': 'adamw'})
   metrics = trainer(tiny.batch(16, 16), LARGE_WEIGHTS)
   record = {'objective': 1.0, 'grad_norm': 1.0}
-  assert loop.not_finite(metrics, record) is None
+  assert divergence.not_finite(metrics, record) is None
   state = trainer.state
   bias = {'bias': state.router_state['bias'].at[0, 0].set(jnp.inf)}
   trainer.state = state._replace(router_state=bias)
   metrics = trainer(tiny.batch(16, 16), LARGE_WEIGHTS)
   # The loss does not show it: the expert is chosen by everyone, its gate is as before.
   assert np.isfinite(metrics.objective)
-  assert loop.not_finite(metrics, record)[0] == 'router_state'
-  assert loop.not_finite(metrics, {**record, 'objective': np.inf}) == ('loss', np.inf)
-  assert loop.not_finite(metrics, {**record, 'grad_norm': np.inf}) == ('gradient norm', np.inf)
+  assert divergence.not_finite(metrics, record)[0] == 'router_state'
+  assert divergence.not_finite(metrics, {**record, 'objective': np.inf}) == ('loss', np.inf)
+  assert divergence.not_finite(metrics, {**record, 'grad_norm': np.inf}) == (
+    'gradient norm',
+    np.inf,
+  )
 
 
 def test_the_average_load_is_a_moving_average_over_steps():

@@ -13,9 +13,9 @@ from moe_jax.data import train_iterator
 from moe_jax.errors import UserError
 from moe_jax.models.build import build_model
 from moe_jax.models.decoder import forward
+from moe_jax.run.restore import RestoredRun, restore_run
+from moe_jax.run.setup import dataset_of
 from moe_jax.train.evaluate import batch_size_of
-from moe_jax.train.opening import dataset_of
-from moe_jax.train.restore import RestoredRun, restore_run
 from moe_jax.train.step import put_batch
 
 

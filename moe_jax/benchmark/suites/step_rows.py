@@ -11,9 +11,10 @@ import numpy as np
 from moe_jax import optim, profiling
 from moe_jax.data import train_iterator
 from moe_jax.models.build import build_model
-from moe_jax.train.knobs import knobs_of
-from moe_jax.train.loop import accumulation_scope, next_batch
-from moe_jax.train.opening import dataset_of, mesh_of
+from moe_jax.run.setup import dataset_of, mesh_of
+from moe_jax.run.single import next_batch
+from moe_jax.train.hyperparameters import knobs_of
+from moe_jax.train.program import accumulation_scope
 from moe_jax.train.state import init_state
 from moe_jax.train.step import make_gradient, make_loss, make_train_step, put_batch
 

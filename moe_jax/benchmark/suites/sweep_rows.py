@@ -14,9 +14,9 @@ from moe_jax.benchmark.harness.timing import is_invalid, measure, ratio
 from moe_jax.data import ByteTokenizer
 from moe_jax.models.build import build_model
 from moe_jax.parallel.sharding import sharding
-from moe_jax.train.knobs import knobs_of
-from moe_jax.train.loop import program_of, step_of
-from moe_jax.train.opening import mesh_of
+from moe_jax.run.setup import mesh_of
+from moe_jax.train.hyperparameters import knobs_of
+from moe_jax.train.program import program_of, step_of
 from moe_jax.train.state import init_state, state_shardings
 from moe_jax.train.step import packed_shardings
 

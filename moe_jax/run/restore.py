@@ -14,9 +14,9 @@ from moe_jax.dispatch import why_not
 from moe_jax.errors import DamagedError, UserError
 from moe_jax.models.build import build_model
 from moe_jax.parallel.mesh import make_mesh
-from moe_jax.train import manifest
-from moe_jax.train.checkpoint import Checkpoints, saved_config
-from moe_jax.train.opening import TOKENIZER
+from moe_jax.run import manifest
+from moe_jax.run.checkpoint import Checkpoints, saved_config
+from moe_jax.run.setup import TOKENIZER
 from moe_jax.train.state import abstract_state
 
 

@@ -22,9 +22,10 @@ from moe_jax import optim
 from moe_jax.errors import DamagedError, UserError
 from moe_jax.field_names import split_field
 from moe_jax.files import is_incomplete, write_atomically
+from moe_jax.run import manifest_kinds
+from moe_jax.run.manifest_kinds import LOCK
 from moe_jax.schema import FREE_FIELDS, LATER_FIELDS, LATER_FIELDS_IN_IDS
-from moe_jax.train import accounting, manifest_kinds
-from moe_jax.train.manifest_kinds import LOCK
+from moe_jax.train import accounting
 
 MANIFEST = 'manifest.json'
 # The status that stands for a manifest that could not be read.

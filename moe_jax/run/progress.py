@@ -2,12 +2,13 @@
 
 import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import tqdm
 
-from moe_jax.train.timing import TRAINING
+from moe_jax.run.timing import TRAINING
 
 
 def print_line(line: str) -> None:
@@ -81,3 +82,17 @@ class ProgressBar:
   def close(self) -> None:
     """Leaves the bar as it is and ends its line."""
     self._bar.close()
+
+
+class Listener(NamedTuple):
+  """Callbacks of a sweep, called instead of printing on the terminal.
+
+  Attributes:
+    say: takes what would be printed, a line at a time.
+    on_step: takes the number of each step that was done.
+    on_phase: takes each phase of `timing.PHASES` when it begins.
+  """
+
+  say: Callable[[str], None]
+  on_step: Callable[[int], None]
+  on_phase: Callable[[str], None] = lambda phase: None

@@ -16,13 +16,13 @@ from moe_jax import optim
 from moe_jax.data import open_dataset
 from moe_jax.models.build import build_model
 from moe_jax.parallel.mesh import make_mesh
-from moe_jax.train import loop, manifest, opening
-from moe_jax.train.checkpoint import Checkpoints
-from moe_jax.train.metrics import read_metrics
+from moe_jax.run import manifest, setup, single
+from moe_jax.run.checkpoint import Checkpoints
+from moe_jax.run.metrics_file import read_metrics
+from moe_jax.run.timing import PHASES
 from moe_jax.train.state import abstract_state
-from moe_jax.train.timing import PHASES
 from tests import tiny
-from tests.train.conftest import LIVELY
+from tests.run.conftest import LIVELY
 
 # Orbax leaves event loops to the garbage collector when it meets a damaged file.
 pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
@@ -55,7 +55,7 @@ def assert_same_run(workdir, other, config):
 
 def signal_at(monkeypatch, step, number):
   """Sends a signal to this process while it prepares a step."""
-  steps, put_batch = [], loop.put_batch
+  steps, put_batch = [], single.put_batch
 
   def put_batch_and_signal(*arguments):
     steps.append(None)
@@ -63,7 +63,7 @@ def signal_at(monkeypatch, step, number):
       os.kill(os.getpid(), number)
     return put_batch(*arguments)
 
-  monkeypatch.setattr(loop, 'put_batch', put_batch_and_signal)
+  monkeypatch.setattr(single, 'put_batch', put_batch_and_signal)
 
 
 @pytest.fixture(scope='module')
@@ -92,7 +92,7 @@ def test_the_manifest_is_written_where_a_package_is_not_installed(monkeypatch, t
 
   monkeypatch.setattr(importlib.metadata, 'version', without)
   config = tiny.config(text)
-  facts = manifest.new_manifest(config, opening.mesh_of(config), 300, {})
+  facts = manifest.new_manifest(config, setup.mesh_of(config), 300, {})
   assert facts['moe_jax'] is None
   assert facts['packages']['tensorflow-datasets'] is None
   assert facts['packages']['jax'] == jax.__version__
@@ -115,7 +115,7 @@ def test_the_manifest_says_what_was_run(whole, text):
   assert facts['mesh'] == {'data': 2, 'expert': 4}
   assert facts['seed'] == 0
   assert facts['causal'] is False
-  dataset = opening.dataset_of(config)
+  dataset = setup.dataset_of(config)
   assert facts['data']['fingerprint'] == dataset.fingerprint
   assert facts['data']['domains'] == ['prose', 'verse']
 
@@ -151,7 +151,7 @@ def test_metrics_have_each_step_once(whole):
 def test_a_finished_run_says_so_and_changes_nothing(whole, capsys):
   config, workdir = whole
   before = tiny.snapshot(workdir)
-  assert loop.train(config, str(workdir)) == (6, True, None)
+  assert single.train(config, str(workdir)) == (6, True, None)
   assert 'finished at step 6' in capsys.readouterr().out
   assert tiny.snapshot(workdir) == before
 
@@ -164,11 +164,11 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_been(
   workdir = tmp_path / 'run'
   with monkeypatch.context() as patch:
     signal_at(patch, at, number)
-    assert loop.train(config, str(workdir)) == (at, False, number)
+    assert single.train(config, str(workdir)) == (at, False, number)
   facts = manifest.read(workdir)
   assert (facts['status'], facts['step']) == ('interrupted', at)
   assert state_of(workdir, config)[0] == at
-  assert loop.train(config, str(workdir)) == (6, True, None)
+  assert single.train(config, str(workdir)) == (6, True, None)
   assert_same_run(workdir, undisturbed, config)
   assert manifest.read(workdir)['resumed_from'][0]['step'] == at
 
@@ -182,7 +182,7 @@ def test_resuming_on_another_mesh_starts_from_the_same_bits(whole, copy, capsys)
   tiny.assert_equal(state_of(copy, config, (1, 1))[1], expected)
   other = config.copy_and_resolve_references()
   other.mesh.update(data=8, expert=1)
-  assert loop.train(other, str(copy)).finished
+  assert single.train(other, str(copy)).finished
   out = capsys.readouterr().out
   assert 'resuming at step 3 on mesh data=8, expert=1, before on data=2, expert=4' in out
   assert manifest.read(copy)['mesh'] == {'data': 8, 'expert': 1}
@@ -237,7 +237,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_its_steps_done_again(whole, copy,
   for file in (newest / 'state').rglob('d/*'):
     flip(file)
   damaged = tiny.snapshot(newest)
-  assert loop.train(config, str(copy)).finished
+  assert single.train(config, str(copy)).finished
   out = capsys.readouterr().out
   assert 'warning: damaged checkpoint moved to' in out
   assert 'resuming at step 3' in out
@@ -250,7 +250,7 @@ def test_a_finished_run_whose_last_checkpoint_is_damaged_is_repaired(whole, copy
   manifest.write(copy, {**manifest.read(copy), 'status': 'finished'})
   for file in (copy / 'checkpoints' / '6').glob('state/**/d/*'):
     flip(file)
-  assert loop.train(config, str(copy)) == (6, True, None)
+  assert single.train(config, str(copy)) == (6, True, None)
   assert 'damaged checkpoint moved to' in capsys.readouterr().out
   assert_same_run(copy, undisturbed, config)
   # Six steps of 0.05 each: the bias has moved, and not alike for all experts.
@@ -258,10 +258,10 @@ def test_a_finished_run_whose_last_checkpoint_is_damaged_is_repaired(whole, copy
   assert bias.shape == (2, 8) and np.ptp(bias, axis=1).min() > 0.05
   # Nothing left to do; nor where the checkpoints were removed to save space.
   before = tiny.snapshot(copy)
-  assert loop.train(config, str(copy)) == (6, True, None)
+  assert single.train(config, str(copy)) == (6, True, None)
   assert tiny.snapshot(copy) == before
   shutil.rmtree(copy / 'checkpoints')
-  assert loop.train(config, str(copy)) == (6, True, None)
+  assert single.train(config, str(copy)) == (6, True, None)
   assert not (copy / 'checkpoints').exists()
   assert 'its checkpoints are gone' in capsys.readouterr().out
 
@@ -272,7 +272,7 @@ def test_an_interrupted_save_leaves_no_half_checkpoint(whole, copy):
   newest = copy / 'checkpoints' / '6'
   newest.rename(copy / 'checkpoints' / '6.orbax-checkpoint-tmp')
   assert state_of(copy, config)[0] == 3
-  assert loop.train(config, str(copy)).finished
+  assert single.train(config, str(copy)).finished
   assert sorted(p.name for p in (copy / 'checkpoints').iterdir()) == ['3', '6']
   assert_same_run(copy, undisturbed, config)
 
@@ -284,9 +284,9 @@ def test_the_wait_for_data_counts_only_while_the_devices_are_idle(monkeypatch):
 
   model, rows = tiny.trainer().model, tiny.batch(16, 16)
   clock = iter(range(100))
-  monkeypatch.setattr(loop.time, 'perf_counter', lambda: float(next(clock)))
+  monkeypatch.setattr(single.time, 'perf_counter', lambda: float(next(clock)))
   for running, seconds in ((None, 1.0), (Step(False), 0.0), (Step(True), 1.0)):
-    batch, waited = loop.next_batch(iter([rows]), model, running)
+    batch, waited = single.next_batch(iter([rows]), model, running)
     assert waited == seconds
     np.testing.assert_array_equal(batch['inputs'], rows['inputs'])
 
@@ -306,7 +306,7 @@ def test_damaged_and_cut_lines_are_said_and_kept_when_a_run_goes_on(whole, copy,
   with open(path, 'ab') as file:
     file.write(b'{"step": 9, "split": "tr\303')
   spoiled = path.read_bytes()
-  assert loop.train(config, str(copy)).finished
+  assert single.train(config, str(copy)).finished
   out = capsys.readouterr().out
   assert f'warning: {path}: line 2 is damaged and left out; the old file is' in out
   assert f'note: {path}: line 9, the last one, was cut off' in out
@@ -315,7 +315,7 @@ def test_damaged_and_cut_lines_are_said_and_kept_when_a_run_goes_on(whole, copy,
   assert metrics_of(copy) == [r for r in metrics_of(undisturbed) if r['step'] != 2]
   # Each later call says what is lost for good, once.
   before = tiny.snapshot(copy)
-  assert loop.train(config, str(copy)).finished
+  assert single.train(config, str(copy)).finished
   assert capsys.readouterr().out.count('lacks the lines of train 2;') == 1
   assert tiny.snapshot(copy) == before
 
@@ -338,13 +338,13 @@ def test_a_finished_run_says_which_of_its_metrics_are_gone(whole, copy, capsys):
     if content is not None:
       path.write_bytes(content)
     before = tiny.snapshot(copy)
-    assert loop.train(config, str(copy)) == (6, True, None)
+    assert single.train(config, str(copy)) == (6, True, None)
     out = capsys.readouterr().out
     assert 'finished at step 6' in out
     assert (words in out) if words else ('warning' not in out)
     assert tiny.snapshot(copy) == before
   damage_line(path, 3)
-  loop.train(config, str(copy))
+  single.train(config, str(copy))
   assert f'warning: {path}: line 3 is damaged' in capsys.readouterr().out
 
 
@@ -353,7 +353,7 @@ def test_a_run_whose_checkpoints_are_gone_says_so_and_keeps_its_lines(whole, cop
   shutil.rmtree(copy / 'checkpoints')
   manifest.write(copy, {**manifest.read(copy), 'status': 'interrupted'})
   old = (copy / 'metrics.jsonl').read_bytes()
-  assert loop.train(config, str(copy)).finished
+  assert single.train(config, str(copy)).finished
   out = capsys.readouterr().out
   assert 'warning: starting at step 0, for want of a checkpoint' in out
   assert 'earlier_metrics.jsonl' in out
@@ -366,7 +366,7 @@ def test_a_checkpoint_under_the_number_of_another_step_is_damaged(whole, copy, c
   shutil.rmtree(copy / 'checkpoints' / '6')
   shutil.copytree(copy / 'checkpoints' / '3', copy / 'checkpoints' / '5')
   assert state_of(copy, config)[0] == 3
-  assert loop.train(config, str(copy)).finished
+  assert single.train(config, str(copy)).finished
   out = capsys.readouterr().out
   assert f'damaged checkpoint moved to {copy / "damaged_checkpoint_5"}' in out
   assert 'resuming at step 3' in out
@@ -379,7 +379,7 @@ def test_a_position_in_the_data_that_is_not_the_saved_one_is_damage(whole, copy,
   shutil.rmtree(copy / 'checkpoints' / '6' / 'data')
   shutil.copytree(copy / 'checkpoints' / '3' / 'data', copy / 'checkpoints' / '6' / 'data')
   assert state_of(copy, config)[0] == 3
-  assert loop.train(config, str(copy)).finished
+  assert single.train(config, str(copy)).finished
   out = capsys.readouterr().out
   assert f'damaged checkpoint moved to {copy / "damaged_checkpoint_6"}' in out
   assert_same_run(copy, undisturbed, config)
@@ -395,7 +395,7 @@ def test_a_checkpoint_from_before_the_position_had_a_digest_is_read(whole, copy)
 
 def test_only_the_newest_checkpoints_stay(text, tmp_path):
   overrides = {'train.checkpoint_every': 1, 'train.keep_checkpoints': 3}
-  loop.train(tiny.config({**text, **overrides}), str(tmp_path / 'run'))
+  single.train(tiny.config({**text, **overrides}), str(tmp_path / 'run'))
   kept = sorted(p.name for p in (tmp_path / 'run' / 'checkpoints').iterdir())
   assert kept == ['4', '5', '6']
 
@@ -411,7 +411,7 @@ def test_accumulation_and_every_optimizer_run_through(text, tmp_path):
     }
     workdir = tmp_path / optimizer
     config = tiny.config({**text, **overrides})
-    assert loop.train(config, str(workdir)).finished
+    assert single.train(config, str(workdir)).finished
     assert manifest.read(workdir)['compilations'] == 1
 
 
@@ -430,7 +430,7 @@ def test_kill_9_in_mid_run_changes_nothing(text, tmp_path):
   logged = len(read_metrics(log))
   assert 13 <= logged < 150
   assert manifest.read(killed)['status'] == 'running'
-  loop.train(config, str(undisturbed))
+  single.train(config, str(undisturbed))
   result = tiny.command('train', f'--config={path}', f'--workdir={killed}')
   assert result.code == 0, result.err
   assert 'resuming at step' in result.out
@@ -473,7 +473,7 @@ def test_full_disk_is_one_error_line_and_the_run_goes_on_later(
   config, undisturbed = whole
   shutil.rmtree(copy / 'checkpoints' / '6')
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-  put_batch, steps = loop.put_batch, []
+  put_batch, steps = single.put_batch, []
 
   def fill_up(*arguments):
     steps.append(None)
@@ -484,13 +484,13 @@ def test_full_disk_is_one_error_line_and_the_run_goes_on_later(
   path = tiny.config_file(copy.parent, {**text, **LIVELY})
   try:
     with monkeypatch.context() as patch:
-      patch.setattr(loop, 'put_batch', fill_up)
+      patch.setattr(single, 'put_batch', fill_up)
       result = tiny.command('train', f'--config={path}', f'--workdir={copy}')
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
   assert result.code == 2, result.err
   assert result.err.count('error: ') == 1 and 'Traceback' not in result.err
-  assert loop.train(config, str(copy)).finished
+  assert single.train(config, str(copy)).finished
   assert_same_run(copy, undisturbed, config)
 
 

@@ -3,8 +3,8 @@
 import pytest
 
 from moe_jax.errors import UserError
+from moe_jax.run import size
 from moe_jax.schema import SCHEMA
-from moe_jax.train import size
 from tests import tiny
 
 GIB = 2**30

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moe_jax.train import loop, manifest, profile, progress, timing
-from moe_jax.train.metrics import read_metrics
+from moe_jax.run import callbacks, manifest, profile, progress, single, timing
+from moe_jax.run.metrics_file import read_metrics
 from moe_jax.train.state import TrainState
 from tests import tiny
 
@@ -91,7 +91,7 @@ def machine(monkeypatch):
     machine.work(EVALUATE)
     return {'split': 'valid', 'loss': 2.0, 'tokens': 10}
 
-  save = loop.Checkpoints.save
+  save = single.Checkpoints.save
 
   def slow_save(*arguments):
     machine.wait()
@@ -104,14 +104,14 @@ def machine(monkeypatch):
     yield
     machine.work(TRACE[2])
 
-  monkeypatch.setattr(loop, 'step_of', lambda *arguments: Step(machine))
-  monkeypatch.setattr(loop, 'init_state', new_state)
-  monkeypatch.setattr(loop, 'abstract_state', abstract)
-  monkeypatch.setattr(loop, 'with_token_counts', lambda state, *arguments: state)
-  monkeypatch.setattr(loop.metrics, 'step_metrics', step_metrics)
-  monkeypatch.setattr(loop, 'not_finite', lambda *arguments: None)
-  monkeypatch.setattr(loop.evaluate, 'evaluate', evaluate)
-  monkeypatch.setattr(loop.Checkpoints, 'save', slow_save)
+  monkeypatch.setattr(single, 'step_of', lambda *arguments: Step(machine))
+  monkeypatch.setattr(single, 'init_state', new_state)
+  monkeypatch.setattr(single, 'abstract_state', abstract)
+  monkeypatch.setattr(single, 'with_token_counts', lambda state, *arguments: state)
+  monkeypatch.setattr(callbacks.metrics, 'step_metrics', step_metrics)
+  monkeypatch.setattr(callbacks, 'not_finite', lambda *arguments: None)
+  monkeypatch.setattr(callbacks.evaluate, 'evaluate', evaluate)
+  monkeypatch.setattr(single.Checkpoints, 'save', slow_save)
   waits = types.SimpleNamespace(block_until_ready=lambda x: machine.wait())
   monkeypatch.setattr(profile, 'jax', waits)
   monkeypatch.setattr(profile.profiling, 'traced', traced)
@@ -141,9 +141,9 @@ def test_tokens_per_second_are_those_of_training_alone(machine, text, tmp_path):
     if step == 7:
       os.kill(os.getpid(), signal.SIGTERM)
 
-  listener = loop.Listener(said.append, stop_at_7, phases.append)
+  listener = progress.Listener(said.append, stop_at_7, phases.append)
   trace = str(tmp_path / 'trace')
-  done = loop.train(config, str(workdir), listener, trace, clock=lambda: machine.now)
+  done = single.train(config, str(workdir), listener, trace, clock=lambda: machine.now)
   assert (done.step, done.finished) == (7, False)
   rate = {'tokens_per_second': 1000}
   # Steps 3, 4 and 5 are traced. Checkpoints after 4 and 7, evaluations after 3 and 6.
@@ -180,7 +180,7 @@ def test_tokens_per_second_are_those_of_training_alone(machine, text, tmp_path):
   ]
 
   said.clear()
-  assert loop.train(config, str(workdir), listener, clock=lambda: machine.now).finished
+  assert single.train(config, str(workdir), listener, clock=lambda: machine.now).finished
   # One step since it went on; nothing of what came before counts.
   train[8] = rate | begun
   train[10] = rate | {'seconds_saving': SAVE}

@@ -12,9 +12,9 @@ from moe_jax.data import Dataset, Tokenizer, load_tokenizer, open_dataset, open_
 from moe_jax.dispatch import why_not
 from moe_jax.errors import DamagedError, UserError
 from moe_jax.parallel.mesh import make_mesh
-from moe_jax.train import manifest
-from moe_jax.train.checkpoint import saved_config
-from moe_jax.train.size import check_size
+from moe_jax.run import manifest
+from moe_jax.run.checkpoint import saved_config
+from moe_jax.run.size import check_size
 
 TOKENIZER = 'tokenizer'
 
@@ -128,3 +128,17 @@ def keep_tokenizer(workdir: str, tokenizer: Tokenizer) -> None:
     pass
   folder.mkdir(exist_ok=True)
   tokenizer.save(str(folder))
+
+
+def first_manifest(
+  config: ml_collections.ConfigDict, mesh: Mesh, dataset: Dataset
+) -> dict[str, Any]:
+  """Returns the manifest of a run that begins."""
+  data = {
+    'name': config.data.name,
+    'fingerprint': dataset.fingerprint,
+    'tokenizer': dataset.tokenizer.fingerprint,
+    'domains': list(dataset.domains),
+    'provenance': dataset.provenance,
+  }
+  return manifest.new_manifest(config, mesh, dataset.tokenizer.vocab_size, data)

@@ -15,13 +15,13 @@ from moe_jax import optim
 from moe_jax.errors import UserError
 from moe_jax.models.build import build_model
 from moe_jax.parallel.mesh import make_mesh
+from moe_jax.run import ancestry, manifest, single
 from moe_jax.study import Point, Study, product
 from moe_jax.sweep import collect, runner, trials
-from moe_jax.train import ancestry, loop, manifest
 from moe_jax.train.state import init_state
 from tests import tiny
-from tests.train.conftest import LIVELY
-from tests.train.test_loop import assert_same_run, metrics_of, signal_at, state_of
+from tests.run.conftest import LIVELY
+from tests.run.test_single import assert_same_run, metrics_of, signal_at, state_of
 
 # A run of other text, length, schedule, rate and mesh.
 OTHER = {
@@ -55,7 +55,7 @@ def child(source, other_text, tmp_path_factory):
   folder = tmp_path_factory.mktemp('child')
   shutil.copytree(source, folder / 'source')
   config = tiny.config({**other_text, **OTHER, 'train.init_from': str(folder / 'source')})
-  assert loop.train(config, str(folder / 'run')) == (3, True, None)
+  assert single.train(config, str(folder / 'run')) == (3, True, None)
   shutil.move(folder / 'source', folder / 'moved')
   return config, folder / 'run'
 
@@ -141,13 +141,13 @@ def test_a_child_goes_on_without_its_source(child, tmp_path, monkeypatch, capsys
   shutil.copytree(undisturbed.parent / 'moved', source)
   with monkeypatch.context() as patch:
     signal_at(patch, 2, signal.SIGTERM)
-    assert loop.train(config, str(workdir)) == (2, False, signal.SIGTERM)
+    assert single.train(config, str(workdir)) == (2, False, signal.SIGTERM)
   assert 'starting from step 6' in capsys.readouterr().out
   shutil.rmtree(source)
-  assert loop.train(config, str(workdir)) == (3, True, None)
+  assert single.train(config, str(workdir)) == (3, True, None)
   assert_same_run(workdir, undisturbed, config)
   assert manifest.read(workdir)['ancestry'] == manifest.read(undisturbed)['ancestry']
-  assert loop.train(config, str(workdir)) == (3, True, None)
+  assert single.train(config, str(workdir)) == (3, True, None)
   assert moe_jax.load_run(workdir).dataset.domains == ('prose', 'verse')
 
 
@@ -163,7 +163,7 @@ def test_before_its_first_checkpoint_a_child_wants_the_same_source(child, tmp_pa
   def refused(words):
     before = tiny.snapshot(workdir)
     with pytest.raises(UserError, match=words):
-      loop.train(config, str(workdir))
+      single.train(config, str(workdir))
     assert tiny.snapshot(workdir) == before
 
   refused('train.init_from=.*holds no run')
@@ -176,11 +176,11 @@ def test_before_its_first_checkpoint_a_child_wants_the_same_source(child, tmp_pa
     refused(r'holds other numbers .*step 3 then, 3 now')
     manifest.write(workdir, facts)
     with pytest.raises(UserError, match='another run'):
-      loop.train(config, str(workdir), pinned={**entry, 'digest': 'another'})
+      single.train(config, str(workdir), pinned={**entry, 'digest': 'another'})
     (source / 'checkpoints' / '6').rename(source / 'six')
     refused(r'no checkpoint of step 6 there, but of \[3\]')
     (source / 'six').rename(source / 'checkpoints' / '6')
-    assert loop.train(config, str(workdir)) == (3, True, None)
+    assert single.train(config, str(workdir)) == (3, True, None)
     assert_same_run(workdir, undisturbed, config)
   finally:
     shutil.rmtree(source)
@@ -189,7 +189,7 @@ def test_before_its_first_checkpoint_a_child_wants_the_same_source(child, tmp_pa
 def test_a_grandchild_knows_its_whole_ancestry(child, tmp_path):
   config, parent = child
   more = {**text_of(config), **OTHER, 'train.init_from': f'{parent}@3', 'train.num_steps': 1}
-  assert loop.train(tiny.config(more), str(tmp_path / 'run')).finished
+  assert single.train(tiny.config(more), str(tmp_path / 'run')).finished
   found = manifest.read(tmp_path / 'run')['ancestry']
   assert [entry['step'] for entry in found] == [6, 3]
   assert found[:1] == manifest.read(parent)['ancestry']
@@ -225,7 +225,7 @@ def test_a_source_that_does_not_fit_is_refused(source, text, tmp_path, overrides
   changes = {**text, **LIVELY, 'train.init_from': str(source), **overrides}
   changes['train.init_from'] = given.get(changes['train.init_from'], changes['train.init_from'])
   with pytest.raises(UserError, match=words):
-    loop.train(tiny.config(changes), str(workdir))
+    single.train(tiny.config(changes), str(workdir))
   assert not workdir.exists()
 
 
@@ -239,13 +239,13 @@ def test_a_child_inherits_the_tokenizer(text, other_text, tmp_path):
   bpe = {'data.tokenizer': 'bpe', 'data.vocab_size': 512, 'train.num_steps': 1}
   bpe |= {'moe.num_experts': 0, 'mesh.data': 1, 'mesh.expert': 1}
   source, workdir = tmp_path / 'source', tmp_path / 'run'
-  assert loop.train(tiny.config({**text, **bpe}), str(source)).finished
+  assert single.train(tiny.config({**text, **bpe}), str(source)).finished
   config = tiny.config({**other_text, **bpe, 'train.init_from': str(source)})
   other = config.copy_and_resolve_references()
   other.data.vocab_size = 600
   with pytest.raises(UserError, match='data.vocab_size=600: must be 512, which train.init_from='):
-    loop.train(other, str(workdir))
-  assert loop.train(config, str(workdir)).finished
+    single.train(other, str(workdir))
+  assert single.train(config, str(workdir)).finished
   own, of_source = (manifest.read(path)['data'] for path in (workdir, source))
   assert own['tokenizer'] == of_source['tokenizer']
   assert own['fingerprint'] != of_source['fingerprint']
@@ -260,8 +260,8 @@ def test_a_lengthened_run_is_one_that_was_long_from_the_start(source, text, tmp_
   short = tiny.config({**text, **LIVELY, 'train.num_steps': 4})
   whole = tiny.config({**text, **LIVELY})
   workdir = tmp_path / 'run'
-  assert loop.train(short, str(workdir)) == (4, True, None)
-  assert loop.train(whole, str(workdir)) == (6, True, None)
+  assert single.train(short, str(workdir)) == (4, True, None)
+  assert single.train(whole, str(workdir)) == (6, True, None)
   assert 'lengthened to 6 steps; goes on from step 4' in capsys.readouterr().out
   assert_same_run(workdir, source, whole)
   facts = manifest.read(workdir)
@@ -271,16 +271,16 @@ def test_a_lengthened_run_is_one_that_was_long_from_the_start(source, text, tmp_
   shutil.rmtree(workdir / 'checkpoints' / '6')
   manifest.write(workdir, {**facts, 'status': 'running', 'step': 4})
   assert moe_jax.load_run(workdir).step == 4
-  assert loop.train(whole, str(workdir)) == (6, True, None)
+  assert single.train(whole, str(workdir)) == (6, True, None)
   assert 'disagree' not in capsys.readouterr().out
   assert_same_run(workdir, source, whole)
   assert manifest.read(workdir)['lengthened'] == facts['lengthened']
   with pytest.raises(UserError, match='train.num_steps=4: the run in .* has 6; use another'):
-    loop.train(short, str(workdir))
+    single.train(short, str(workdir))
   shutil.rmtree(workdir / 'checkpoints')
   longer = tiny.config({**text, **LIVELY, 'train.num_steps': 9})
   with pytest.raises(UserError, match="can't be lengthened: its checkpoints are gone"):
-    loop.train(longer, str(workdir))
+    single.train(longer, str(workdir))
 
 
 def test_schedules_that_know_their_end_are_not_lengthened():

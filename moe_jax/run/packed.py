@@ -5,13 +5,12 @@ and gets what it would get alone, but for rounding.
 """
 
 import contextlib
-import functools
 import os
 import pathlib
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +23,19 @@ from moe_jax.data import Dataset, train_iterator
 from moe_jax.errors import UserError
 from moe_jax.models.build import build_model
 from moe_jax.parallel.sharding import sharding
-from moe_jax.train import device_errors, loop, manifest, metrics, opening
+from moe_jax.run import device_errors, manifest, setup
+from moe_jax.run.callbacks import Checkpointer, StepCounter, saying_when_it_compiles
+from moe_jax.run.checkpoint import Checkpoints
+from moe_jax.run.divergence import DivergedError, not_finite
+from moe_jax.run.metrics_writer import MetricsWriter
+from moe_jax.run.progress import Listener
+from moe_jax.run.signals import Signals
+from moe_jax.run.timing import TRAINING, Throughput, Timer
+from moe_jax.train import metrics
 from moe_jax.train.causal_claim import check_causal_claim
-from moe_jax.train.checkpoint import Checkpoints
-from moe_jax.train.knobs import knobs_of
-from moe_jax.train.signals import Signals
+from moe_jax.train.hyperparameters import knobs_of
+from moe_jax.train.loop import Callback, run_steps
+from moe_jax.train.program import program_of, step_of
 from moe_jax.train.state import (
   TrainState,
   make_init,
@@ -37,7 +44,6 @@ from moe_jax.train.state import (
   with_token_counts,
 )
 from moe_jax.train.step import BATCH_FIELDS, StepMetrics, packed_shardings
-from moe_jax.train.timing import TRAINING, Throughput, Timer
 
 
 class Member(NamedTuple):
@@ -62,7 +68,7 @@ class PackOutcome(NamedTuple):
 def train_packed(
   members: Sequence[Member],
   pack_dir: str | os.PathLike,
-  listener: loop.Listener,
+  listener: Listener,
   *,
   clock: Callable[[], float] = time.perf_counter,
 ) -> PackOutcome:
@@ -83,14 +89,14 @@ def train_packed(
   """
   _check(members)
   first = members[0].config
-  mesh = opening.mesh_of(first)
+  mesh = setup.mesh_of(first)
   timer = Timer(listener.on_phase, clock)
   with contextlib.ExitStack() as stack:
     stack.enter_context(device_errors.explained(first, len(members)))
     for member in members:
       stack.enter_context(manifest.claimed(member.workdir))
-    dataset = opening.dataset_of(first)
-    opening.check_splits(first, dataset)
+    dataset = setup.dataset_of(first)
+    setup.check_splits(first, dataset)
     listener.say(check_causal_claim(first, dataset.tokenizer.vocab_size))
     stack.enter_context(jax.set_mesh(mesh))
     listener.say(f'preparing model and state of {len(members)} runs')
@@ -103,7 +109,7 @@ def train_packed(
 
 
 def _check(members: Sequence[Member]) -> None:
-  programs = {loop.program_of(member.config) for member in members}
+  programs = {program_of(member.config) for member in members}
   if len(programs) != 1:
     raise UserError('--pack', len(members), 'the runs of a pack must differ in knobs alone')
   if members[0].config.train.eval_every:
@@ -130,7 +136,7 @@ class _Pack:
     self._model = build_model(config, mesh, vocab_size, 'train', microbatch)
     self._optimizer = optim.make_optimizer(config.optim, config.train.num_steps)
     self._shardings = packed_shardings(state_shardings(self._model, self._optimizer))
-    self._step_function = loop.step_of(loop.program_of(config), mesh, vocab_size, packed=True)
+    self._step_function = step_of(program_of(config), mesh, vocab_size, packed=True)
     self._knobs = jax.tree.map(lambda *x: jnp.stack(x), *(knobs_of(m.config) for m in members))
     self._iterators = [
       train_iterator(
@@ -146,7 +152,7 @@ class _Pack:
     self._checkpoints = Checkpoints(str(pack_dir), config.train.keep_checkpoints)
     self._state, self._step = self._start()
     self._facts = [
-      loop.first_manifest(member.config, mesh, dataset)
+      setup.first_manifest(member.config, mesh, dataset)
       | {
         'step': self._step,
         'packed_with': len(members) - 1,
@@ -180,39 +186,34 @@ class _Pack:
     )
     return stack(*states)
 
-  def run(self, listener: loop.Listener, timer: Timer) -> PackOutcome:
+  def run(self, listener: Listener, timer: Timer) -> PackOutcome:
     """Does the remaining steps."""
     config = self._config
     with contextlib.ExitStack() as stack:
       writers = []
       for member, facts in zip(self._members, self._facts, strict=True):
-        opening.keep_tokenizer(member.workdir, self._dataset.tokenizer)
+        setup.keep_tokenizer(member.workdir, self._dataset.tokenizer)
         facts['pack'] = len(self._members)
         manifest.write(member.workdir, facts)
-        writer = metrics.MetricsWriter(member.workdir, self._step, say=listener.say)
+        writer = MetricsWriter(member.workdir, self._step, say=listener.say)
         writers.append(stack.enter_context(contextlib.closing(writer)))
       signals = stack.enter_context(Signals())
-      pending = None
-      stop = False
       timer.enter(TRAINING)
-      throughputs = [Throughput(timer) for _ in self._members]
-      report = functools.partial(self._report, writers, throughputs)
-      while self._step < config.train.num_steps and not stop:
-        batch = self._next_batch()
-        with loop.compiling(self._step_function, timer, listener.say):
-          self._state, step_metrics = self._step_function(self._state, batch, self._knobs)
-        self._step += 1
-        listener.on_step(self._step)
-        if pending is not None:
-          report(*pending)
-        pending = (self._step, step_metrics)
-        stop = signals.should_stop(self._step, config.train.log_every)
-        last = self._step == config.train.num_steps or stop
-        if last or self._step % config.train.checkpoint_every == 0:
-          report(*pending)
-          pending = None
-          with loop.saving(self._step, timer, listener.say):
-            self._save()
+      step_function = self._step_function
+      self._state, self._step = run_steps(
+        saying_when_it_compiles(step_function, step_function, timer, listener.say),
+        self._state,
+        lambda running: (self._next_batch(), 0.0),
+        self._knobs,
+        step=self._step,
+        num_steps=config.train.num_steps,
+        callbacks=[
+          StepCounter(listener.on_step),
+          _PackReporter(self, writers, timer),
+          Checkpointer(config, self._checkpoints, self._positions, timer=timer, say=listener.say),
+        ],
+        should_stop=lambda step: signals.should_stop(step, config.train.log_every),
+      )
       self._checkpoints.wait()
     stopped = self._step < config.train.num_steps
     for member, facts, why in zip(self._members, self._facts, self._diverged, strict=True):
@@ -228,19 +229,15 @@ class _Pack:
       for name in BATCH_FIELDS
     }
 
-  def _save(self) -> None:
-    positions = {
+  def _positions(self) -> dict[str, Any]:
+    """Returns what a checkpoint says besides the state."""
+    return {
       'members': [iterator.get_state() for iterator in self._iterators],
       'diverged': self._diverged,
     }
-    self._checkpoints.save(self._step, self._state, positions, self._config.to_dict())
 
-  def _report(
-    self,
-    writers: list[metrics.MetricsWriter],
-    throughputs: list[Throughput],
-    step: int,
-    joint: StepMetrics,
+  def report(
+    self, writers: list[MetricsWriter], throughputs: list[Throughput], step: int, joint: StepMetrics
   ) -> None:
     """Writes a step's metrics of every member that has not diverged.
 
@@ -253,9 +250,9 @@ class _Pack:
         continue
       of_member = jax.tree.map(lambda x, i=i: x[i], joint)
       record = metrics.step_metrics(of_member, self._mesh.shape['expert'])
-      culprit = loop.not_finite(of_member, record)
-      if culprit:
-        error = loop.DivergedError(step, *culprit)
+      bad_metric = not_finite(of_member, record)
+      if bad_metric:
+        error = DivergedError(step, *bad_metric)
         self._diverged[i] = str(error)
         manifest.write(member.workdir, self._facts[i] | error.facts)
         continue
@@ -288,3 +285,16 @@ class _Pack:
   def close(self) -> None:
     """Ends what writes checkpoints; may be called twice."""
     self._checkpoints.close()
+
+
+class _PackReporter(Callback):
+  """Writes the metrics of the members, each to its own run."""
+
+  def __init__(self, pack: _Pack, writers: list[MetricsWriter], timer: Timer):
+    self._pack, self._writers = pack, writers
+    self._throughputs = [Throughput(timer) for _ in writers]
+
+  def on_metrics(self, step: int, metrics_of_step: Any, waited: float) -> None:
+    """Waits for a step of the pack to end and reports it."""
+    del waited
+    self._pack.report(self._writers, self._throughputs, step, metrics_of_step)

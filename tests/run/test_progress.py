@@ -5,7 +5,7 @@ import sys
 
 import tqdm
 
-from moe_jax.train.progress import bar_file
+from moe_jax.run.progress import bar_file
 
 
 def test_away_from_a_terminal_each_refresh_is_a_line(monkeypatch):

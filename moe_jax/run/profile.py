@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from moe_jax import profiling
-from moe_jax.train.timing import Timer
+from moe_jax.run.timing import Timer
 
 FLAG = '--profile'
 # Steps that are left out first: the one that compiles, and one more. Then those that are traced.

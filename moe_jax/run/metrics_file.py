@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_jax.files import write_atomically
-from moe_jax.train.manifest import Pace
+from moe_jax.run.manifest import Pace
 
 FILE = 'metrics.jsonl'
 

@@ -11,9 +11,9 @@ from moe_jax import optim
 from moe_jax.errors import UserError
 from moe_jax.models.build import build_model
 from moe_jax.parallel.mesh import make_mesh
-from moe_jax.train import loop, manifest, packed
-from moe_jax.train.checkpoint import Checkpoints
-from moe_jax.train.metrics import read_metrics
+from moe_jax.run import manifest, packed, progress, single
+from moe_jax.run.checkpoint import Checkpoints
+from moe_jax.run.metrics_file import read_metrics
 from moe_jax.train.state import abstract_state
 from tests import tiny
 
@@ -33,7 +33,7 @@ COMMON = {
   'train.num_steps': 8,
   'train.checkpoint_every': 3,
 }
-NOBODY = loop.Listener(lambda line: None, lambda step: None)
+NOBODY = progress.Listener(lambda line: None, lambda step: None)
 
 
 def configs_of(text, router):
@@ -85,7 +85,7 @@ def test_each_member_gets_what_it_gets_alone(text, tmp_path, router):
   assert not (tmp_path / 'pack').exists()
   losses = set()
   for i, config in enumerate(configs):
-    loop.train(config, str(tmp_path / f'alone{i}'), NOBODY)
+    single.train(config, str(tmp_path / f'alone{i}'), NOBODY)
     assert manifest.read(tmp_path / f'packed{i}')['pack'] == 4
     assert_same_runs(tmp_path / f'packed{i}', tmp_path / f'alone{i}', config)
     losses.add(read_metrics(tmp_path / f'packed{i}' / 'metrics.jsonl')[-1]['loss'])
@@ -163,7 +163,7 @@ def test_a_member_that_diverges_costs_the_others_nothing(text, tmp_path):
   done = packed.train_packed(members, tmp_path / 'pack', NOBODY)
   assert not done.diverged[0] and 'diverged at step' in done.diverged[1]
   assert manifest.read(tmp_path / 'packed1')['status'] == 'diverged'
-  loop.train(configs[0], str(tmp_path / 'alone'), NOBODY)
+  single.train(configs[0], str(tmp_path / 'alone'), NOBODY)
   assert_same_runs(tmp_path / 'packed0', tmp_path / 'alone', configs[0])
 
 

@@ -6,9 +6,9 @@ import jax
 import pytest
 
 from moe_jax.errors import UserError
+from moe_jax.run import device_errors, manifest, single
 from moe_jax.study import Study, product
 from moe_jax.sweep import outcome, runner, trials
-from moe_jax.train import device_errors, loop, manifest
 from tests import tiny
 
 DENSE = {'moe.num_experts': 0, 'mesh.data': 1, 'mesh.expert': 1, 'train.num_steps': 2}
@@ -31,7 +31,7 @@ class Exhausted:
 @pytest.fixture
 def exhausted(monkeypatch):
   """Makes every step raise an error."""
-  return lambda error: monkeypatch.setattr(loop, 'step_of', lambda *a, **more: Exhausted(error))
+  return lambda error: monkeypatch.setattr(single, 'step_of', lambda *a, **more: Exhausted(error))
 
 
 def test_the_fields_to_change_are_named():

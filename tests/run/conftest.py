@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe_jax.train import loop
+from moe_jax.run import single
 from tests import tiny
 
 # Everything whose state must survive: moments, a router's bias, jitter and random drops.
@@ -22,5 +22,5 @@ def lively(text, tmp_path_factory):
   """(config, directory) of six steps that nothing disturbed, checkpoints 3 and 6; not changed."""
   config = tiny.config({**text, **LIVELY})
   workdir = tmp_path_factory.mktemp('lively') / 'run'
-  assert loop.train(config, str(workdir)) == (6, True, None)
+  assert single.train(config, str(workdir)) == (6, True, None)
   return config, workdir

@@ -23,9 +23,9 @@ from moe_jax.errors import DamagedError, UserError
 from moe_jax.models.build import build_model
 from moe_jax.models.decoder import Decoder
 from moe_jax.parallel.mesh import make_mesh
-from moe_jax.train import checkpoint, layout, manifest
-from moe_jax.train.opening import TOKENIZER
-from moe_jax.train.restore import restore_run
+from moe_jax.run import checkpoint, manifest, optimizer_layout
+from moe_jax.run.restore import restore_run
+from moe_jax.run.setup import TOKENIZER
 from moe_jax.train.state import TrainState, abstract_state, state_shardings
 
 FIELD = 'train.init_from'
@@ -172,7 +172,7 @@ def _shapes(config: ml_collections.ConfigDict, vocab_size: int) -> dict[str, Any
   config.moe.exchange = 'padded'
   model = build_model(config, make_mesh(1, 1), vocab_size, 'eval')
   state = abstract_state(model, optim.make_optimizer(config.optim, config.train.num_steps))
-  return {name: dict(layout.shapes_of(part)) for name, part in state._asdict().items()}
+  return {name: dict(optimizer_layout.shapes_of(part)) for name, part in state._asdict().items()}
 
 
 def start(
@@ -214,7 +214,9 @@ def start(
     'digest': hashlib.sha256(json.dumps(sums).encode()).hexdigest(),
   }
   if 'opt_state' in taken:
-    if layout.shapes_of(taken['opt_state']) != layout.shapes_of(state.opt_state):
+    if optimizer_layout.shapes_of(taken['opt_state']) != optimizer_layout.shapes_of(
+      state.opt_state
+    ):
       raise UserError(
         'train.init_optimizer',
         True,

@@ -12,7 +12,8 @@ from moe_jax.data import eval_batches
 from moe_jax.models.build import build_model
 from moe_jax.models.decoder import Decoder, forward, init_router_state
 from moe_jax.parallel.mesh import make_mesh
-from moe_jax.train import churn, opening
+from moe_jax.run import setup
+from moe_jax.train import routing_change
 from moe_jax.train.state import init_params, params_shardings
 from tests import tiny
 
@@ -22,13 +23,15 @@ LENGTH, BATCH = 16, 16
 def test_churn_by_hand():
   # Layer 0: 10 and 10 assignments, 7 in both: 3 of 10 changed. Layer 1: 4 and 8, 3 in both:
   # 1 - 2 * 3 / 12. Layer 2: nobody asked for anything.
-  overlap = churn.Overlap(*(np.array(n, float) for n in ([10, 4, 0], [10, 8, 0], [7, 3, 0])))
-  np.testing.assert_allclose(churn._summary(overlap)['router/churn'], [0.3, 0.5, 1.0])
+  overlap = routing_change.Overlap(
+    *(np.array(n, float) for n in ([10, 4, 0], [10, 8, 0], [7, 3, 0]))
+  )
+  np.testing.assert_allclose(routing_change._summary(overlap)['router/churn'], [0.3, 0.5, 1.0])
 
 
 @pytest.fixture(scope='module')
 def dataset(text):
-  return opening.dataset_of(tiny.config(text))
+  return setup.dataset_of(tiny.config(text))
 
 
 def model_and_weights(mesh, router='top_k'):
@@ -49,15 +52,15 @@ def model_and_weights(mesh, router='top_k'):
     moe = params['layers']['block_0']['moe']
     noise = np.random.default_rng(seed).normal(size=moe['router'].shape) * 0.02
     moe['router'] = moe['router'] + np.float32(seed) * noise.astype(np.float32)
-    weights.append(churn.Weights(jax.device_put(params, shardings), state))
+    weights.append(routing_change.Weights(jax.device_put(params, shardings), state))
   return model, weights
 
 
 def churn_of(dataset, mesh, router='top_k', same=False):
   model, weights = model_and_weights(mesh, router)
   with jax.set_mesh(model.mesh):
-    return churn.churn(
-      churn.make_overlap_step(model),
+    return routing_change.churn(
+      routing_change.make_overlap_step(model),
       model,
       weights[0],
       weights[0] if same else weights[1],
@@ -104,9 +107,9 @@ def test_what_a_rounded_product_of_the_router_changes(dataset):
   choice = dataclasses.replace(model.options.moe.choice, router_dtype='bfloat16')
   moe = dataclasses.replace(model.options.moe, choice=choice)
   narrow = Decoder(dataclasses.replace(model.options, moe=moe), model.mesh)
-  step = churn.make_overlap_step(model, narrow)
+  step = routing_change.make_overlap_step(model, narrow)
   with jax.set_mesh(model.mesh):
-    result = churn.churn(
+    result = routing_change.churn(
       step,
       model,
       weights[1],

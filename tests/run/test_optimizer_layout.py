@@ -7,8 +7,8 @@ import pytest
 
 from moe_jax import optim
 from moe_jax.errors import UserError
-from moe_jax.train import layout
-from moe_jax.train.checkpoint import Checkpoints
+from moe_jax.run import optimizer_layout
+from moe_jax.run.checkpoint import Checkpoints
 from moe_jax.train.state import abstract_state, init_state
 from tests import tiny
 
@@ -63,5 +63,5 @@ def test_factors_lie_where_their_matrices_lie():
   assert factors['moe']['w_in'].shape == (2, 8, 2, 1)
   assert factors['moe']['w_in'].sharding.spec[1] == 'expert'
   assert 'expert' not in factors['attention']['query'].sharding.spec
-  shapes = layout.shapes_of({'opt_state': abstract.opt_state})
-  assert layout.as_saved(abstract, shapes) is None
+  shapes = optimizer_layout.shapes_of({'opt_state': abstract.opt_state})
+  assert optimizer_layout.as_saved(abstract, shapes) is None

@@ -22,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from moe_jax.errors import DamagedError, UserError, refusal_in
-from moe_jax.train import layout
+from moe_jax.run import optimizer_layout
 from moe_jax.train.state import TrainState
 
 FOLDER = 'checkpoints'
@@ -140,8 +140,8 @@ class Checkpoints:
     """Returns the state with another version's optimizer, if the checkpoint holds one."""
     assert self._manager is not None
     try:
-      saved = layout.shapes_of(self._manager.item_metadata(step)['state'])
-      return layout.as_saved(abstract, saved) if saved else None
+      saved = optimizer_layout.shapes_of(self._manager.item_metadata(step)['state'])
+      return optimizer_layout.as_saved(abstract, saved) if saved else None
     except Exception:  # Restoring it will say what is wrong, see there.
       return None
 

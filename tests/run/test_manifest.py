@@ -7,8 +7,8 @@ import pytest
 from moe_jax import config as config_lib
 from moe_jax.errors import DamagedError, UserError
 from moe_jax.results import records as records_lib
+from moe_jax.run import manifest, manifest_kinds, setup
 from moe_jax.schema import FREE_FIELDS, LATER_FIELDS, LATER_FIELDS_IN_IDS, SCHEMA
-from moe_jax.train import manifest, manifest_kinds, opening
 from tests import tiny
 
 WRONG = (None, True, -1, 1.5, 'text', [], [7], {}, {'a': 'b'})
@@ -19,7 +19,7 @@ def whole():
   """A manifest with every field."""
   config = tiny.config()
   data = {'name': 'x', 'fingerprint': 'f', 'tokenizer': 't', 'domains': ['a'], 'provenance': None}
-  facts = manifest.new_manifest(config, opening.mesh_of(config), 258, data)
+  facts = manifest.new_manifest(config, setup.mesh_of(config), 258, data)
   facts |= {'resumed_from': [{'step': 3}], 'logging': [[0, 1, 0]], 'seconds': {'training': 1.5}}
   facts |= {'compilations': 1, 'pack': 2, 'packed_with': 1, 'cause': 'loss=nan'}
   facts |= {'ancestry': [{'workdir': 'runs/first'}], 'lengthened': [{'from': 3, 'to': 6}]}

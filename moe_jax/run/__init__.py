@@ -1,0 +1,1 @@
+"""A run: what it leaves on disk, what it says, and how it goes on."""

@@ -1,0 +1,55 @@
+"""The compiled step of a config, shared by all runs of one process that differ in numbers alone."""
+
+import copy
+import functools
+import json
+from typing import Any
+
+import ml_collections
+from jax.sharding import Mesh
+
+from moe_jax import config as config_lib
+from moe_jax import optim
+from moe_jax.field_names import split_field
+from moe_jax.models.build import build_model
+from moe_jax.train.hyperparameters import knob_fields
+from moe_jax.train.step import make_train_step
+
+
+def program_of(config: ml_collections.ConfigDict) -> str:
+  """Returns what of a config decides the program of its step, as JSON."""
+  program = copy.deepcopy(config)
+  defaults = config_lib.get_config()
+  starts = ('train.init_from', 'train.init_optimizer', 'train.init_router_state')
+  for field in (*knob_fields(config), *starts):
+    section, name = split_field(field)
+    program[section][name] = defaults[section][name]
+  return program.to_json(sort_keys=True)
+
+
+@functools.lru_cache(maxsize=2)
+def step_of(program: str, mesh: Mesh, vocab_size: int, packed: bool = False) -> Any:
+  """Returns the step of a program; runs in one process that share it compile it once."""
+  config = config_lib.get_config()
+  config.update(json.loads(program))
+  microbatch = config.data.batch_size // config.train.accumulation_steps
+  return make_train_step(
+    build_model(config, mesh, vocab_size, 'train', microbatch),
+    optim.make_optimizer(config.optim, config.train.num_steps),
+    optim.make_schedule(config.optim, config.train.num_steps),
+    config.train.accumulation_steps,
+    accumulation_scope(config),
+    config.moe.layer_reduction,
+    config.train.load_decay,
+    packed,
+  )
+
+
+def accumulation_scope(config: ml_collections.ConfigDict) -> str:
+  """Returns over what auxiliary losses are formed, see `make_gradient`.
+
+  Balance scopes smaller than a micro-batch need no others: each lies in one micro-batch.
+  """
+  if config.moe.balance_scope != 'global':
+    return 'microbatch'
+  return config.train.accumulation_scope
