@@ -27,7 +27,7 @@ from moe_jax.models.build import build_model
 from moe_jax.models.decoder import init_router_state
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.train import program
-from moe_jax.train.hyperparameters import knobs_of
+from moe_jax.train.hyperparameters import hyperparameters_of
 from moe_jax.train.state import TrainState, init_average_load, init_params, state_shardings
 from moe_jax.train.step import make_gradient, make_train_step, put_batch
 
@@ -96,7 +96,7 @@ class Trainer:
 
   def __init__(self, config, mesh):
     self.mesh = make_mesh(*mesh)
-    self.knobs = knobs_of(config)
+    self.hyperparameters = hyperparameters_of(config)
     steps = config.train.accumulation_steps
     self.model = build_model(
       config, self.mesh, VOCAB_SIZE, 'train', config.data.batch_size // steps
@@ -129,8 +129,8 @@ class Trainer:
   def __call__(self, rows, weights):
     """Does one step on NumPy rows and returns its metrics."""
     with jax.set_mesh(self.mesh):
-      knobs = self.knobs._replace(weights=weights)
-      self.state, metrics = self.step(self.state, put_batch(rows, self.model), knobs)
+      hyperparameters = self.hyperparameters._replace(weights=weights)
+      self.state, metrics = self.step(self.state, put_batch(rows, self.model), hyperparameters)
     return metrics
 
   def gradient(self, rows, weights):

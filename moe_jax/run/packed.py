@@ -1,7 +1,7 @@
 """Several runs trained as one program: the same step, mapped over a dimension of trials.
 
-For runs that differ only in `knob_fields`. Each has its own initial values, data order and numbers,
-and gets what it would get alone, but for rounding.
+For runs that differ only in `hyperparameter_fields`. Each has its own initial values, data order
+and numbers, and gets what it would get alone, but for rounding.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from moe_jax.run.signals import Signals
 from moe_jax.run.timing import TRAINING, Throughput, Timer
 from moe_jax.train import metrics
 from moe_jax.train.causal_claim import check_causal_claim
-from moe_jax.train.hyperparameters import knobs_of
+from moe_jax.train.hyperparameters import hyperparameters_of
 from moe_jax.train.loop import Callback, run_steps
 from moe_jax.train.program import program_of, step_of
 from moe_jax.train.state import (
@@ -111,7 +111,9 @@ def train_packed(
 def _check(members: Sequence[Member]) -> None:
   programs = {program_of(member.config) for member in members}
   if len(programs) != 1:
-    raise UserError('--pack', len(members), 'the runs of a pack must differ in knobs alone')
+    raise UserError(
+      '--pack', len(members), 'the runs of a pack must differ in hyperparameters alone'
+    )
   if members[0].config.train.eval_every:
     value = members[0].config.train.eval_every
     raise UserError('train.eval_every', value, 'must be 0 in packed runs')
@@ -137,7 +139,9 @@ class _Pack:
     self._optimizer = optim.make_optimizer(config.optim, config.train.num_steps)
     self._shardings = packed_shardings(state_shardings(self._model, self._optimizer))
     self._step_function = step_of(program_of(config), mesh, vocab_size, packed=True)
-    self._knobs = jax.tree.map(lambda *x: jnp.stack(x), *(knobs_of(m.config) for m in members))
+    self._hyperparameters = jax.tree.map(
+      lambda *x: jnp.stack(x), *(hyperparameters_of(m.config) for m in members)
+    )
     self._iterators = [
       train_iterator(
         dataset.windows('train', config.data.sequence_length),
@@ -204,7 +208,7 @@ class _Pack:
         saying_when_it_compiles(step_function, step_function, timer, listener.say),
         self._state,
         lambda running: (self._next_batch(), 0.0),
-        self._knobs,
+        self._hyperparameters,
         step=self._step,
         num_steps=config.train.num_steps,
         callbacks=[

@@ -34,18 +34,18 @@ class TracedSteps:
     self._program: Any = None
     self._trace = contextlib.ExitStack()
 
-  def __call__(self, state: Any, batch: Any, knobs: Any) -> Any:
+  def __call__(self, state: Any, batch: Any, hyperparameters: Any) -> Any:
     """Returns what the step does."""
     number, self._done = self._done, self._done + 1
     if not self._first <= number <= self._last:
-      return self._train_step(state, batch, knobs)
+      return self._train_step(state, batch, hyperparameters)
     if number == self._first:
       jax.block_until_ready((state, batch))
       with self._timer.phase('tracing'):
         # Compiled apart: the names of operations are those of this very program.
-        self._program = self._train_step.lower(state, batch, knobs).compile()
+        self._program = self._train_step.lower(state, batch, hyperparameters).compile()
         self._trace.enter_context(profiling.traced(FLAG, self._directory))
-    result = self._program(state, batch, knobs)
+    result = self._program(state, batch, hyperparameters)
     if number == self._last:
       jax.block_until_ready(result)
       with self._timer.phase('tracing'):

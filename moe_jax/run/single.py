@@ -34,7 +34,7 @@ from moe_jax.run.progress import Listener, ProgressBar, print_line
 from moe_jax.run.signals import Signals
 from moe_jax.run.timing import TRAINING, Timer
 from moe_jax.train.causal_claim import check_causal_claim
-from moe_jax.train.hyperparameters import knobs_of
+from moe_jax.train.hyperparameters import hyperparameters_of
 from moe_jax.train.loop import run_steps
 from moe_jax.train.program import program_of, step_of
 from moe_jax.train.state import TrainState, abstract_state, init_state, with_token_counts
@@ -298,7 +298,7 @@ def _steps(run, train_step, state, batches, checkpoints, writer, step: int) -> O
       saying_when_it_compiles(do_step, train_step, run.timer, run.say),
       state,
       lambda running: next_batch(batches, run.model, running and running.grad_norm),
-      knobs_of(config),
+      hyperparameters_of(config),
       step=step,
       num_steps=num_steps,
       callbacks=callbacks,

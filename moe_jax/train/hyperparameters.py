@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from moe_jax.train.objective import LossWeights, loss_weights
 
 # The seed is one too: it is part of the state.
-KNOB_FIELDS = (
+HYPERPARAMETER_FIELDS = (
   'train.seed',
   'optim.learning_rate',
   'moe.bias_rate',
@@ -25,7 +25,7 @@ KNOB_FIELDS = (
 )
 
 
-class Knobs(NamedTuple):
+class Hyperparameters(NamedTuple):
   """What a step is told beside state and batch.
 
   Attributes:
@@ -39,18 +39,18 @@ class Knobs(NamedTuple):
   weights: LossWeights
 
 
-def knob_fields(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+def hyperparameter_fields(config: ml_collections.ConfigDict) -> tuple[str, ...]:
   """Returns the fields of a config that may differ between runs of one program."""
   if config.optim.name == 'muon' and config.optim.adam_learning_rate:
     # The ratio of the two rates is a constant of the program.
-    return tuple(field for field in KNOB_FIELDS if field != 'optim.learning_rate')
-  return KNOB_FIELDS
+    return tuple(field for field in HYPERPARAMETER_FIELDS if field != 'optim.learning_rate')
+  return HYPERPARAMETER_FIELDS
 
 
-def knobs_of(config: ml_collections.ConfigDict) -> Knobs:
-  """Returns the knobs of a config as arrays."""
+def hyperparameters_of(config: ml_collections.ConfigDict) -> Hyperparameters:
+  """Returns the hyperparameters of a config as arrays."""
   learning_rate, bias_rate = config.optim.learning_rate, config.moe.bias_rate
-  return Knobs(
+  return Hyperparameters(
     jnp.asarray(learning_rate, jnp.float32),
     jnp.asarray(bias_rate, jnp.float32),
     loss_weights(config),

@@ -12,7 +12,7 @@ from moe_jax import config as config_lib
 from moe_jax import optim
 from moe_jax.field_names import split_field
 from moe_jax.models.build import build_model
-from moe_jax.train.hyperparameters import knob_fields
+from moe_jax.train.hyperparameters import hyperparameter_fields
 from moe_jax.train.step import make_train_step
 
 
@@ -21,7 +21,7 @@ def program_of(config: ml_collections.ConfigDict) -> str:
   program = copy.deepcopy(config)
   defaults = config_lib.get_config()
   starts = ('train.init_from', 'train.init_optimizer', 'train.init_router_state')
-  for field in (*knob_fields(config), *starts):
+  for field in (*hyperparameter_fields(config), *starts):
     section, name = split_field(field)
     program[section][name] = defaults[section][name]
   return program.to_json(sort_keys=True)

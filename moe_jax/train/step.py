@@ -220,33 +220,31 @@ def make_train_step(
   load_decay: float = 0.99,
   packed: bool = False,
 ) -> Any:
-  """Returns the compiled (state, batch, knobs) -> (state, StepMetrics).
+  """Returns the compiled (state, batch, hyperparameters) -> (state, StepMetrics).
 
   The state that goes in is donated: use only the one that comes out.
 
   Args:
-    model: in mode `train`, built for the size of a micro-batch.
-    optimizer: clipping included.
+    model: in mode `train`, built for the size of a micro-batch. optimizer: clipping included.
     schedule: step -> learning rate as a share of its peak, for the report alone.
-    accumulation_steps: micro-batches; divides the batch.
-    accumulation_scope: what the auxiliary losses are formed over, see `make_gradient`.
-    layer_reduction: `mean` or `sum` of the auxiliary losses over layers.
-    load_decay: of the moving average of the load, per step.
-    packed: whether state, batch, knobs and metrics have a leading dimension of trials, each of
+    accumulation_steps: micro-batches; divides the batch. accumulation_scope: what the auxiliary
+    losses are formed over, see `make_gradient`. layer_reduction: `mean` or `sum` of the auxiliary
+    losses over layers. load_decay: of the moving average of the load, per step. packed: whether
+    state, batch, hyperparameters and metrics have a leading dimension of trials, each of
       which is trained as if it were alone.
   """
   gradient = make_gradient(model, accumulation_steps, accumulation_scope, layer_reduction)
 
-  def step(state, batch, knobs):
+  def step(state, batch, hyperparameters):
     key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-    grads, parts = gradient(state.params, state.router_state, batch, key, knobs.weights)
+    grads, parts = gradient(state.params, state.router_state, batch, key, hyperparameters.weights)
     with jax.named_scope('optimizer'):
       updates, opt_state = optax.with_extra_args_support(optimizer).update(
-        grads, state.opt_state, state.params, learning_rate=knobs.learning_rate
+        grads, state.opt_state, state.params, learning_rate=hyperparameters.learning_rate
       )
       params = optax.apply_updates(state.params, updates)
     sums = None if parts.router_sums is None else over_scopes(parts.router_sums)
-    router_state = _update_routers(model, state.router_state, sums, knobs.bias_rate)
+    router_state = _update_routers(model, state.router_state, sums, hyperparameters.bias_rate)
     average_load = _average(state.average_load, sums, load_decay)
     metrics = StepMetrics(
       tokens=jnp.sum(batch['segment_ids'] > 0).astype(jnp.float32),
@@ -256,7 +254,7 @@ def make_train_step(
       router_sums=sums,
       average_load=average_load.get('experts'),
       grad_norm=optax.tree.norm(grads),
-      learning_rate=jnp.asarray(knobs.learning_rate * schedule(state.step), jnp.float32),
+      learning_rate=jnp.asarray(hyperparameters.learning_rate * schedule(state.step), jnp.float32),
       router_state_finite=jnp.all(
         jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(router_state)], bool)
       ),

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from moe_jax.errors import UserError
-from moe_jax.run import device_errors, manifest, single
+from moe_jax.run import device_errors, manifest, packed, single
 from moe_jax.study import Study, product
 from moe_jax.sweep import outcome, runner, trials
 from tests import tiny
@@ -31,7 +31,12 @@ class Exhausted:
 @pytest.fixture
 def exhausted(monkeypatch):
   """Makes every step raise an error."""
-  return lambda error: monkeypatch.setattr(single, 'step_of', lambda *a, **more: Exhausted(error))
+
+  def make(error):
+    for module in (single, packed):
+      monkeypatch.setattr(module, 'step_of', lambda *arguments, **more: Exhausted(error))
+
+  return make
 
 
 def test_the_fields_to_change_are_named():

@@ -18,7 +18,7 @@ from moe_jax.train.state import abstract_state
 from tests import tiny
 
 # Whatever a pack may differ in; loss_free alone has bias_rate, too.
-KNOBS = (
+HYPERPARAMETERS = (
   {'train.seed': 0, 'optim.learning_rate': 0.01},
   {'train.seed': 1, 'optim.learning_rate': 0.01, 'moe.load_balancing_weight': 0.5},
   {'train.seed': 0, 'optim.learning_rate': 0.03, 'moe.router_z_weight': 0.1},
@@ -41,7 +41,7 @@ def configs_of(text, router):
   if router == 'noisy_top_k':
     common['moe.softmax_order'] = 'after'
     common['moe.renormalize'] = 'none'
-  configs = [tiny.config({**common, **knobs}) for knobs in KNOBS]
+  configs = [tiny.config({**common, **hyperparameters}) for hyperparameters in HYPERPARAMETERS]
   if router == 'loss_free':
     configs[3].moe.bias_rate = 0.1
   return configs
@@ -171,7 +171,7 @@ def test_refuses_what_cannot_be_one_program(text, tmp_path):
   configs = configs_of(text, 'top_k')[:2]
   configs[1].moe.capacity_factor = 3.0
   members = [packed.Member(c, str(tmp_path / f'{i}')) for i, c in enumerate(configs)]
-  with pytest.raises(UserError, match='knobs'):
+  with pytest.raises(UserError, match='hyperparameters'):
     packed.train_packed(members, tmp_path / 'pack', NOBODY)
   configs[1] = configs[0]
   for config in configs:

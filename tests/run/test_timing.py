@@ -47,7 +47,7 @@ class Step:
   def _cache_size(self):
     return self._compiled
 
-  def __call__(self, state, batch, knobs):
+  def __call__(self, state, batch, hyperparameters):
     if not self._compiled:
       self._machine.work(COMPILE)
       self._compiled = 1

@@ -525,7 +525,7 @@ def test_a_packed_sweep_gives_the_records_of_one_that_is_not(swept, tmp_path):
   said = []
   counts = runner.run(study, trials.trials_of(study), str(tmp_path), said.append, pack=8)
   assert counts == runner.Counts(finished=4, diverged=2, failed=2, elsewhere=0)
-  # The learning rate of the wild arm is a knob too: six trials in one program.
+  # The learning rate of the wild arm is a hyperparameter too: six trials in one program.
   packed = [
     json.loads((t.folder(tmp_path) / 'manifest.json').read_text()).get('packed_with')
     for t in trials.trials_of(study)

@@ -148,9 +148,9 @@ def test_rates_and_weights_are_arguments_of_one_program():
     one(rows, LARGE_WEIGHTS)
     unchanged = jax.device_get(one.state)
     one.reset()
-    known, one.knobs = one.knobs, other.knobs
+    known, one.hyperparameters = one.hyperparameters, other.hyperparameters
     one(rows, LARGE_WEIGHTS)
-    one.knobs = known
+    one.hyperparameters = known
     # The first step's program, told the other's numbers, does what the other's does.
     tiny.assert_equal(one.state, other.state)
     moved = 'params' if 'optim.learning_rate' in changes else 'router_state'
@@ -296,7 +296,7 @@ def test_experts_stay_sharded_with_their_optimizer_state(optimizer, kept):
   old = trainer.state
   before = jax.tree.map(lambda x: x.sharding, old)
   compiled = trainer.step.lower(
-    old, put_batch(tiny.batch(16, 16), trainer.model), trainer.knobs
+    old, put_batch(tiny.batch(16, 16), trainer.model), trainer.hyperparameters
   ).compile()
   _assert_no_experts_gathered(compiled.as_text())
   trainer(tiny.batch(16, 16), NO_WEIGHTS)

@@ -13,7 +13,7 @@ from moe_jax.data import train_iterator
 from moe_jax.models.build import build_model
 from moe_jax.run.setup import dataset_of, mesh_of
 from moe_jax.run.single import next_batch
-from moe_jax.train.hyperparameters import knobs_of
+from moe_jax.train.hyperparameters import hyperparameters_of
 from moe_jax.train.program import accumulation_scope
 from moe_jax.train.state import init_state
 from moe_jax.train.step import make_gradient, make_loss, make_train_step, put_batch
@@ -49,7 +49,7 @@ def shares(
     batch_size=config.data.batch_size,
     seed=config.train.seed,
   )
-  knobs = knobs_of(config)
+  hyperparameters = hyperparameters_of(config)
   with jax.set_mesh(mesh):
     state = init_state(model, optimizer, config.train.seed)
     batch = put_batch(next(batches), model)
@@ -59,19 +59,19 @@ def shares(
     loss = make_loss(model, config.moe.layer_reduction)
     parts = {
       'forward': jax.jit(
-        lambda params: loss(params, router_state, batch, key, knobs.weights, 1.0, None)[0]
+        lambda params: loss(params, router_state, batch, key, hyperparameters.weights, 1.0, None)[0]
       )
     }
     gradient = make_gradient(model, *accumulate)
     parts['gradient'] = jax.jit(
-      lambda params: gradient(params, router_state, batch, key, knobs.weights)[0]
+      lambda params: gradient(params, router_state, batch, key, hyperparameters.weights)[0]
     )
     step = make_train_step(
       model, optimizer, schedule, *accumulate[:2], layer_reduction=accumulate[2]
     )
     for part in parts.values():
       jax.block_until_ready(part(state.params))
-    state, _ = step(state, batch, knobs)
+    state, _ = step(state, batch, hyperparameters)
     seconds: dict[str, list[float]] = {'forward': [], 'gradient': [], 'step': []}
     for _ in range(rounds):
       for name, part in parts.items():
@@ -79,7 +79,7 @@ def shares(
         jax.block_until_ready(part(state.params))
         seconds[name].append(time.perf_counter() - start)
       start = time.perf_counter()
-      state, _ = jax.block_until_ready(step(state, batch, knobs))
+      state, _ = jax.block_until_ready(step(state, batch, hyperparameters))
       seconds['step'].append(time.perf_counter() - start)
     # As in training: one step is always in flight.
     waited, pending = 0.0, None
@@ -87,12 +87,12 @@ def shares(
     for _ in range(steps):
       batch, seconds_waited = next_batch(batches, model, pending and pending.grad_norm)
       waited += seconds_waited
-      state, metrics = step(state, batch, knobs)
+      state, metrics = step(state, batch, hyperparameters)
       jax.block_until_ready(pending)
       pending = metrics
     jax.block_until_ready(pending)
     total = time.perf_counter() - start
-    table = _traced(step, state, batch, knobs, profile)
+    table = _traced(step, state, batch, hyperparameters, profile)
   whole = np.array(seconds['step'])
   forward = float(np.median(np.array(seconds['forward']) / whole))
   gradient_share = float(np.median(np.array(seconds['gradient']) / whole))
@@ -105,15 +105,15 @@ def shares(
   } | table
 
 
-def _traced(step, state, batch, knobs, profile: str) -> dict[str, Any]:
+def _traced(step, state, batch, hyperparameters, profile: str) -> dict[str, Any]:
   """Returns the table of the time of a step by part, as `profile`; {} without a directory."""
   if not profile:
     return {}
-  compiled = step.lower(state, batch, knobs).compile()
+  compiled = step.lower(state, batch, hyperparameters).compile()
   held = [state]
 
   def call() -> None:
-    held[0], _ = jax.block_until_ready(compiled(held[0], batch, knobs))
+    held[0], _ = jax.block_until_ready(compiled(held[0], batch, hyperparameters))
 
   call()
   return {

@@ -15,7 +15,7 @@ from moe_jax.data import ByteTokenizer
 from moe_jax.models.build import build_model
 from moe_jax.parallel.sharding import sharding
 from moe_jax.run.setup import mesh_of
-from moe_jax.train.hyperparameters import knobs_of
+from moe_jax.train.hyperparameters import hyperparameters_of
 from moe_jax.train.program import program_of, step_of
 from moe_jax.train.state import init_state, state_shardings
 from moe_jax.train.step import packed_shardings
@@ -71,7 +71,7 @@ def _calls(
   model = build_model(config, mesh, vocab_size, 'train', microbatch)
   optimizer = optim.make_optimizer(config.optim, config.train.num_steps)
   step = step_of(program_of(config), mesh, vocab_size, packed=number > 1)
-  knobs = knobs_of(config)
+  hyperparameters = hyperparameters_of(config)
   states = [init_state(model, optimizer, trial) for trial in range(number)]
   shape = (config.data.batch_size, config.data.sequence_length)
   tokens = np.random.default_rng(seed).integers(0, vocab_size, (number, *shape), np.int32)
@@ -86,7 +86,7 @@ def _calls(
   state: Any = states[0]
   if number > 1:
     dims = ['trials', 'batch']
-    knobs = jax.tree.map(lambda x: jnp.stack([x] * number), knobs)
+    hyperparameters = jax.tree.map(lambda x: jnp.stack([x] * number), hyperparameters)
     state = jax.jit(
       lambda *s: jax.tree.map(lambda *x: jnp.stack(x), *s),
       out_shardings=packed_shardings(state_shardings(model, optimizer)),
@@ -97,7 +97,7 @@ def _calls(
   held = [state]
 
   def call() -> None:
-    held[0], metrics = step(held[0], batch, knobs)
+    held[0], metrics = step(held[0], batch, hyperparameters)
     jax.block_until_ready((held[0], metrics))
 
   return call
