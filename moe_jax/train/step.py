@@ -225,13 +225,15 @@ def make_train_step(
   The state that goes in is donated: use only the one that comes out.
 
   Args:
-    model: in mode `train`, built for the size of a micro-batch. optimizer: clipping included.
+    model: in mode `train`, built for the size of a micro-batch.
+    optimizer: clipping included.
     schedule: step -> learning rate as a share of its peak, for the report alone.
-    accumulation_steps: micro-batches; divides the batch. accumulation_scope: what the auxiliary
-    losses are formed over, see `make_gradient`. layer_reduction: `mean` or `sum` of the auxiliary
-    losses over layers. load_decay: of the moving average of the load, per step. packed: whether
-    state, batch, hyperparameters and metrics have a leading dimension of trials, each of
-      which is trained as if it were alone.
+    accumulation_steps: micro-batches; divides the batch.
+    accumulation_scope: what the auxiliary losses are formed over, see `make_gradient`.
+    layer_reduction: `mean` or `sum` of the auxiliary losses over layers.
+    load_decay: of the moving average of the load, per step.
+    packed: whether state, batch, hyperparameters and metrics have a leading dimension of trials,
+      each of which is trained as if it were alone.
   """
   gradient = make_gradient(model, accumulation_steps, accumulation_scope, layer_reduction)
 
