@@ -48,15 +48,15 @@ def main() -> None:
   if not _PROMPT.value:
     raise UserError('--prompt', _PROMPT.value, 'must be given')
   _check_flags()
-  from moe_jax.models.build import build_model
+  from moe_jax.models.build import build_task
   from moe_jax.models.generate import encode_prompt, generate
   from moe_jax.run.restore import restore_run
 
   run = restore_run(workdir, _STEP.value, _MESH.value)
-  model = build_model(run.config, run.mesh, run.tokenizer.vocab_size, 'decode')
+  task = build_task(run.config, run.mesh, run.tokenizer.vocab_size, 'decode')
   prompts = [encode_prompt(text, run.tokenizer, run.tokenizer.vocab_size) for text in _PROMPT.value]
   continuations = generate(
-    model,
+    task,
     run.params,
     run.router_state,
     prompts,

@@ -16,14 +16,15 @@ from jaxtyping import Bool, Float, Int
 from moe_jax.data import Dataset, Tokenizer
 from moe_jax.data.windows import Example, padding
 from moe_jax.errors import UserError
-from moe_jax.models.build import build_model
-from moe_jax.models.decoder import forward
+from moe_jax.experts import hidden_dim
+from moe_jax.models.build import build_task
+from moe_jax.models.language_model import LanguageModel
 from moe_jax.parallel.sharding import batch_sharding, replicated
 from moe_jax.run import metrics_file
 from moe_jax.run.restore import restore_run
 from moe_jax.run.setup import dataset_of
 from moe_jax.train.state import params_shardings
-from moe_jax.train.step import BATCH_FIELDS, put_batch
+from moe_jax.train.step import put_batch
 
 if TYPE_CHECKING:
   import pandas
@@ -116,7 +117,7 @@ class Run:
       {} where they carry nothing.
     tokenizer: `encode(text)` and `decode(ids)`.
     mesh: axes ('data', 'expert').
-    model: the Linen module, in mode `eval`; its forward pass says all of its routing.
+    task: the model with its loss, in mode `eval`; its forward pass says all of its routing.
   """
 
   def __init__(self, directory: str | os.PathLike, step: int | None, mesh: str | None):
@@ -136,7 +137,7 @@ class Run:
     self.router_state: dict[str, jax.Array] = restored.router_state
     self.tokenizer: Tokenizer = restored.tokenizer
     self.mesh = restored.mesh
-    self.model = build_model(
+    self.task = build_task(
       self.config, self.mesh, self.tokenizer.vocab_size, 'eval', returns_routing=True
     )
 
@@ -179,8 +180,8 @@ class Run:
       layer: 0 to L - 1, counting the MoE layers alone, as in the metrics.
 
     Returns:
-      w_gate, w_value: [E D F], an expert computes (silu(x w_gate) * (x w_value)) w_out; with GELU
-        there is one `w_in` in their place.
+      w_gate, w_value: [E D F], an expert computes (f(x w_gate) * (x w_value)) w_out, with f SiLU
+        or GELU; activations without a gate have one `w_in` instead.
       w_out: [E F D].
       router: {name: array} of its parameters, for most routers `router` [D E].
       router_state: {name: array} of what it carries from step to step; {} for most.
@@ -190,8 +191,8 @@ class Run:
     Raises:
       UserError: if there is no such layer.
     """
-    moe, every = self.model.options.moe, self.model.options.every
-    num_layers = self.model.options.num_layers // every if moe else 0
+    task = self._language_model()
+    moe, every, num_layers = task.moe, task.network.options.every, task.num_moe_layers
     if moe is None or not 0 <= layer < num_layers:
       which = f'be in 0..{num_layers - 1}, the MoE layers' if moe else 'not be given: it is dense'
       raise UserError('layer', layer, f'of {self.directory} must {which}')
@@ -240,6 +241,13 @@ class Run:
       results.append(_output(one, document, [next(parts) for _ in range(num_windows)], self))
     return results[0] if isinstance(text, str) else results
 
+  def _language_model(self) -> LanguageModel:
+    """Returns the task, if it is of a family that reads text and has layers to look at."""
+    if not isinstance(self.task, LanguageModel):
+      family = self.config.model.family
+      raise UserError('model.family', family, 'has no forward pass or experts to look at yet')
+    return self.task
+
   def _encode(self, text: str) -> Int[np.ndarray, 'N']:
     """Returns the tokens of a text between those of its start and its end."""
     try:
@@ -261,7 +269,7 @@ class Run:
         _fill(rows, row, window)
       with jax.set_mesh(self.mesh):
         logits, routed = jax.device_get(
-          self._step(self.params, self.router_state, put_batch(dict(rows), self.model))
+          self._step(self.params, self.router_state, put_batch(dict(rows), self.task))
         )
       for i, window in enumerate(here):
         own = routed and type(routed)(*(leaf[:, i, : len(window) - 1] for leaf in routed))
@@ -272,17 +280,17 @@ class Run:
   def _step(self) -> Any:
     """Returns the compiled (params, router_state, batch) -> (logits, routing) of first rows."""
     group = self.config.moe.group_size if self.config.moe.num_experts else 1
+    task = self._language_model()
 
     def step(params, router_state, batch):
-      read = (batch[name] for name in ('inputs', 'segment_ids', 'positions'))
-      out = forward(self.model, params, *read, router_state=router_state)
+      out = task.forward(params, router_state, batch)
       return out.logits[::group], jax.tree.map(lambda leaf: leaf[:, ::group], out.routed)
 
     everywhere = replicated(self.mesh)
-    by_sequence = {name: batch_sharding(self.mesh) for name in BATCH_FIELDS}
+    by_sequence = {name: batch_sharding(self.mesh) for name in task.batch_fields}
     return jax.jit(
       step,
-      in_shardings=(params_shardings(self.model), everywhere, by_sequence),
+      in_shardings=(params_shardings(task), everywhere, by_sequence),
       out_shardings=everywhere,
     )
 
@@ -291,7 +299,7 @@ def _apart(
   w_in: Float[np.ndarray, '... D F1'], w_out: Float[np.ndarray, '... F D'], activation: str
 ) -> dict[str, Any]:
   """Returns the weights of experts by name, those of gate and value apart."""
-  if activation != 'swiglu':
+  if hidden_dim(1, activation) == 1:
     return {'w_in': w_in, 'w_out': w_out}
   gate, value = np.split(w_in, 2, axis=-1)
   return {'w_gate': gate, 'w_value': value, 'w_out': w_out}

@@ -6,6 +6,7 @@ updated as if it were alone, so that a sweep over experts or layers never change
 Clipping is by the global norm, over all parameters by its definition.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -52,15 +53,22 @@ def decay_start(optim: ml_collections.ConfigDict, num_steps: int) -> int:
 
 
 def make_optimizer(
-  optim: ml_collections.ConfigDict, num_steps: int
+  optim: ml_collections.ConfigDict, num_steps: int, labeller: stacks.Labeller = stacks.label
 ) -> optax.GradientTransformation:
   """Returns clipping by global norm followed by the optimizer, decay and schedule of the config.
 
   The gradient that comes in is that of the whole batch: clipping sees the same norm on any mesh.
   The peak of the learning rate is an argument of `update`, `learning_rate=`; by default it is that
   of the config. Every rule is linear in it.
+
+  Args:
+    optim: the `optim` part of a config.
+    num_steps: optimizer steps of the whole run.
+    labeller: says what a parameter is (`Task.param_label`): weight decay is of matrices inside
+      blocks alone, and Muon takes those but a router's.
   """
   schedule = make_schedule(optim, num_steps)
+  decayed = functools.partial(stacks.is_matrix, labeller=labeller)
   if optim.name == 'adamw':
     rule = optax.adamw(
       schedule,
@@ -68,14 +76,14 @@ def make_optimizer(
       optim.b2,
       optim.epsilon,
       weight_decay=optim.weight_decay,
-      mask=stacks.is_matrix,
+      mask=decayed,
     )
   elif optim.name == 'adafactor':
     # In parts: optax.adafactor would apply its weight decay without the learning rate.
     rule = optax.chain(
       _scale_by_factored_rms(),
       _clip_by_block_rms(1.0),
-      optax.add_decayed_weights(optim.weight_decay, mask=stacks.is_matrix),
+      optax.add_decayed_weights(optim.weight_decay, mask=decayed),
       optax.scale_by_learning_rate(schedule),
     )
   elif optim.name == 'muon':
@@ -96,11 +104,11 @@ def make_optimizer(
           weight_decay=0.0,
         ),
       },
-      _muon_labels,
+      functools.partial(_muon_labels, labeller=labeller),
     )
   elif optim.name == 'sgd':
     rule = optax.chain(
-      optax.add_decayed_weights(optim.weight_decay, mask=stacks.is_matrix),
+      optax.add_decayed_weights(optim.weight_decay, mask=decayed),
       optax.sgd(schedule, momentum=optim.momentum or None),
     )
   else:
@@ -119,16 +127,13 @@ def _scale_by_learning_rate(default: float) -> optax.GradientTransformationExtra
   return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def _muon_labels(params):
+def _muon_labels(params, labeller: stacks.Labeller):
   """Muon takes the matrices but a router's, whose E columns are directions to tell apart."""
-
-  def label(path, matrix):
-    # Whatever a router calls its weights, they lie beside those of the experts.
-    names = [part.key for part in path]
-    of_router = 'moe' in names and names[-1] not in ('w_in', 'w_out')
-    return 'muon' if matrix and not of_router else 'adamw'
-
-  return jax.tree_util.tree_map_with_path(label, stacks.is_matrix(params))
+  return jax.tree.map(
+    lambda label, matrix: 'muon' if matrix and label != 'router' else 'adamw',
+    stacks.labels_of(params, labeller),
+    stacks.is_matrix(params, labeller),
+  )
 
 
 class Orthogonalized(NamedTuple):

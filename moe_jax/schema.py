@@ -56,6 +56,7 @@ SCHEMA: dict[str, dict[str, Field]] = {
       0,
       'E; 0 makes a dense model and ignores the rest of moe, so that a config and its dense twin '
       'may differ in this field alone.',
+      high=2**30,
     ),
     'num_selected_experts': at_least(2, 1, 'K, experts each token selects.'),
     'mlp_dim': at_least(256, 1, 'F, hidden units of one expert.'),

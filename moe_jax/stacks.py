@@ -23,13 +23,50 @@ class Stack(NamedTuple):
   halves: int
 
 
-def is_matrix(params: Any) -> Any:
-  """True for the weights of products inside blocks; False for norms, embedding and output."""
-  return jax.tree_util.tree_map_with_path(_is_matrix, params)
+# What an array of parameters is: weights of matmuls inside blocks; those of routed experts; those
+# that routers select by; input embedding; output matrix; scales of norms.
+LABELS = ('matrix', 'expert', 'router', 'embedding', 'output', 'norm')
+
+# Tells what an array is from the names on its path and its shape.
+Labeller = Callable[[tuple[str, ...], tuple[int, ...]], str]
+
+
+def names(path: Any) -> tuple[str, ...]:
+  """Returns the names on the path of an array in a tree of dictionaries."""
+  return tuple(str(part.key) for part in path)
+
+
+def label(path: tuple[str, ...], shape: tuple[int, ...]) -> str:
+  """Returns the label of a parameter by the names that this package gives them."""
+  del shape
+  if path[0] in ('embedding', 'output'):
+    return path[0]
+  if path[-1] == 'scale':
+    return 'norm'
+  if 'moe' in path:
+    # Whatever a router calls its weights, they lie beside those of the experts.
+    return 'expert' if path[-1] in ('w_in', 'w_out') else 'router'
+  return 'matrix'
+
+
+def labels_of(params: Any, labeller: Labeller = label) -> Any:
+  """Returns the label of each array of a tree of parameters."""
+  return jax.tree_util.tree_map_with_path(lambda path, p: labeller(names(path), p.shape), params)
+
+
+def is_matrix(params: Any, labeller: Labeller = label) -> Any:
+  """True for the weights of matmuls inside blocks; False for norms, embedding and output."""
+
+  def one(path, p) -> bool:
+    is_stacked = path[0].key == 'layers'
+    inside = labeller(names(path), p.shape) in ('matrix', 'expert', 'router')
+    return inside and p.ndim - is_stacked >= 2
+
+  return jax.tree_util.tree_map_with_path(one, params)
 
 
 def _is_matrix(path, p) -> bool:
-  return path[0].key == 'layers' and p.ndim >= 3 and path[-1].key != 'scale'
+  return p.ndim >= 3 and path[-1].key != 'scale'
 
 
 def stacks_of(params: Any) -> Any:

@@ -18,7 +18,7 @@ from moe_jax import data, dispatch, experts, optim, routing
 from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.errors import UserError
 from moe_jax.layers import moe_layer
-from moe_jax.models.build import build_model
+from moe_jax.models.build import build_task
 from moe_jax.models.decoder import forward
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.schema import FREE_FIELDS, LATER_FIELDS, LATER_FIELDS_IN_IDS
@@ -352,7 +352,7 @@ def test_capacity_of_training_is_that_of_the_layer(changes, capacity):
   config = schema.get_config()
   config.moe.update(changes)
   assert schema.training_capacity(config) == capacity
-  model = build_model(config, make_mesh(1, 1), tiny.VOCAB_SIZE, 'train', 4)
+  model = build_task(config, make_mesh(1, 1), tiny.VOCAB_SIZE, 'train', 4)
   assert moe_layer.sizes_of(model.options.moe, config.data.sequence_length).capacity == capacity
 
 
@@ -407,7 +407,7 @@ def test_dense_twin_has_the_same_active_flops_but_for_the_router(name):
 
 def test_flops_and_parameters_are_those_of_the_compiled_dense_model():
   config = dense_matched.get_config('debug')
-  model = build_model(config, make_mesh(1, 1), tiny.VOCAB_SIZE, 'eval')
+  model = build_task(config, make_mesh(1, 1), tiny.VOCAB_SIZE, 'eval')
   tokens = jax.ShapeDtypeStruct((4, config.data.sequence_length), np.int32)
   params = jax.eval_shape(lambda: init_params(model, jax.numpy.int32(0)))
   size = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -415,9 +415,11 @@ def test_flops_and_parameters_are_those_of_the_compiled_dense_model():
   assert counts == {'total': size, 'active': size}
   # One layer: XLA counts the body of a scan once.
   config.model.num_layers = 1
-  model = build_model(config, make_mesh(1, 1), tiny.VOCAB_SIZE, 'eval')
+  model = build_task(config, make_mesh(1, 1), tiny.VOCAB_SIZE, 'eval')
   params = jax.eval_shape(lambda: init_params(model, jax.numpy.int32(0)))
-  compiled = jax.jit(lambda p, *x: forward(model, p, *x).logits).lower(params, *[tokens] * 3)
+  compiled = jax.jit(lambda p, *x: forward(model.network, p, *x).logits).lower(
+    params, *[tokens] * 3
+  )
   measured = compiled.compile().cost_analysis()['flops'] / tokens.size
   expected = accounting.training_flops_per_token(config, tiny.VOCAB_SIZE) / 3
   # Norms, softmax, rotation and activation come on top of the matrix products.
@@ -445,13 +447,13 @@ def test_flops_of_a_sparse_model_are_those_of_the_compiled_gradient(changes):
   config.model.num_layers = 1
   config.moe.update(num_experts=4, capacity_factor=1.0, renormalize='none', **changes)
   schema.validate(config)
-  model = build_model(config, make_mesh(1, 1), tiny.VOCAB_SIZE, 'train', 4)
+  model = build_task(config, make_mesh(1, 1), tiny.VOCAB_SIZE, 'train', 4)
   tokens = jax.ShapeDtypeStruct((4, config.data.sequence_length), np.int32)
   params = jax.eval_shape(lambda: init_params(model, jax.numpy.int32(0)))
   key = jax.eval_shape(lambda: jax.random.key(0))
 
   def loss(params, key, *rows):
-    return jax.numpy.sum(forward(model, params, *rows, key=key).logits ** 2)
+    return jax.numpy.sum(forward(model.network, params, *rows, key=key).logits ** 2)
 
   compiled = jax.jit(jax.grad(loss)).lower(params, key, *[tokens] * 3).compile()
   measured = compiled.cost_analysis()['flops'] / tokens.size
@@ -469,7 +471,7 @@ def test_flops_of_a_sparse_model_are_those_of_the_compiled_gradient(changes):
 )
 def test_parameters_of_every_preset_are_those_of_its_model(name):
   config = importlib.import_module(f'configs.presets.{name}').get_config()
-  model = build_model(config, make_mesh(1, 1), tiny.VOCAB_SIZE, 'eval')
+  model = build_task(config, make_mesh(1, 1), tiny.VOCAB_SIZE, 'eval')
   params = jax.eval_shape(lambda: init_params(model, jax.numpy.int32(0)))
   flat, _ = jax.tree_util.tree_flatten_with_path(params)
   counts = accounting.parameter_counts(config, tiny.VOCAB_SIZE)

@@ -9,7 +9,7 @@ import pytest
 
 from experiments.performance import tables
 from moe_jax.data import ByteTokenizer
-from moe_jax.models.build import build_model
+from moe_jax.models.build import build_task
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.results import thin
 from moe_jax.sweep import trials
@@ -77,7 +77,7 @@ def test_what_it_commits_is_small_and_shown(path):
 
 def start_of(overrides):
   config = tiny.config({'mesh.data': 1, 'mesh.expert': 1, 'train.seed': 3, **overrides})
-  model = build_model(config, make_mesh(1, 1), ByteTokenizer().vocab_size, 'train', 16)
+  model = build_task(config, make_mesh(1, 1), ByteTokenizer().vocab_size, 'train', 16)
   return tiny.leaves(jax.jit(functools.partial(init_params, model))(config.train.seed))
 
 

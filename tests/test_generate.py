@@ -13,7 +13,7 @@ import pytest
 
 from moe_jax.data import ByteTokenizer
 from moe_jax.errors import UserError
-from moe_jax.models.build import build_model
+from moe_jax.models.build import build_task
 from moe_jax.models.decoder import forward
 from moe_jax.models.generate import encode_prompt, generate, keep, sample_token
 from moe_jax.parallel.mesh import make_mesh
@@ -35,7 +35,7 @@ def _model(mesh=(1, 1), every=1):
   config = tiny.config(
     {'mesh.data': mesh[0], 'mesh.expert': mesh[1], 'moe.every': every, 'moe.capacity_factor': 0.5}
   )
-  model = build_model(config, make_mesh(*mesh), tiny.VOCAB_SIZE, 'decode')
+  model = build_task(config, make_mesh(*mesh), tiny.VOCAB_SIZE, 'decode')
   with jax.set_mesh(model.mesh):
     params = jax.jit(lambda: init_params(model, jnp.int32(0)))()
   # Enough to make the choices of tokens sharp and to route by content.
@@ -52,9 +52,10 @@ def _generate(prompts, mesh=(1, 1), every=1, num_tokens=6, eos_id=NO_EOS, **how)
 def _logits_function(every):
   """Of the oracle: one-hot products, a slot for every token at every expert."""
   model, _ = _model((1, 1), every)
-  moe = dataclasses.replace(model.options.moe, dispatch='einsum')
-  model = model.clone(options=dataclasses.replace(model.options, moe=moe))
-  return jax.jit(lambda params, *rows: forward(model, params, *rows).logits)
+  moe = dataclasses.replace(model.moe, dispatch='einsum')
+  options = dataclasses.replace(model.network.options, moe=moe)
+  model = dataclasses.replace(model, network=model.network.clone(options=options))
+  return jax.jit(lambda params, *rows: forward(model.network, params, *rows).logits)
 
 
 def _by_hand(prompt, num_tokens, every):
@@ -226,6 +227,6 @@ class ByteTokenizerOf100(ByteTokenizer):
 
 def test_a_run_that_evaluates_by_the_future_is_not_decoded():
   config = tiny.config(LEAKY)
-  build_model(config, make_mesh(2, 4), tiny.VOCAB_SIZE, 'eval')
+  build_task(config, make_mesh(2, 4), tiny.VOCAB_SIZE, 'eval')
   with pytest.raises(UserError, match="moe.evaluation='same': the run cannot be decoded"):
-    build_model(config, make_mesh(2, 4), tiny.VOCAB_SIZE, 'decode')
+    build_task(config, make_mesh(2, 4), tiny.VOCAB_SIZE, 'decode')

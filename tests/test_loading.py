@@ -15,7 +15,7 @@ import moe_jax
 from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.errors import UserError
 from moe_jax.loading import _pieces
-from moe_jax.models.build import build_model
+from moe_jax.models.build import build_task
 from moe_jax.run import manifest, metrics_file, single
 from moe_jax.train import evaluate
 from tests import tiny
@@ -83,7 +83,7 @@ def documents(run, split='test'):
 
 def evaluated(run, split='test'):
   """What `evaluate` says of a split."""
-  model = build_model(run.config, run.mesh, run.tokenizer.vocab_size, 'eval')
+  model = build_task(run.config, run.mesh, run.tokenizer.vocab_size, 'eval')
   with jax.set_mesh(run.mesh):
     return evaluate.evaluate(
       evaluate.make_eval_step(model),

@@ -192,7 +192,7 @@ def test_control_a_statistic_of_a_stack_is_noticed(monkeypatch):
 @pytest.mark.parametrize('name', [n for n in FIELDS if n != 'muon'])
 def test_control_decay_of_stacked_vectors_is_noticed(monkeypatch, name):
   """Muon leaves them to AdamW, which decays nothing there."""
-  monkeypatch.setattr(stacks, 'is_matrix', lambda p: jax.tree.map(lambda x: x.ndim > 1, p))
+  monkeypatch.setattr(stacks, 'is_matrix', lambda p, **more: jax.tree.map(lambda x: x.ndim > 1, p))
   assert _difference(name) > 0.01
 
 

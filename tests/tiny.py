@@ -23,8 +23,7 @@ from configs import debug
 from moe_jax import config as schema
 from moe_jax import optim
 from moe_jax.data import open_dataset
-from moe_jax.models.build import build_model
-from moe_jax.models.decoder import init_router_state
+from moe_jax.models.build import build_task
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.train import program
 from moe_jax.train.hyperparameters import hyperparameters_of
@@ -92,27 +91,25 @@ def batch(batch_size, length, seed=0, vocab_size=VOCAB_SIZE, padded=True):
 
 
 class Trainer:
-  """Model, state and compiled functions of a config, without data, files or loop."""
+  """Task, state and compiled functions of a config, without data, files or loop."""
 
   def __init__(self, config, mesh):
     self.mesh = make_mesh(*mesh)
     self.hyperparameters = hyperparameters_of(config)
     steps = config.train.accumulation_steps
-    self.model = build_model(
-      config, self.mesh, VOCAB_SIZE, 'train', config.data.batch_size // steps
-    )
+    self.task = build_task(config, self.mesh, VOCAB_SIZE, 'train', config.data.batch_size // steps)
     self.optimizer = optim.make_optimizer(config.optim, config.train.num_steps)
     schedule = optim.make_schedule(config.optim, config.train.num_steps)
     how = (steps, program.accumulation_scope(config), config.moe.layer_reduction)
     self._make_step = lambda: make_train_step(
-      self.model, self.optimizer, schedule, *how, config.train.load_decay
+      self.task, self.optimizer, schedule, *how, config.train.load_decay
     )
-    self._gradient = jax.jit(make_gradient(self.model, *how))
-    self._shardings = state_shardings(self.model, self.optimizer)
+    self._gradient = jax.jit(make_gradient(self.task, *how))
+    self._shardings = state_shardings(self.task, self.optimizer)
     params = _initial_params(config.model.embed_dim, config.moe.router)
-    router_state = init_router_state(self.model.options)
+    router_state = self.task.init_router_state()
     opt_state = self.optimizer.init(params)
-    load = init_average_load(self.model)
+    load = init_average_load(self.task)
     state = TrainState(np.int32(0), params, opt_state, router_state, load, np.int32(0))
     self._initial = jax.device_get(state)
     self.reset()
@@ -130,13 +127,13 @@ class Trainer:
     """Does one step on NumPy rows and returns its metrics."""
     with jax.set_mesh(self.mesh):
       hyperparameters = self.hyperparameters._replace(weights=weights)
-      self.state, metrics = self.step(self.state, put_batch(rows, self.model), hyperparameters)
+      self.state, metrics = self.step(self.state, put_batch(rows, self.task), hyperparameters)
     return metrics
 
   def gradient(self, rows, weights):
     """Returns (gradient, parts) of the objective at the present parameters."""
     with jax.set_mesh(self.mesh):
-      batch = put_batch(rows, self.model)
+      batch = put_batch(rows, self.task)
       state = self.state
       return self._gradient(state.params, state.router_state, batch, jax.random.key(0), weights)
 
@@ -146,7 +143,7 @@ def _initial_params(embed_dim, router):
   """The parameters of every trainer of that width: they depend on neither mesh nor optimizer."""
   overrides = {'mesh.data': 1, 'mesh.expert': 1, 'model.embed_dim': embed_dim}
   overrides |= {'moe.router': router}
-  model = build_model(config(overrides), make_mesh(1, 1), VOCAB_SIZE, 'eval')
+  model = build_task(config(overrides), make_mesh(1, 1), VOCAB_SIZE, 'eval')
   return jax.device_get(jax.jit(lambda: init_params(model, jnp.int32(0)))())
 
 

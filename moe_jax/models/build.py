@@ -1,6 +1,10 @@
-"""From a config to a model: the only place where config fields become layer options."""
+"""From a config to a task: the only place where config fields become layer options.
+
+`FAMILIES` names the families of models, each a function from a config to its `Task`.
+"""
 
 import dataclasses
+from collections.abc import Callable
 
 import ml_collections
 from jax.sharding import Mesh
@@ -11,20 +15,22 @@ from moe_jax.dispatch import DECODE
 from moe_jax.errors import UserError
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.models.decoder import Decoder, DecoderOptions
+from moe_jax.models.language_model import LanguageModel
+from moe_jax.models.task import Task
 
 MODES = ('train', 'eval', 'decode')
 
 
-def build_model(
+def build_task(
   config: ml_collections.ConfigDict,
   mesh: Mesh,
   vocab_size: int,
   mode: str,
   batch_size: int = 1,
-  returns_choices: bool = False,
+  *,
   returns_routing: bool = False,
-) -> Decoder:
-  """Returns the model of a config; parameters are the same in every mode.
+) -> Task:
+  """Returns the task of a config, of the family `model.family`; parameters are the same by mode.
 
   Args:
     config: validated.
@@ -34,14 +40,26 @@ def build_model(
       eval_capacity_factor and one scope; `decode` never drops, reads
       only the experts that were chosen, and has no gradient.
     batch_size: sequences in a (micro-)batch; `train` derives the balance scopes from it.
-    returns_choices: whether a forward pass says which experts each token asked for.
-    returns_routing: whether it says all that the routers said of each token.
+    returns_routing: whether a forward pass says all that the routers said of each token.
 
   Raises:
     UserError: if a model of the config cannot be decoded.
   """
   if mode not in MODES:
     raise ValueError(f'mode={mode!r}: must be one of {MODES}')
+  family = FAMILIES[config.model.family]
+  return family(config, mesh, vocab_size, mode, batch_size, returns_routing=returns_routing)
+
+
+def _decoder(
+  config: ml_collections.ConfigDict,
+  mesh: Mesh,
+  vocab_size: int,
+  mode: str,
+  batch_size: int,
+  *,
+  returns_routing: bool,
+) -> LanguageModel:
   if mode == 'decode' and config.moe.num_experts:
     router = routing.ROUTERS[config.moe.router]
     if not router.decodes(config_lib.router_options(config)):
@@ -65,20 +83,20 @@ def build_model(
     tied_embeddings=model.tied_embeddings,
     remat=model.remat,
     compute_dtype=model.compute_dtype,
-    moe=_moe_options(config, mode, batch_size, returns_choices, returns_routing)
-    if moe.num_experts
-    else None,
+    moe=_moe_options(config, mode, batch_size, returns_routing) if moe.num_experts else None,
     every=moe.every if moe.num_experts else 1,
     num_shared_experts=moe.num_shared_experts,
   )
-  return Decoder(options, mesh)
+  return LanguageModel(mesh, vocab_size, Decoder(options, mesh))
+
+
+FAMILIES: dict[str, Callable[..., Task]] = {'decoder': _decoder}
 
 
 def _moe_options(
   config: ml_collections.ConfigDict,
   mode: str,
   batch_size: int,
-  returns_choices: bool,
   returns_routing: bool,
 ) -> MoeOptions:
   moe = config.moe
@@ -105,7 +123,6 @@ def _moe_options(
     device_balance_parts=moe.device_balance_parts,
     dispatch=DECODE if mode == 'decode' else moe.dispatch,
     router_init_scale=moe.router_init_scale,
-    returns_choices=returns_choices,
     exchange=moe.exchange,
     returns_routing=returns_routing,
   )

@@ -17,6 +17,7 @@ from moe_jax import routing
 from moe_jax.dispatch import DECODE, EXCHANGED
 from moe_jax.layers.attention import Attention, KeyValueCache, packed_causal_mask
 from moe_jax.layers.basic import Mlp, RMSNorm, logical, matrix_init
+from moe_jax.layers.cross_entropy import logits
 from moe_jax.layers.moe import ROUTER_STATE, Moe
 from moe_jax.layers.moe_options import MoeOptions, TokenInfo, TokenRouting
 from moe_jax.parallel.sharding import constrain
@@ -70,11 +71,6 @@ class DecoderOutput(NamedTuple):
   def logits(self) -> Float[Array, 'B T V']:
     """Next-token logits in float32. All of them at once: training and evaluation go by parts."""
     return logits(self.hidden, self.output)
-
-
-def logits(hidden: Float[Array, '*any D'], output: Float[Array, 'D V']) -> Float[Array, '*any V']:
-  """Returns the logits of tokens in float32."""
-  return jnp.einsum('...d,dv->...v', hidden, output, preferred_element_type=jnp.float32)
 
 
 class _Block(nn.Module):

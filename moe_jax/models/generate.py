@@ -1,4 +1,4 @@
-"""Sampling from a decoder with a key-value cache: one prefill, then one token at a time.
+"""Sampling from a model that has `Task.decode`: one prefill, then one token at a time.
 
 No token is ever dropped, so what is sampled does not depend on the other prompts of the call.
 """
@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax.data import Tokenizer
 from moe_jax.errors import UserError
-from moe_jax.models.decoder import Decoder, forward, init_cache, logits
+from moe_jax.models.task import DecodeHooks, Task
 from moe_jax.parallel.sharding import batch_sharding, constrain
 
 # Of sums of probabilities in float32.
@@ -47,6 +47,17 @@ class Rows(NamedTuple):
   place: Int[Array, '']
   keys: Key[Array, 'B']
   cache: Any
+
+
+def hooks_of(task: Task) -> DecodeHooks:
+  """Returns what samples from a model.
+
+  Raises:
+    UserError: if nothing can.
+  """
+  if task.decode is None:
+    raise UserError('model.family', type(task).__name__, 'cannot be sampled from')
+  return task.decode
 
 
 def encode_prompt(prompt: str, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
@@ -114,7 +125,7 @@ def keep(
 
 
 def generate(
-  model: Decoder,
+  task: Task,
   params: Any,
   router_state: Any,
   prompts: list[list[int]],
@@ -129,7 +140,7 @@ def generate(
   """Continues each prompt.
 
   Args:
-    model: in mode `decode`.
+    task: in mode `decode`.
     params: on the mesh of the model.
     router_state: of the same checkpoint; {} where the routers have none.
     prompts: token ids, each at least one.
@@ -145,7 +156,7 @@ def generate(
   """
   rows = len(prompts)
   # Rows that fill up the mesh repeat the first prompt and are thrown away.
-  padded = -(-rows // model.mesh.size) * model.mesh.size
+  padded = -(-rows // task.mesh.size) * task.mesh.size
   longest = max(len(prompt) for prompt in prompts)
   tokens = np.zeros((padded, longest), np.int32)
   lengths = np.zeros((padded,), np.int32)
@@ -154,10 +165,10 @@ def generate(
     tokens[row, : len(prompt)] = prompt
     lengths[row] = len(prompt)
   how = Sampling(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p), jnp.int32(eos_id))
-  by_row = batch_sharding(model.mesh)
-  with jax.set_mesh(model.mesh):
+  by_row = batch_sharding(task.mesh)
+  with jax.set_mesh(task.mesh):
     start = prefill(
-      model,
+      task,
       longest + num_tokens,
       params,
       router_state,
@@ -167,7 +178,7 @@ def generate(
       how,
     )
     first = np.asarray(start.token)
-    rest, _ = continue_rows(model, num_tokens - 1, params, router_state, start, how)
+    rest, _ = continue_rows(task, num_tokens - 1, params, router_state, start, how)
   new = np.concatenate([first[:, None], np.asarray(rest)], axis=1)
   result = []
   for row in new[:rows].tolist():
@@ -177,7 +188,7 @@ def generate(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def prefill(
-  model: Decoder,
+  task: Task,
   max_length: int,
   params: Any,
   router_state: Any,
@@ -189,7 +200,7 @@ def prefill(
   """Reads the prompts and draws the first new token of each.
 
   Args:
-    model: in mode `decode`.
+    task: in mode `decode`.
     max_length: cells of the cache, for prompt and continuation.
     params: of the model.
     router_state: of the model.
@@ -202,19 +213,18 @@ def prefill(
   row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch_size))
   cell = jnp.broadcast_to(jnp.arange(longest, dtype=jnp.int32), tokens.shape)
   in_prompt: Bool[Array, 'B T'] = cell < lengths[:, None]
-  cache = init_cache(model.options, batch_size, max_length)
-  segment_ids = in_prompt.astype(jnp.int32)
-  out = forward(model, params, tokens, segment_ids, cell, cache=cache, router_state=router_state)
-  last = jnp.take_along_axis(out.hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
+  hooks = hooks_of(task)
+  cache = hooks.init_cache(batch_size, max_length)
+  logits, cache = hooks.read(params, router_state, tokens, in_prompt, cell, cache, lengths - 1)
   index = jnp.ones((), jnp.int32)
-  token = _draw(logits(last, out.output), row_keys, index - 1, how)
+  token = _draw(logits, row_keys, index - 1, how)
   done = jnp.zeros((batch_size,), bool)
-  return _by_row(Rows(token, done, lengths, index, row_keys, out.cache), model)
+  return _by_row(Rows(token, done, lengths, index, row_keys, cache), task)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
 def continue_rows(
-  model: Decoder, num_tokens: int, params: Any, router_state: Any, rows: Rows, how: Sampling
+  task: Task, num_tokens: int, params: Any, router_state: Any, rows: Rows, how: Sampling
 ) -> tuple[Int[Array, 'B N'], Rows]:
   """Draws so many more tokens of each row.
 
@@ -222,33 +232,27 @@ def continue_rows(
   on from.
 
   Args:
-    model: in mode `decode`.
+    task: in mode `decode`.
     num_tokens: N; 0 draws nothing.
     params: of the model.
     router_state: of the model.
     rows: from `prefill` or from here.
     how: tokens are drawn. A row that is done gets the symbol of the end again and again.
   """
+  hooks = hooks_of(task)
 
   def step(rows: Rows, _):
     done = rows.done | (rows.token == how.eos_id)
-    ones = jnp.ones((rows.token.shape[0], 1), jnp.int32)
+    tokens, first = rows.token[:, None], jnp.zeros_like(rows.token)
+    valid = jnp.ones(tokens.shape, bool)
     position = (rows.lengths + rows.place - 1)[:, None]
-    out = forward(
-      model,
-      params,
-      rows.token[:, None],
-      ones,
-      position,
-      cache=rows.cache,
-      router_state=router_state,
-    )
-    drawn = _draw(out.logits[:, 0], rows.keys, rows.place, how)
+    logits, cache = hooks.read(params, router_state, tokens, valid, position, rows.cache, first)
+    drawn = _draw(logits, rows.keys, rows.place, how)
     drawn = jnp.where(done, how.eos_id, drawn)
-    return rows._replace(token=drawn, done=done, place=rows.place + 1, cache=out.cache), drawn
+    return rows._replace(token=drawn, done=done, place=rows.place + 1, cache=cache), drawn
 
   rows, new = jax.lax.scan(step, rows, None, length=num_tokens)
-  return constrain(new.T, model.mesh), _by_row(rows, model)
+  return constrain(new.T, task.mesh), _by_row(rows, task)
 
 
 def _draw(
@@ -260,8 +264,8 @@ def _draw(
   return jax.vmap(lambda row, key: sample_token(row, key, *numbers))(of_rows, keys)
 
 
-def _by_row(rows: Rows, model: Decoder) -> Rows:
+def _by_row(rows: Rows, task: Task) -> Rows:
   """Fixes how rows lie on the mesh: a donated array is used again only if it comes back alike."""
   by_row = {name: value for name, value in rows._asdict().items() if name != 'place'}
-  by_row = constrain(by_row, model.mesh, 'batch')
-  return rows._replace(place=constrain(rows.place, model.mesh), **by_row)
+  by_row = constrain(by_row, task.mesh, 'batch')
+  return rows._replace(place=constrain(rows.place, task.mesh), **by_row)

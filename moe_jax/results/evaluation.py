@@ -19,7 +19,7 @@ from moe_jax.data import (
 )
 from moe_jax.errors import UserError
 from moe_jax.files import write_json
-from moe_jax.models.build import build_model
+from moe_jax.models.build import build_task
 from moe_jax.run.restore import RestoredRun, restore_run
 from moe_jax.run.setup import dataset_of
 from moe_jax.train import evaluate as evaluate_room
@@ -82,7 +82,7 @@ def evaluate(request: Request) -> Evaluation:
     run.config.data.sequence_length,
     evaluate_room.batch_size_of(run.config, run.mesh),
   )
-  model = build_model(run.config, run.mesh, run.tokenizer.vocab_size, 'eval')
+  task = build_task(run.config, run.mesh, run.tokenizer.vocab_size, 'eval')
   batches = evaluate_room.num_batches(dataset, split, length, microbatch)
   earlier = _earlier(request, run)
   compared_dtype = request.compare_router_dtype
@@ -91,8 +91,8 @@ def evaluate(request: Request) -> Evaluation:
   progress = tqdm.tqdm(total=batches, unit='batch', leave=False, mininterval=0.2, disable=None)
   with jax.set_mesh(run.mesh), progress as bar:
     result = evaluate_room.evaluate(
-      evaluate_room.make_eval_step(model),
-      model,
+      evaluate_room.make_eval_step(task),
+      task,
       run.params,
       run.router_state,
       dataset,
@@ -197,12 +197,10 @@ def _churn(
 ):
   """Compares a run with an earlier checkpoint, or with itself under another config."""
   mesh, vocab_size = run.mesh, run.tokenizer.vocab_size
-  model, before = (
-    build_model(c, mesh, vocab_size, 'eval', returns_choices=True) for c in (run.config, config)
-  )
+  task, before = (build_task(c, mesh, vocab_size, 'eval') for c in (run.config, config))
   return routing_change.churn(
-    routing_change.make_overlap_step(model, before),
-    model,
+    routing_change.make_overlap_step(task, before),
+    task,
     routing_change.Weights(earlier.params, earlier.router_state),
     routing_change.Weights(run.params, run.router_state),
     dataset,

@@ -17,15 +17,15 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from moe_jax import optim
 from moe_jax.data import Tokenizer, load_tokenizer
 from moe_jax.errors import DamagedError, UserError
-from moe_jax.models.build import build_model
-from moe_jax.models.decoder import Decoder
+from moe_jax.models.build import build_task
+from moe_jax.models.task import Task
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.run import checkpoint, manifest, optimizer_layout
 from moe_jax.run.restore import restore_run
 from moe_jax.run.setup import TOKENIZER
+from moe_jax.train.program import optimizer_of
 from moe_jax.train.state import TrainState, abstract_state, state_shardings
 
 FIELD = 'train.init_from'
@@ -170,15 +170,15 @@ def _shapes(config: ml_collections.ConfigDict, vocab_size: int) -> dict[str, Any
   """Returns {part of the state: {path: shape}}, which depend on no mesh and no exchange."""
   config = config.copy_and_resolve_references()
   config.moe.exchange = 'padded'
-  model = build_model(config, make_mesh(1, 1), vocab_size, 'eval')
-  state = abstract_state(model, optim.make_optimizer(config.optim, config.train.num_steps))
+  task = build_task(config, make_mesh(1, 1), vocab_size, 'eval')
+  state = abstract_state(task, optimizer_of(config, task))
   return {name: dict(optimizer_layout.shapes_of(part)) for name, part in state._asdict().items()}
 
 
 def start(
   source: Source,
   config: ml_collections.ConfigDict,
-  model: Decoder,
+  task: Task,
   optimizer: optax.GradientTransformation,
   state: TrainState,
 ) -> tuple[TrainState, dict[str, Any]]:
@@ -187,7 +187,7 @@ def start(
   Args:
     source: from `inherited`.
     config: of the new run.
-    model: of the new run.
+    task: of the new run.
     optimizer: of the new run.
     state: its own, before the first step; donated.
 
@@ -195,7 +195,7 @@ def start(
     UserError: if the optimizer's arrays are those of an earlier version.
     DamagedError: if the checkpoint is damaged.
   """
-  mesh = ','.join(f'{name}={size}' for name, size in model.mesh.shape.items())
+  mesh = ','.join(f'{name}={size}' for name, size in task.mesh.shape.items())
   restored = restore_run(source.workdir, source.step, mesh, FIELD)
   found = {
     'params': restored.params,
@@ -224,7 +224,7 @@ def start(
       )
     leaves = jax.tree.leaves(_with_schedule_at_0(taken['opt_state']))
     taken['opt_state'] = jax.tree.unflatten(jax.tree.structure(state.opt_state), leaves)
-  shardings = state_shardings(model, optimizer)._asdict()
+  shardings = state_shardings(task, optimizer)._asdict()
   placed = {name: jax.device_put(part, shardings[name]) for name, part in taken.items()}
   return state._replace(**placed), entry
 

@@ -8,7 +8,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from moe_jax.data import Dataset
-from moe_jax.models.build import build_model
+from moe_jax.models.build import build_task
 from moe_jax.run.checkpoint import Checkpoints
 from moe_jax.run.divergence import DivergedError, not_finite
 from moe_jax.run.metrics_writer import MetricsWriter
@@ -114,7 +114,7 @@ class Evaluator(Callback):
     self._config, self._mesh, self._dataset = config, mesh, dataset
     self._writer, self._timer, self._say = writer, timer, say
     self._step: Any = None
-    self._model: Any = None
+    self._task: Any = None
 
   def on_start(self, step: int, state: TrainState) -> None:
     """Evaluates again where the interruption may have come between checkpoint and evaluation."""
@@ -139,11 +139,11 @@ class Evaluator(Callback):
     config = self._config
     if self._step is None:
       vocab_size = self._dataset.tokenizer.vocab_size
-      self._model = build_model(config, self._mesh, vocab_size, 'eval')
-      self._step = evaluate.make_eval_step(self._model)
+      self._task = build_task(config, self._mesh, vocab_size, 'eval')
+      self._step = evaluate.make_eval_step(self._task)
     result = evaluate.evaluate(
       self._step,
-      self._model,
+      self._task,
       state.params,
       state.router_state,
       self._dataset,

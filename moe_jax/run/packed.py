@@ -18,10 +18,9 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from moe_jax import optim
 from moe_jax.data import Dataset, train_iterator
 from moe_jax.errors import UserError
-from moe_jax.models.build import build_model
+from moe_jax.models.build import build_task
 from moe_jax.parallel.sharding import sharding
 from moe_jax.run import device_errors, manifest, setup
 from moe_jax.run.callbacks import Checkpointer, StepCounter, saying_when_it_compiles
@@ -35,7 +34,7 @@ from moe_jax.train import metrics
 from moe_jax.train.causal_claim import check_causal_claim
 from moe_jax.train.hyperparameters import hyperparameters_of
 from moe_jax.train.loop import Callback, run_steps
-from moe_jax.train.program import program_of, step_of
+from moe_jax.train.program import optimizer_of, program_of, step_of
 from moe_jax.train.state import (
   TrainState,
   make_init,
@@ -43,7 +42,7 @@ from moe_jax.train.state import (
   with_shardings,
   with_token_counts,
 )
-from moe_jax.train.step import BATCH_FIELDS, StepMetrics, packed_shardings
+from moe_jax.train.step import StepMetrics, packed_shardings
 
 
 class Member(NamedTuple):
@@ -135,9 +134,9 @@ class _Pack:
     self._config = members[0].config
     config, vocab_size = self._config, dataset.tokenizer.vocab_size
     microbatch = config.data.batch_size // config.train.accumulation_steps
-    self._model = build_model(config, mesh, vocab_size, 'train', microbatch)
-    self._optimizer = optim.make_optimizer(config.optim, config.train.num_steps)
-    self._shardings = packed_shardings(state_shardings(self._model, self._optimizer))
+    self._task = build_task(config, mesh, vocab_size, 'train', microbatch)
+    self._optimizer = optimizer_of(config, self._task)
+    self._shardings = packed_shardings(state_shardings(self._task, self._optimizer))
     self._step_function = step_of(program_of(config), mesh, vocab_size, packed=True)
     self._hyperparameters = jax.tree.map(
       lambda *x: jnp.stack(x), *(hyperparameters_of(m.config) for m in members)
@@ -180,11 +179,11 @@ class _Pack:
 
   def _new_state(self) -> TrainState:
     states = []
-    init = make_init(self._model, self._optimizer)
+    init = make_init(self._task, self._optimizer)
     for member in self._members:
       state = init(jnp.asarray(member.config.train.seed, jnp.int32))
       counts = lambda: self._dataset.token_counts('train')  # noqa: E731
-      states.append(with_token_counts(state, self._model, counts))
+      states.append(with_token_counts(state, self._task, counts))
     stack = jax.jit(
       lambda *s: jax.tree.map(lambda *x: jnp.stack(x), *s), out_shardings=self._shardings
     )
@@ -230,7 +229,7 @@ class _Pack:
     of_trials = sharding(self._mesh, 'trials', 'batch')
     return {
       name: jax.device_put(np.stack([row[name] for row in rows]), of_trials)
-      for name in BATCH_FIELDS
+      for name in self._task.batch_fields
     }
 
   def _positions(self) -> dict[str, Any]:
@@ -267,7 +266,7 @@ class _Pack:
 
   def finish(self) -> None:
     """Gives each member its last checkpoint and its manifest, then removes the pack's own."""
-    shardings = state_shardings(self._model, self._optimizer)
+    shardings = state_shardings(self._task, self._optimizer)
     for i, member in enumerate(self._members):
       if self._diverged[i]:
         continue

@@ -8,15 +8,15 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
-from moe_jax import optim
 from moe_jax.data import Tokenizer, load_tokenizer
 from moe_jax.dispatch import why_not
 from moe_jax.errors import DamagedError, UserError
-from moe_jax.models.build import build_model
+from moe_jax.models.build import build_task
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.run import manifest
 from moe_jax.run.checkpoint import Checkpoints, saved_config
 from moe_jax.run.setup import TOKENIZER
+from moe_jax.train.program import optimizer_of
 from moe_jax.train.state import abstract_state
 
 
@@ -85,8 +85,8 @@ def restore_run(
     )
   device_mesh = _choose_mesh(config, mesh, mesh_flag)
   _choose_exchange(config, device_mesh)
-  model = build_model(config, device_mesh, facts['vocab_size'], 'eval')
-  optimizer = optim.make_optimizer(config.optim, config.train.num_steps)
+  task = build_task(config, device_mesh, facts['vocab_size'], 'eval')
+  optimizer = optimizer_of(config, task)
   checkpoints = Checkpoints(workdir, read_only=True)
   try:
     steps = checkpoints.steps()
@@ -101,7 +101,7 @@ def restore_run(
         f'manifest.json and the checkpoints in {workdir} disagree on {differs}; the train command '
         'of the run rebuilds the manifest from a checkpoint'
       )
-    abstract = abstract_state(model, optimizer)
+    abstract = abstract_state(task, optimizer)
     if step is None:
       restored = checkpoints.restore(abstract, any_optimizer=True)
       if restored is None:

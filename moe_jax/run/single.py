@@ -9,11 +9,11 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
-from moe_jax import optim, profiling, unread
+from moe_jax import profiling, unread
 from moe_jax.data import Dataset, train_iterator
 from moe_jax.errors import UserError, is_refusal
-from moe_jax.models.build import build_model
-from moe_jax.models.decoder import Decoder
+from moe_jax.models.build import build_task
+from moe_jax.models.task import Task
 from moe_jax.parallel.distributed import all_or_none
 from moe_jax.run import ancestry, device_errors, manifest, setup
 from moe_jax.run.announce import announce, named_mesh, warn_of_lost_lines
@@ -36,7 +36,7 @@ from moe_jax.run.timing import TRAINING, Timer
 from moe_jax.train.causal_claim import check_causal_claim
 from moe_jax.train.hyperparameters import hyperparameters_of
 from moe_jax.train.loop import run_steps
-from moe_jax.train.program import program_of, step_of
+from moe_jax.train.program import optimizer_of, program_of, step_of
 from moe_jax.train.state import TrainState, abstract_state, init_state, with_token_counts
 from moe_jax.train.step import Batch, put_batch
 
@@ -62,7 +62,7 @@ class _Run(NamedTuple):
   workdir: str
   mesh: Mesh
   dataset: Dataset
-  model: Decoder
+  task: Task
   say: Callable[[str], None]
   listener: Listener | None
   profile: str | None
@@ -127,9 +127,9 @@ def train(
           manifest.check_same_data(workdir, old, config, dataset.fingerprint)
         setup.check_splits(config, dataset)
       microbatch = config.data.batch_size // config.train.accumulation_steps
-      model = build_model(config, mesh, dataset.tokenizer.vocab_size, 'train', microbatch)
+      task = build_task(config, mesh, dataset.tokenizer.vocab_size, 'train', microbatch)
       run = _Run(
-        config, workdir, mesh, dataset, model, say, listener, profile, timer, source, pinned
+        config, workdir, mesh, dataset, task, say, listener, profile, timer, source, pinned
       )
       if old and old['status'] == 'finished' and not manifest.lengthens(old, config):
         if first:
@@ -151,7 +151,7 @@ def train(
 def _is_intact(run: _Run) -> bool:
   """Whether the last checkpoint of a finished run is good, or all were taken away on purpose."""
   with jax.set_mesh(run.mesh):
-    optimizer = optim.make_optimizer(run.config.optim, run.config.train.num_steps)
+    optimizer = optimizer_of(run.config, run.task)
     checkpoints = Checkpoints(run.workdir, read_only=True)
     with contextlib.closing(checkpoints):
       if not checkpoints.steps():
@@ -160,7 +160,7 @@ def _is_intact(run: _Run) -> bool:
           'again, use another --workdir'
         )
         return True
-      restored = checkpoints.restore(abstract_state(run.model, optimizer), any_optimizer=True)
+      restored = checkpoints.restore(abstract_state(run.task, optimizer), any_optimizer=True)
   return restored is not None and restored[0] == run.config.train.num_steps
 
 
@@ -174,7 +174,7 @@ def _train(run: _Run, old: dict[str, Any] | None) -> Outcome:
   run.say(causal_claim)
   run.say('preparing model and state')
   with jax.set_mesh(run.mesh):
-    optimizer = optim.make_optimizer(config.optim, config.train.num_steps)
+    optimizer = optimizer_of(config, run.task)
     new = _from_source(run, optimizer, old)
     checkpoints = Checkpoints(run.workdir, config.train.keep_checkpoints)
     state, step, position = _start(run, optimizer, checkpoints, old, new and new[0])
@@ -236,7 +236,7 @@ def _from_source(
   if run.source is None:
     return None
   config, source = run.config, run.source
-  state, entry = ancestry.start(source, config, run.model, optimizer, _new_state(run, optimizer))
+  state, entry = ancestry.start(source, config, run.task, optimizer, _new_state(run, optimizer))
   for pinned, whose in ((ancestry.pin_of(old), run.workdir), (run.pinned, 'another run')):
     ancestry.check_pinned(source.given, entry, pinned, whose)
   run.say(f'starting from step {entry["step"]} of {source.workdir}: {", ".join(entry["taken"])}')
@@ -244,8 +244,8 @@ def _from_source(
 
 
 def _new_state(run: _Run, optimizer) -> TrainState:
-  state = init_state(run.model, optimizer, run.config.train.seed)
-  return with_token_counts(state, run.model, lambda: run.dataset.token_counts('train'))
+  state = init_state(run.task, optimizer, run.config.train.seed)
+  return with_token_counts(state, run.task, lambda: run.dataset.token_counts('train'))
 
 
 def _start(
@@ -257,7 +257,7 @@ def _start(
 ):
   """Returns (state, step, data position): restored, or new; `new` in place of random values."""
   restored = (
-    checkpoints.restore(abstract_state(run.model, optimizer)) if checkpoints.steps() else None
+    checkpoints.restore(abstract_state(run.task, optimizer)) if checkpoints.steps() else None
   )
   for path in checkpoints.set_damaged_aside():
     run.say(f'warning: damaged checkpoint moved to {path}')
@@ -297,7 +297,7 @@ def _steps(run, train_step, state, batches, checkpoints, writer, step: int) -> O
     _, step = run_steps(
       saying_when_it_compiles(do_step, train_step, run.timer, run.say),
       state,
-      lambda running: next_batch(batches, run.model, running and running.grad_norm),
+      lambda running: next_batch(batches, run.task, running and running.grad_norm),
       hyperparameters_of(config),
       step=step,
       num_steps=num_steps,
@@ -312,7 +312,7 @@ def _steps(run, train_step, state, batches, checkpoints, writer, step: int) -> O
   return Outcome(step, finished, None if finished else signals.received)
 
 
-def next_batch(batches, model: Decoder, running: Any) -> tuple[Batch, float]:
+def next_batch(batches, task: Task, running: Any) -> tuple[Batch, float]:
   """Returns the next batch on its devices, and the seconds the devices had nothing to do for it.
 
   While the step before still runs, no device waits and nothing is counted; if it has ended
@@ -320,11 +320,11 @@ def next_batch(batches, model: Decoder, running: Any) -> tuple[Batch, float]:
 
   Args:
     batches: of this process.
-    model: whose mesh the batch goes to.
+    task: whose mesh the batch goes to.
     running: an array that the step before computes; None if there is none in flight.
   """
   start = time.perf_counter()
-  batch = put_batch(next(batches), model)
+  batch = put_batch(next(batches), task)
   seconds = time.perf_counter() - start
   idle = running is None or running.is_ready()
   return batch, seconds if idle else 0.0

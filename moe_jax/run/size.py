@@ -20,7 +20,6 @@ _OF_MODEL = (
   'model.embed_dim',
   'model.mlp_dim',
   'model.num_heads',
-  'model.num_kv_heads',
   'model.head_dim',
 )
 _OF_BATCH = ('data.batch_size', 'data.sequence_length', 'model.embed_dim')
@@ -69,6 +68,7 @@ def _at_default(config: ml_collections.ConfigDict, field: str) -> ml_collections
   changed = copy.deepcopy(config)
   # 0 stands for something else.
   changed[section][name] = min(config[section][name], SCHEMA[section][name].default or 64)
+  changed.model.num_kv_heads = min(changed.model.num_kv_heads, changed.model.num_heads)
   return changed
 
 

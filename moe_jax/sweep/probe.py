@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax.models.decoder import init_router_state
 from moe_jax.run import setup
 from moe_jax.run.progress import Listener
 from moe_jax.run.single import train
@@ -77,14 +76,14 @@ def _evaluate(study: Study, trial: Trial, name: str, on_batch: Any) -> None:
   config = config_for(trial.config, name)
   mesh, dataset = setup.mesh_of(config), setup.dataset_of(config)
   program = runner.evaluation_program(config)
-  model, step = runner.eval_step(program, mesh, dataset.tokenizer.vocab_size)
+  task, step = runner.eval_step(program, mesh, dataset.tokenizer.vocab_size)
   with jax.set_mesh(mesh):
-    new = jax.jit(lambda: init_params(model, jnp.int32(0)), out_shardings=params_shardings(model))
+    new = jax.jit(lambda: init_params(task, jnp.int32(0)), out_shardings=params_shardings(task))
     evaluate.evaluate(
       step,
-      model,
+      task,
       new(),
-      init_router_state(model.options),
+      task.init_router_state(),
       dataset,
       split=study.split,
       sequence_length=config.data.sequence_length,

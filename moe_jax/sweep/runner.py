@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 
 from moe_jax import config as config_lib
 from moe_jax.errors import DamagedError, UserError, is_full
-from moe_jax.models.build import build_model
-from moe_jax.models.decoder import Decoder
+from moe_jax.models.build import build_task
+from moe_jax.models.task import Task
 from moe_jax.results.records import DIVERGED, FAILED, FINISHED
 from moe_jax.run import ancestry, device_errors, manifest, packed, timing
 from moe_jax.run.divergence import DivergedError
@@ -351,11 +351,11 @@ def _evaluate_alone(study: Study, trial: Trial, folder: str) -> _Evaluated:
   for name in study.evaluations:
     config = config_for(trial.config, name)
     program = evaluation_program(config)
-    model, step = eval_step(program, restored.mesh, restored.tokenizer.vocab_size)
+    task, step = eval_step(program, restored.mesh, restored.tokenizer.vocab_size)
     with jax.set_mesh(restored.mesh):
       evaluated.results[name] = evaluate.evaluate(
         step,
-        model,
+        task,
         restored.params,
         restored.router_state,
         dataset,
@@ -393,11 +393,11 @@ def _evaluate_together(study: Study, unit: list[Trial], workdir: str) -> dict[st
   dataset = dataset_of(unit[0].config, runs[0].tokenizer)
   for name in study.evaluations:
     config = config_for(unit[0].config, name)
-    model, step = eval_step(evaluation_program(config), mesh, vocab_size, packed=True)
+    task, step = eval_step(evaluation_program(config), mesh, vocab_size, packed=True)
     with jax.set_mesh(mesh):
       results = evaluate.evaluate_packed(
         step,
-        model,
+        task,
         [(run.params, run.router_state) for run in runs],
         dataset,
         split=study.split,
@@ -423,12 +423,12 @@ def evaluation_program(config: ml_collections.ConfigDict) -> str:
 @functools.lru_cache(maxsize=4)
 def eval_step(
   program: str, mesh: Mesh, vocab_size: int, packed: bool = False
-) -> tuple[Decoder, evaluate.EvalStep]:
+) -> tuple[Task, evaluate.EvalStep]:
   """Returns the model and the step of an `evaluation_program`, compiled once in a process."""
   config = config_lib.get_config()
   config.update(json.loads(program))
-  model = build_model(config, mesh, vocab_size, 'eval')
-  return model, evaluate.make_eval_step(model, packed)
+  task = build_task(config, mesh, vocab_size, 'eval')
+  return task, evaluate.make_eval_step(task, packed)
 
 
 class _Progress:

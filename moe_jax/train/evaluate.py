@@ -14,53 +14,41 @@ from jax.sharding import Mesh
 
 from moe_jax import routing
 from moe_jax.data import Dataset, eval_batches
-from moe_jax.models.decoder import Decoder, forward
+from moe_jax.models.task import Batch, Task
 from moe_jax.parallel.mesh import EXPERT_AXIS
 from moe_jax.parallel.sharding import batch_sharding, replicated
 from moe_jax.train import metrics, routing_counts, specialization
-from moe_jax.train.cross_entropy import cross_entropy_sum
 from moe_jax.train.expert_similarity import expert_similarity
 from moe_jax.train.state import params_shardings
-from moe_jax.train.step import BATCH_FIELDS, Batch, over_scopes, packed_shardings, put_batch
+from moe_jax.train.step import over_scopes, packed_shardings, put_batch
 
 EvalStep = Callable[[Any, Any, dict[str, jax.Array], Any], tuple[jax.Array, jax.Array, Any, Any]]
 
 
-def make_eval_step(model: Decoder, packed: bool = False) -> EvalStep:
+def make_eval_step(task: Task, packed: bool = False) -> EvalStep:
   """Returns the compiled (params, router_state, batch, counts) -> sums over the batch, counts.
 
-  The sums are nats, tokens and those of the routers. The counts are those of `new_counts(model)` to
+  The sums are nats, tokens and those of the routers. The counts are those of `new_counts(task)` to
   begin with, and of the batches so far; None where there is nothing to count.
 
   Args:
-    model: in mode `eval`.
+    task: in mode `eval`.
     packed: whether all but the batch has a leading dimension of trials, each of which is evaluated
       as if it were alone.
   """
-  counted = routing_counts.saying_choices(model)
+  counted = task if routing_counts.why_not(task) else task.with_selected()
 
   def step(params, router_state, batch, counts):
-    out = forward(
-      counted,
-      params,
-      batch['inputs'],
-      batch['segment_ids'],
-      batch['positions'],
-      router_state=router_state,
-    )
-    nats = cross_entropy_sum(
-      out.hidden, out.output, batch['targets'], batch['segment_ids'], model.mesh
-    )
+    out = counted.loss(params, router_state, batch)
     sums = None if out.router_sums is None else over_scopes(out.router_sums)
-    valid = batch['segment_ids'] > 0
     if counts is not None:
-      assert out.choices is not None
-      counts = routing_counts.add_batch(counts, out.choices, batch['inputs'], valid, model.mesh)
-    return nats, valid.sum(), sums, counts
+      assert out.selected is not None
+      counts = routing_counts.add_batch(counts, out.selected, task.mesh)
+    return out.total, task.weight(batch), sums, counts
 
-  by_sequence = {name: batch_sharding(model.mesh) for name in BATCH_FIELDS}
-  everywhere, own = replicated(model.mesh), batch_sharding(model.mesh)
-  of_params = params_shardings(model)
+  by_sequence = {name: batch_sharding(task.mesh) for name in task.batch_fields}
+  everywhere, own = replicated(task.mesh), batch_sharding(task.mesh)
+  of_params = params_shardings(task)
   if packed:
     of_params, own = packed_shardings((of_params, own))
   return jax.jit(
@@ -73,7 +61,7 @@ def make_eval_step(model: Decoder, packed: bool = False) -> EvalStep:
 
 def evaluate(
   eval_step: EvalStep,
-  model: Decoder,
+  task: Task,
   params: Any,
   router_state: Any,
   dataset: Dataset,
@@ -88,9 +76,9 @@ def evaluate(
   """Evaluates on every document of a split.
 
   Args:
-    eval_step: from `make_eval_step(model)`.
-    model: in mode `eval`.
-    params: on the mesh of the model.
+    eval_step: from `make_eval_step(task)`.
+    task: in mode `eval`.
+    params: on the mesh of the task.
     router_state: of the same checkpoint; {} where the routers have none.
     dataset: whose tokenizer the model was trained with.
     split: train, valid or test.
@@ -111,18 +99,18 @@ def evaluate(
   """
   totals, counts = _run(
     functools.partial(eval_step, params, router_state),
-    model,
-    routing_counts.new_counts(model),
+    task,
+    routing_counts.new_counts(task),
     dataset,
     Rows(split, sequence_length, batch_size, max_batches),
     on_batch,
   )
-  return _result(split, totals, counts, params, model, with_matrices)
+  return _result(split, totals, counts, params, task, with_matrices)
 
 
 def evaluate_packed(
   eval_step: EvalStep,
-  model: Decoder,
+  task: Task,
   weights: Sequence[tuple[Any, Any]],
   dataset: Dataset,
   *,
@@ -136,8 +124,8 @@ def evaluate_packed(
   That is, but for rounding. The devices hold all of them at a time, and their counts.
 
   Args:
-    eval_step: from `make_eval_step(model, packed=True)`.
-    model: in mode `eval`, of each of them.
+    eval_step: from `make_eval_step(task, packed=True)`.
+    task: in mode `eval`, of each of them.
     weights: (params, router_state) of each.
     dataset: as in `evaluate`, and so are the others.
     split: evaluated.
@@ -148,18 +136,18 @@ def evaluate_packed(
   Raises:
     UserError: for an unknown or empty split.
   """
-  of_params, own = packed_shardings((params_shardings(model), batch_sharding(model.mesh)))
+  of_params, own = packed_shardings((params_shardings(task), batch_sharding(task.mesh)))
   stack = jax.jit(
     lambda *trees: jax.tree.map(lambda *x: jnp.stack(x), *trees),
-    out_shardings=(of_params, replicated(model.mesh)),
+    out_shardings=(of_params, replicated(task.mesh)),
   )
   counts = jax.tree.map(
     lambda x: jnp.zeros((len(weights), *x.shape), x.dtype, device=own),
-    routing_counts.new_counts(model),
+    routing_counts.new_counts(task),
   )
   totals, counts = _run(
     functools.partial(eval_step, *stack(*weights)),
-    model,
+    task,
     counts,
     dataset,
     Rows(split, sequence_length, batch_size),
@@ -172,7 +160,7 @@ def evaluate_packed(
       for domain, (total, num_bytes) in totals.items()
     }
     own_counts = jax.tree.map(lambda x, i=i: x[i], counts)
-    results.append(_result(split, own_totals, own_counts, params, model, with_matrices=False))
+    results.append(_result(split, own_totals, own_counts, params, task, with_matrices=False))
   return results
 
 
@@ -191,7 +179,7 @@ _Totals = dict[str, tuple[Any, int]]
 
 def _run(
   eval_step: Callable[[Batch, Any], Any],
-  model: Decoder,
+  task: Task,
   counts: Any,
   dataset: Dataset,
   rows: Rows,
@@ -206,7 +194,7 @@ def _run(
       continue
     total: Any = None
     running: Any = None
-    batches = domain_batches(dataset, model, split, domain, sequence_length, batch_size)
+    batches = domain_batches(dataset, task, split, domain, sequence_length, batch_size)
     for batch in itertools.islice(batches, max_batches or None):
       # Fetched while the next batch is made and runs.
       before = running
@@ -220,26 +208,26 @@ def _run(
 
 
 def _result(
-  split: str, totals: _Totals, counts: Any, params: Any, model: Decoder, with_matrices: bool
+  split: str, totals: _Totals, counts: Any, params: Any, task: Task, with_matrices: bool
 ) -> dict[str, Any]:
   """Returns what `evaluate` does, from the sums and counts of one trial."""
-  domains = {domain: _summary(*of_domain, model) for domain, of_domain in totals.items()}
+  domains = {domain: _summary(*of_domain, task) for domain, of_domain in totals.items()}
   pooled = functools.reduce(_add, (total for total, _ in totals.values()))
   result: dict[str, Any] = {'split': split, 'domains': domains}
-  result |= _summary(pooled, sum(count for _, count in totals.values()), model)
-  result |= expert_similarity(model, params)
+  result |= _summary(pooled, sum(count for _, count in totals.values()), task)
+  result |= expert_similarity(task, params)
   if counts is not None:
     of_domains = [total for total, _ in totals.values()]
-    result |= _specialization(counts, of_domains, model, with_matrices)
+    result |= _specialization(counts, of_domains, task, with_matrices)
   return result
 
 
 def _specialization(
-  counts: routing_counts.RoutingCounts, totals: list[Any], model: Decoder, with_matrices: bool
+  counts: routing_counts.RoutingCounts, totals: list[Any], task: Task, with_matrices: bool
 ) -> dict[str, Any]:
   """Returns what the counts of a split, and the totals of its domains, say of its experts."""
   result = specialization.measures(
-    routing_counts.fetch(counts, model.mesh),
+    routing_counts.fetch(counts, task.mesh),
     [sums.tokens_per_expert.astype(np.int64) for _, _, sums in totals],
     [int(tokens) for _, tokens, _ in totals],
   )
@@ -250,7 +238,7 @@ def _specialization(
 
 def domain_batches(
   dataset: Dataset,
-  model: Decoder,
+  task: Task,
   split: str,
   domain: str,
   sequence_length: int,
@@ -266,7 +254,7 @@ def domain_batches(
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   ):
-    yield put_batch(batch, model)
+    yield put_batch(batch, task)
 
 
 def _with(total: Any, out: Any) -> Any:
@@ -302,12 +290,12 @@ def num_batches(dataset: Dataset, split: str, sequence_length: int, batch_size: 
   )
 
 
-def _summary(total: Any, num_bytes: int, model: Decoder) -> dict[str, Any]:
+def _summary(total: Any, num_bytes: int, task: Task) -> dict[str, Any]:
   nats, tokens, sums = total
   summary: dict[str, Any] = {'loss': float(nats / max(tokens, 1)), 'tokens': int(tokens)}
   if num_bytes:
     summary['bytes'] = num_bytes
     summary['bits_per_byte'] = float(nats / math.log(2) / num_bytes)
-  if sums is not None and model.options.moe is not None:
-    summary |= metrics.router_metrics(sums, model.mesh.shape[EXPERT_AXIS])
+  if sums is not None and task.moe is not None:
+    summary |= metrics.router_metrics(sums, task.mesh.shape[EXPERT_AXIS])
   return summary

@@ -9,29 +9,28 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from moe_jax.models.decoder import Decoder
+from moe_jax.models.task import Task
 from moe_jax.parallel.sharding import replicated
 from moe_jax.train.specialization import random_similarity
 
 
-def expert_similarity(model: Decoder, params: Any) -> dict[str, list[float]]:
+def expert_similarity(task: Task, params: Any) -> dict[str, list[float]]:
   """Returns lists over MoE layers; {} of a dense model or with a single expert.
 
   router/expert_similarity: the absolute cosine between the weights of two experts, each matrix as
-  one vector, averaged over all pairs and over `w_in` and `w_out`. 1 of equal experts, as after
-  upcycling. Experts that differ by the order of their hidden units alone are not found alike.
+  one vector, averaged over all pairs and over the matrices of an expert. 1 of equal experts, as
+  after upcycling. Experts that differ by the order of their hidden units alone are not found alike.
   router/expert_similarity_baseline: the same of random directions, so of new experts.
   """
-  moe, options = model.options.moe, model.options
+  moe = task.moe
   if moe is None or moe.num_experts < 2:
     return {}
-  layer = params['layers'][f'block_{options.every - 1}']['moe']
-  weights = [layer[name] for name in ('w_in', 'w_out')]
+  weights = task.expert_weights(params)
   pairs = np.triu_indices(moe.num_experts, 1)
-  similarity = np.zeros(options.num_layers // options.every)
+  similarity = np.zeros(task.num_moe_layers)
   baseline = 0.0
   for matrix in weights:
-    dots_LEE = np.asarray(_dots(model.mesh)(matrix), np.float64)
+    dots_LEE = np.asarray(_dots(task.mesh)(matrix), np.float64)
     length_LE = np.sqrt(np.maximum(np.diagonal(dots_LEE, axis1=1, axis2=2), 1e-300))
     cosine_LEE = dots_LEE / (length_LE[:, :, None] * length_LE[:, None, :])
     similarity += np.mean(np.abs(cosine_LEE[:, *pairs]), -1) / len(weights)

@@ -6,12 +6,14 @@ import json
 from typing import Any
 
 import ml_collections
+import optax
 from jax.sharding import Mesh
 
 from moe_jax import config as config_lib
 from moe_jax import optim
 from moe_jax.field_names import split_field
-from moe_jax.models.build import build_model
+from moe_jax.models.build import build_task
+from moe_jax.models.task import Task
 from moe_jax.train.hyperparameters import hyperparameter_fields
 from moe_jax.train.step import make_train_step
 
@@ -33,9 +35,10 @@ def step_of(program: str, mesh: Mesh, vocab_size: int, packed: bool = False) -> 
   config = config_lib.get_config()
   config.update(json.loads(program))
   microbatch = config.data.batch_size // config.train.accumulation_steps
+  task = build_task(config, mesh, vocab_size, 'train', microbatch)
   return make_train_step(
-    build_model(config, mesh, vocab_size, 'train', microbatch),
-    optim.make_optimizer(config.optim, config.train.num_steps),
+    task,
+    optimizer_of(config, task),
     optim.make_schedule(config.optim, config.train.num_steps),
     config.train.accumulation_steps,
     accumulation_scope(config),
@@ -53,3 +56,8 @@ def accumulation_scope(config: ml_collections.ConfigDict) -> str:
   if config.moe.balance_scope != 'global':
     return 'microbatch'
   return config.train.accumulation_scope
+
+
+def optimizer_of(config: ml_collections.ConfigDict, task: Task) -> optax.GradientTransformation:
+  """Returns the optimizer of a run."""
+  return optim.make_optimizer(config.optim, config.train.num_steps, task.param_label)

@@ -12,12 +12,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from moe_jax.data import Dataset
-from moe_jax.models.decoder import Decoder, forward
+from moe_jax.models.task import Batch, Task
 from moe_jax.parallel.sharding import batch_sharding, replicated
 from moe_jax.train.evaluate import domain_batches
 from moe_jax.train.routing_counts import membership
 from moe_jax.train.state import params_shardings
-from moe_jax.train.step import BATCH_FIELDS, Batch
 
 
 class Weights(NamedTuple):
@@ -36,37 +35,36 @@ class Overlap(NamedTuple):
 
 
 def make_overlap_step(
-  model: Decoder, model_before: Decoder | None = None
+  task: Task, task_before: Task | None = None
 ) -> Callable[[Weights, Weights, Batch], Overlap]:
   """Returns the compiled (before, after, batch) -> Overlap.
 
   Args:
-    model: in mode `eval`, and `returns_choices`.
-    model_before: another one of the same parameters, for `before`; the same by default.
+    task: in mode `eval`.
+    task_before: another one of the same parameters, for `before`; the same by default.
   """
-  assert model.options.moe is not None
-  num_experts = model.options.moe.num_experts
+  assert task.moe is not None
+  num_experts = task.moe.num_experts
 
-  def asked(model: Decoder, weights: Weights, batch: Batch) -> Bool[Array, 'L B T E']:
-    read = (batch[name] for name in ('inputs', 'segment_ids', 'positions'))
-    out = forward(model, weights.params, *read, router_state=weights.router_state)
-    assert out.choices is not None
-    return membership(out.choices, num_experts)
+  def selected(task: Task, weights: Weights, batch: Batch) -> Bool[Array, 'L B T E']:
+    out = task.with_selected().loss(weights.params, weights.router_state, batch)
+    assert out.selected is not None
+    return membership(out.selected.experts, num_experts)
 
   def step(before, after, batch):
-    one, other = asked(model_before or model, before, batch), asked(model, after, batch)
+    one, other = selected(task_before or task, before, batch), selected(task, after, batch)
     sets = Overlap(one, other, one & other)
     return jax.tree.map(lambda x: jnp.sum(x, axis=(1, 2, 3), dtype=jnp.float32), sets)
 
-  everywhere = replicated(model.mesh)
-  weights = Weights(params_shardings(model), everywhere)
-  batch = {name: batch_sharding(model.mesh) for name in BATCH_FIELDS}
+  everywhere = replicated(task.mesh)
+  weights = Weights(params_shardings(task), everywhere)
+  batch = {name: batch_sharding(task.mesh) for name in task.batch_fields}
   return jax.jit(step, in_shardings=(weights, weights, batch), out_shardings=everywhere)
 
 
 def churn(
   overlap_step: Callable[[Weights, Weights, Batch], Overlap],
-  model: Decoder,
+  task: Task,
   before: Weights,
   after: Weights,
   dataset: Dataset,
@@ -79,9 +77,9 @@ def churn(
   """Compares what two checkpoints ask for, on every token of a split, before any drop.
 
   Args:
-    overlap_step: from `make_overlap_step(model, ...)`.
-    model: as there.
-    before: the earlier checkpoint, on the mesh of the model.
+    overlap_step: from `make_overlap_step(task, ...)`.
+    task: as there.
+    before: the earlier checkpoint, on the mesh of the task.
     after: the later one.
     dataset: whose tokenizer the model was trained with.
     split: train, valid or test.
@@ -102,7 +100,7 @@ def churn(
   whole: Any = None
   for domain in dataset.domains:
     total: Any = None
-    for batch in domain_batches(dataset, model, split, domain, sequence_length, batch_size):
+    for batch in domain_batches(dataset, task, split, domain, sequence_length, batch_size):
       out = jax.tree.map(lambda x: np.asarray(x, np.float64), overlap_step(before, after, batch))
       total = out if total is None else jax.tree.map(np.add, total, out)
       on_batch()

@@ -5,7 +5,6 @@ T positions. Every device counts its own tokens in tables of its own, in int32, 
 communication; they are added up once, at the end. So the numbers are the same on any mesh.
 """
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
 from moe_jax import routing
-from moe_jax.models.decoder import Decoder
+from moe_jax.models.task import Selected, Task
 from moe_jax.parallel.sharding import batch_sharding, replicated, spec
 
 # Entries of the largest table of token ids: 512 MiB on each device. A larger one is not kept.
@@ -43,9 +42,9 @@ class RoutingCounts(NamedTuple):
   num_asked: Int[Array, '*device L E1']
 
 
-def why_not(model: Decoder) -> str:
+def why_not(task: Task) -> str:
   """Returns why there is nothing to count, '' if there is."""
-  moe = model.options.moe
+  moe = task.moe
   if moe is None:
     return 'a dense model has no experts'
   if routing.ROUTERS[moe.router].keeps_all:
@@ -53,30 +52,21 @@ def why_not(model: Decoder) -> str:
   return ''
 
 
-def saying_choices(model: Decoder) -> Decoder:
-  """Returns the model whose forward pass also gives `choices`, if there is anything to count."""
-  moe = model.options.moe
-  if moe is None or why_not(model):
-    return model
-  moe = dataclasses.replace(moe, returns_choices=True)
-  return Decoder(dataclasses.replace(model.options, moe=moe), model.mesh)
-
-
-def new_counts(model: Decoder) -> RoutingCounts | None:
+def new_counts(task: Task) -> RoutingCounts | None:
   """Returns counts of nothing, on the devices; None if there will be nothing to count."""
-  moe, options = model.options.moe, model.options
-  if moe is None or why_not(model):
+  moe = task.moe
+  if moe is None or why_not(task):
     return None
-  num_layers, num_experts = options.num_layers // options.every, moe.num_experts
+  num_layers, num_experts, vocab_size = task.num_moe_layers, moe.num_experts, task.vocab_size
 
   def zeros(*shape: int) -> Array:
-    shape = (model.mesh.size, *shape)
-    return jnp.zeros(shape, jnp.int32, device=batch_sharding(model.mesh))
+    shape = (task.mesh.size, *shape)
+    return jnp.zeros(shape, jnp.int32, device=batch_sharding(task.mesh))
 
-  is_kept = num_layers * options.vocab_size * num_experts <= MOST_ENTRIES
+  is_kept = num_layers * vocab_size * num_experts <= MOST_ENTRIES
   return RoutingCounts(
-    tokens=zeros(options.vocab_size),
-    by_token=zeros(num_layers, options.vocab_size, num_experts) if is_kept else None,
+    tokens=zeros(vocab_size),
+    by_token=zeros(num_layers, vocab_size, num_experts) if is_kept else None,
     together=zeros(num_layers, num_experts, num_experts),
     num_asked=zeros(num_layers, num_experts + 1),
   )
@@ -84,18 +74,14 @@ def new_counts(model: Decoder) -> RoutingCounts | None:
 
 def add_batch(
   counts: RoutingCounts,
-  choices: Int[Array, 'L B T K'],
-  inputs: Int[Array, 'B T'],
-  valid: Bool[Array, 'B T'],
+  selected: Selected,
   mesh: Mesh,
 ) -> RoutingCounts:
   """Returns the counts with those of a batch; for a compiled function.
 
   Args:
     counts: on the devices.
-    choices: of `forward` with `returns_choices`; -1 is none.
-    inputs: token ids.
-    valid: False for padding.
+    selected: experts of a batch, of `Task.loss` of a task `with_selected`.
     mesh: axes ('data', 'expert').
   """
   by_sequence = spec('batch')
@@ -105,7 +91,7 @@ def add_batch(
     in_specs=(by_sequence, spec('layers', 'batch'), by_sequence, by_sequence),
     out_specs=by_sequence,
     check_vma=True,
-  )(counts, choices, inputs, valid)
+  )(counts, *selected)
 
 
 def _add_local(counts, choices, inputs, valid):

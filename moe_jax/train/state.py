@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ import optax
 from jaxtyping import Array, Float, Int, Int64
 
 from moe_jax import routing
-from moe_jax.models.decoder import Decoder, init_router_state
+from moe_jax.models.task import Task
 from moe_jax.parallel.sharding import named_shardings, of_leading_dims, replicated
 
 
@@ -27,7 +26,7 @@ class TrainState(NamedTuple):
     opt_state: of the Optax chain.
     router_state: what routers carry from step to step without a gradient; {} for most.
     average_load: `experts` [L, E]: the moving average over steps, from 0, of each expert's share of
-      the assignments before any drop; for metrics alone. {} for a dense model.
+      the assignments before any drop; for metrics alone. {} for a dense task.
     seed: what every random number of the run is drawn from.
   """
 
@@ -39,39 +38,26 @@ class TrainState(NamedTuple):
   seed: Int[Array, '']
 
 
-def init_params(model: Decoder, seed: Int[Array, '']) -> Any:
+def init_params(task: Task, seed: Int[Array, '']) -> Any:
   """Returns new parameters; the same numbers on any mesh."""
-  tokens = jnp.ones((_num_rows(model), 2), jnp.int32)
-  variables = model.init({'params': jax.random.key(seed)}, tokens, tokens, tokens)
-  return nn.unbox(variables['params'])
+  return nn.unbox(task.init(jax.random.key(seed)))
 
 
-def _num_rows(model: Decoder) -> int:
-  """Returns the rows of a smallest batch that the mesh, groups and balance scopes divide."""
-  moe = model.options.moe
-  if moe is None:
-    return model.mesh.size
-  return math.lcm(model.mesh.size, moe.balance_scopes) * moe.group_size
-
-
-def params_shardings(model: Decoder) -> Any:
+def params_shardings(task: Task) -> Any:
   """Returns a sharding for each parameter, from its logical dimensions and the table of rules."""
-  tokens = jax.ShapeDtypeStruct((_num_rows(model), 2), jnp.int32)
-  boxed = jax.eval_shape(
-    lambda tokens: model.init({'params': jax.random.key(0)}, tokens, tokens, tokens), tokens
-  )
-  return named_shardings(model.mesh, nn.get_partition_spec(boxed)['params'])
+  boxed = jax.eval_shape(lambda: task.init(jax.random.key(0)))
+  return named_shardings(task.mesh, nn.get_partition_spec(boxed))
 
 
-def state_shardings(model: Decoder, optimizer: optax.GradientTransformation) -> Any:
+def state_shardings(task: Task, optimizer: optax.GradientTransformation) -> Any:
   """Returns a sharding for each array of the state.
 
   Optimizer statistics lie where their parameter lies, Adafactor's factors by the dimensions that
   they share with it: those of layers and experts. Counters are copied to every device.
   """
-  everywhere = replicated(model.mesh)
-  of_params = params_shardings(model)
-  params = jax.eval_shape(lambda: init_params(model, jnp.zeros((), jnp.int32)))
+  everywhere = replicated(task.mesh)
+  of_params = params_shardings(task)
+  params = jax.eval_shape(lambda: init_params(task, jnp.zeros((), jnp.int32)))
   opt_state = jax.eval_shape(optimizer.init, params)
 
   def of_statistic(statistic, param, sharding):
@@ -94,60 +80,60 @@ def state_shardings(model: Decoder, optimizer: optax.GradientTransformation) -> 
     is_leaf=lambda x: isinstance(x, optax.MaskedNode),
   )
   of_router_state = jax.tree.map(
-    lambda _: everywhere, jax.eval_shape(lambda: init_router_state(model.options))
+    lambda _: everywhere, jax.eval_shape(lambda: task.init_router_state())
   )
   shardings: tuple[Any, ...] = (
     everywhere,
     of_params,
     of_opt_state,
     of_router_state,
-    jax.tree.map(lambda _: everywhere, jax.eval_shape(lambda: init_average_load(model))),
+    jax.tree.map(lambda _: everywhere, jax.eval_shape(lambda: init_average_load(task))),
     everywhere,
   )
   return TrainState(*shardings)
 
 
-def init_state(model: Decoder, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+def init_state(task: Task, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
   """Returns the state before the first step, each array made on the devices that hold it."""
-  return make_init(model, optimizer)(jnp.asarray(seed, jnp.int32))
+  return make_init(task, optimizer)(jnp.asarray(seed, jnp.int32))
 
 
 def make_init(
-  model: Decoder, optimizer: optax.GradientTransformation
+  task: Task, optimizer: optax.GradientTransformation
 ) -> Callable[[Int[Array, '']], TrainState]:
   """Returns the compiled seed -> state before the first step, for several seeds."""
-  make = functools.partial(_new_state, model, optimizer)
-  return jax.jit(make, out_shardings=state_shardings(model, optimizer))
+  make = functools.partial(_new_state, task, optimizer)
+  return jax.jit(make, out_shardings=state_shardings(task, optimizer))
 
 
 def _new_state(
-  model: Decoder, optimizer: optax.GradientTransformation, seed: Int[Array, '']
+  task: Task, optimizer: optax.GradientTransformation, seed: Int[Array, '']
 ) -> TrainState:
-  params = init_params(model, seed)
-  state = init_router_state(model.options)
-  opt_state, average_load = optimizer.init(params), init_average_load(model)
+  params = init_params(task, seed)
+  state = task.init_router_state()
+  opt_state, average_load = optimizer.init(params), init_average_load(task)
   return TrainState(jnp.zeros((), jnp.int32), params, opt_state, state, average_load, seed)
 
 
-def init_average_load(model: Decoder) -> dict[str, Float[Array, 'L E']]:
+def init_average_load(task: Task) -> dict[str, Float[Array, 'L E']]:
   """Returns the average load before the first step, of no experts yet."""
-  moe = model.options.moe
+  moe = task.moe
   if moe is None:
     return {}
-  return {'experts': jnp.zeros((model.options.num_layers // model.options.every, moe.num_experts))}
+  return {'experts': jnp.zeros((task.num_moe_layers, moe.num_experts))}
 
 
 def with_token_counts(
-  state: TrainState, model: Decoder, token_counts: Callable[[], Int64[np.ndarray, 'V']]
+  state: TrainState, task: Task, token_counts: Callable[[], Int64[np.ndarray, 'V']]
 ) -> TrainState:
   """Returns a new state whose routers know how often each token stands in the training text.
 
   Args:
     state: before the first step.
-    model: of the state.
+    task: of the state.
     token_counts: called if the router needs them.
   """
-  moe = model.options.moe
+  moe = task.moe
   from_counts = routing.ROUTERS[moe.router].from_counts if moe else None
   if moe is None or from_counts is None:
     return state
@@ -157,17 +143,17 @@ def with_token_counts(
   new = from_counts(first, token_counts(), moe.choice)
   layers = jax.tree.leaves(state.router_state)[0].shape[0]
   router_state = {
-    name: jax.device_put(np.repeat(np.asarray(value)[None], layers, axis=0), replicated(model.mesh))
+    name: jax.device_put(np.repeat(np.asarray(value)[None], layers, axis=0), replicated(task.mesh))
     for name, value in new.items()
   }
   return state._replace(router_state=router_state)
 
 
-def abstract_state(model: Decoder, optimizer: optax.GradientTransformation) -> TrainState:
+def abstract_state(task: Task, optimizer: optax.GradientTransformation) -> TrainState:
   """Returns shapes, dtypes and shardings of the state: what a checkpoint is restored into."""
-  make = functools.partial(_new_state, model, optimizer)
+  make = functools.partial(_new_state, task, optimizer)
   shapes = jax.eval_shape(make, jax.ShapeDtypeStruct((), jnp.int32))
-  return with_shardings(shapes, state_shardings(model, optimizer))
+  return with_shardings(shapes, state_shardings(task, optimizer))
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:

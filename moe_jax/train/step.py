@@ -11,17 +11,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax import routing
-from moe_jax.models.decoder import Decoder, DecoderOutput, forward
+from moe_jax.models.task import Batch, Task
 from moe_jax.parallel.sharding import batch_sharding, constrain, replicated, stacked
 from moe_jax.train import objective
-from moe_jax.train.cross_entropy import cross_entropy_sum
 from moe_jax.train.state import TrainState, state_shardings
 
-BATCH_FIELDS = ('inputs', 'targets', 'segment_ids', 'positions')
-Batch = dict[str, Int[Array, 'B T']]
 MicroBatches = dict[str, Int[Array, 'A b T']]
 
 
@@ -61,7 +58,7 @@ class _Parts(NamedTuple):
 
 
 def make_loss(
-  model: Decoder, layer_reduction: str, accumulation_scope: str = 'microbatch'
+  task: Task, layer_reduction: str, accumulation_scope: str = 'microbatch'
 ) -> Callable[..., tuple[Float[Array, ''], _Parts]]:
   """Returns the share of a micro-batch in the objective of its batch, with what it consists of.
 
@@ -77,22 +74,18 @@ def make_loss(
   """
 
   def loss(params, router_state, micro, key, weights, batch_tokens, other_sums):
-    out = _forward(model, params, router_state, micro, key)
-    with jax.named_scope('cross_entropy'):
-      nats = cross_entropy_sum(
-        out.hidden, out.output, micro['targets'], micro['segment_ids'], model.mesh
-      )
-    cross_entropy = nats / batch_tokens
-    if out.router_sums is None or model.options.moe is None:
+    out = task.loss(params, router_state, micro, key=key)
+    cross_entropy = out.total / batch_tokens
+    if out.router_sums is None or task.moe is None:
       return cross_entropy, _Parts(cross_entropy, cross_entropy, None, None)
-    sums, share = out.router_sums, jnp.sum(micro['segment_ids'] > 0) / batch_tokens
+    sums, share = out.router_sums, task.weight(micro) / batch_tokens
     if other_sums is not None and accumulation_scope == 'running':
       sums = _with_loads_so_far(sums, other_sums)
     elif other_sums is not None and accumulation_scope == 'batch':
       fixed = jax.lax.stop_gradient(jax.tree.map(jnp.subtract, other_sums, sums))
       sums, share = jax.tree.map(jnp.add, fixed, sums), jnp.float32(1)
     with jax.named_scope('statistics'):
-      auxiliary = objective.auxiliary_losses(sums, model.options.moe, router_state)
+      auxiliary = objective.auxiliary_losses(sums, task.moe, router_state)
     added = objective.weighted_sum(auxiliary, weights, layer_reduction)
     auxiliary = jax.tree.map(lambda x: x * share, auxiliary)
     total = cross_entropy + added * share
@@ -110,7 +103,7 @@ def _with_loads_so_far(sums: routing.RouterSums, before: routing.RouterSums) -> 
 
 
 def make_gradient(
-  model: Decoder, accumulation_steps: int, accumulation_scope: str, layer_reduction: str
+  task: Task, accumulation_steps: int, accumulation_scope: str, layer_reduction: str
 ) -> Callable[..., tuple[Any, _Parts]]:
   """Returns (params, router_state, batch, key, weights) -> (gradient of the objective, its parts).
 
@@ -120,25 +113,25 @@ def make_gradient(
   arXiv:2501.11873, algorithm 1), so that the first ones see only a part of the batch.
   """
   value_and_grad = jax.value_and_grad(
-    make_loss(model, layer_reduction, accumulation_scope), has_aux=True
+    make_loss(task, layer_reduction, accumulation_scope), has_aux=True
   )
 
   def gradient(params, router_state, batch, key, weights):
-    batch_tokens = jnp.maximum(jnp.sum(batch['segment_ids'] > 0), 1).astype(jnp.float32)
+    batch_tokens = jnp.maximum(task.weight(batch), 1)
     if accumulation_steps == 1:
       key = jax.random.fold_in(key, 0)
       (_, parts), grads = value_and_grad(
         params, router_state, batch, key, weights, batch_tokens, None
       )
       return grads, parts
-    micros = _split(batch, accumulation_steps, model)
+    micros = _split(batch, accumulation_steps, task)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(accumulation_steps))
     batch_sums = None
-    if accumulation_scope == 'batch' and model.options.moe is not None:
+    if accumulation_scope == 'batch' and task.moe is not None:
 
       def count(micro, key, total):
         del total
-        return _forward(model, params, router_state, micro, key).router_sums
+        return task.loss(params, router_state, micro, key=key).router_sums
 
       batch_sums = jax.lax.stop_gradient(_sum_over(count, micros, keys))
 
@@ -162,26 +155,12 @@ def make_gradient(
   return gradient
 
 
-def _forward(
-  model: Decoder, params: Any, router_state: Any, micro: Batch, key: Key[Array, '']
-) -> DecoderOutput:
-  return forward(
-    model,
-    params,
-    micro['inputs'],
-    micro['segment_ids'],
-    micro['positions'],
-    key=key,
-    router_state=router_state,
-  )
-
-
-def _split(batch: Batch, accumulation_steps: int, model: Decoder) -> MicroBatches:
+def _split(batch: Batch, accumulation_steps: int, task: Task) -> MicroBatches:
   """Cuts a batch into consecutive parts, whatever the mesh."""
   parts = {
     name: array.reshape(accumulation_steps, -1, array.shape[-1]) for name, array in batch.items()
   }
-  return constrain(parts, model.mesh, 'microbatches', 'batch')
+  return constrain(parts, task.mesh, 'microbatches', 'batch')
 
 
 def _sum_over(function: Callable, micros: MicroBatches, keys) -> Any:
@@ -211,7 +190,7 @@ def _add(one: Any, other: Any) -> Any:
 
 
 def make_train_step(
-  model: Decoder,
+  task: Task,
   optimizer: optax.GradientTransformation,
   schedule: optax.Schedule,
   accumulation_steps: int = 1,
@@ -225,7 +204,7 @@ def make_train_step(
   The state that goes in is donated: use only the one that comes out.
 
   Args:
-    model: in mode `train`, built for the size of a micro-batch.
+    task: in mode `train`, built for the size of a micro-batch.
     optimizer: clipping included.
     schedule: step -> learning rate as a share of its peak, for the report alone.
     accumulation_steps: micro-batches; divides the batch.
@@ -235,7 +214,7 @@ def make_train_step(
     packed: whether state, batch, hyperparameters and metrics have a leading dimension of trials,
       each of which is trained as if it were alone.
   """
-  gradient = make_gradient(model, accumulation_steps, accumulation_scope, layer_reduction)
+  gradient = make_gradient(task, accumulation_steps, accumulation_scope, layer_reduction)
 
   def step(state, batch, hyperparameters):
     key = jax.random.fold_in(jax.random.key(state.seed), state.step)
@@ -246,10 +225,10 @@ def make_train_step(
       )
       params = optax.apply_updates(state.params, updates)
     sums = None if parts.router_sums is None else over_scopes(parts.router_sums)
-    router_state = _update_routers(model, state.router_state, sums, hyperparameters.bias_rate)
+    router_state = _update_routers(task, state.router_state, sums, hyperparameters.bias_rate)
     average_load = _average(state.average_load, sums, load_decay)
     metrics = StepMetrics(
-      tokens=jnp.sum(batch['segment_ids'] > 0).astype(jnp.float32),
+      tokens=task.weight(batch),
       cross_entropy=parts.cross_entropy,
       objective=parts.objective,
       auxiliary=parts.auxiliary,
@@ -264,9 +243,9 @@ def make_train_step(
     new = TrainState(state.step + 1, params, opt_state, router_state, average_load, state.seed)
     return new, metrics
 
-  shardings = state_shardings(model, optimizer)
-  by_sequence = {name: batch_sharding(model.mesh) for name in BATCH_FIELDS}
-  everywhere = replicated(model.mesh)
+  shardings = state_shardings(task, optimizer)
+  by_sequence = {name: batch_sharding(task.mesh) for name in task.batch_fields}
+  everywhere = replicated(task.mesh)
   if packed:
     shardings, by_sequence = packed_shardings((shardings, by_sequence))
   return jax.jit(
@@ -283,13 +262,13 @@ def packed_shardings(shardings: Any) -> Any:
 
 
 def _update_routers(
-  model: Decoder,
+  task: Task,
   router_state: dict[str, Array],
   sums: routing.RouterSums | None,
   bias_rate: Float[Array, ''],
 ) -> dict[str, Array]:
   """Returns the routers' state after a step, from the sums over the whole batch."""
-  moe = model.options.moe
+  moe = task.moe
   if sums is None or moe is None:
     return router_state
   update = routing.ROUTERS[moe.router].update
@@ -323,9 +302,10 @@ def over_scopes(sums: routing.RouterSums) -> routing.RouterSums:
   )
 
 
-def put_batch(batch: Mapping[str, Any], model: Decoder) -> Batch:
+def put_batch(batch: Mapping[str, Any], task: Task) -> Batch:
   """Puts this process's rows of a batch onto its devices."""
-  sharding = batch_sharding(model.mesh)
+  sharding = batch_sharding(task.mesh)
   return {
-    name: jax.make_array_from_process_local_data(sharding, batch[name]) for name in BATCH_FIELDS
+    name: jax.make_array_from_process_local_data(sharding, batch[name])
+    for name in task.batch_fields
   }

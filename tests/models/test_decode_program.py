@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from moe_jax.models import generate
-from moe_jax.models.build import build_model
-from moe_jax.models.decoder import init_cache
+from moe_jax.models.build import build_task
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.train.state import init_params, params_shardings
 from tests import tiny
@@ -30,9 +29,10 @@ def compiled_steps(mesh=(1, 1), dispatch='decode', num_layers=2):
       'moe.mlp_dim': 128,
     }
   )
-  model = build_model(config, make_mesh(*mesh), tiny.VOCAB_SIZE, 'decode')
-  moe = dataclasses.replace(model.options.moe, dispatch=dispatch)
-  model = model.clone(options=dataclasses.replace(model.options, moe=moe))
+  model = build_task(config, make_mesh(*mesh), tiny.VOCAB_SIZE, 'decode')
+  moe = dataclasses.replace(model.moe, dispatch=dispatch)
+  options = dataclasses.replace(model.network.options, moe=moe)
+  model = dataclasses.replace(model, network=model.network.clone(options=options))
   greedy = generate.Sampling(jnp.float32(0), jnp.int32(0), jnp.float32(1), jnp.int32(-1))
   with jax.set_mesh(model.mesh):
     params = jax.tree.map(
@@ -49,7 +49,7 @@ def compiled_steps(mesh=(1, 1), dispatch='decode', num_layers=2):
       prefill.output_shardings,
     )
     compiled = generate.continue_rows.lower(model, 4, params, {}, rows, greedy).compile()
-  cache = jax.eval_shape(lambda: init_cache(model.options, ROWS, CELLS))
+  cache = jax.eval_shape(lambda: model.decode.init_cache(ROWS, CELLS))
   size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
   return compiled, size // model.mesh.size
 

@@ -13,7 +13,7 @@ import pytest
 import moe_jax
 from moe_jax import optim
 from moe_jax.errors import UserError
-from moe_jax.models.build import build_model
+from moe_jax.models.build import build_task
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.run import ancestry, manifest, single
 from moe_jax.study import Point, Study, product
@@ -64,7 +64,7 @@ def started(source, overrides):
   """Returns (state before the first step, entry of the ancestry)."""
   config = tiny.config({'train.init_from': str(source), **overrides})
   mesh = make_mesh(config.mesh.data, config.mesh.expert)
-  model = build_model(config, mesh, tiny.VOCAB_SIZE, 'train', config.data.batch_size)
+  model = build_task(config, mesh, tiny.VOCAB_SIZE, 'train', config.data.batch_size)
   optimizer = optim.make_optimizer(config.optim, config.train.num_steps)
   found, _ = ancestry.inherited(config, f'{source}_new', None)
   with jax.set_mesh(mesh):

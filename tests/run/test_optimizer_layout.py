@@ -28,12 +28,12 @@ def test_a_checkpoint_of_an_earlier_rule_is_read_and_not_trained_on(
 ):
   trainer = tiny.trainer({'optim.name': name}, mesh)
   with jax.set_mesh(trainer.mesh):
-    state = init_state(trainer.model, _earlier(monkeypatch, name), 0)._replace(step=np.int32(3))
+    state = init_state(trainer.task, _earlier(monkeypatch, name), 0)._replace(step=np.int32(3))
     checkpoints = Checkpoints(str(tmp_path))
     checkpoints.save(3, state, {'row': 7}, {})
     checkpoints.wait()
     before = tiny.snapshot(tmp_path)
-    abstract = abstract_state(trainer.model, trainer.optimizer)
+    abstract = abstract_state(trainer.task, trainer.optimizer)
     with pytest.raises(UserError, match='checkpoint 3 is of an earlier rule of its optimizer'):
       checkpoints.restore(abstract)
     step, restored, position = checkpoints.restore(abstract, any_optimizer=True)
@@ -50,7 +50,7 @@ def test_a_state_of_this_version_is_no_other(name, tmp_path):
   checkpoints = Checkpoints(str(tmp_path))
   checkpoints.save(0, trainer.state, {}, {})
   checkpoints.wait()
-  restored = checkpoints.restore(abstract_state(trainer.model, trainer.optimizer))
+  restored = checkpoints.restore(abstract_state(trainer.task, trainer.optimizer))
   tiny.assert_equal(restored[1], trainer.state)
   checkpoints.close()
 
@@ -58,7 +58,7 @@ def test_a_state_of_this_version_is_no_other(name, tmp_path):
 def test_factors_lie_where_their_matrices_lie():
   """[L, E, 2, D] of [L, E, D, 2F]: E is split; the others have no dimension that is."""
   trainer = tiny.trainer({'optim.name': 'adafactor'}, (2, 4))
-  abstract = abstract_state(trainer.model, trainer.optimizer)
+  abstract = abstract_state(trainer.task, trainer.optimizer)
   factors = abstract.opt_state[1][0].v_row['layers']['block_0']
   assert factors['moe']['w_in'].shape == (2, 8, 2, 1)
   assert factors['moe']['w_in'].sharding.spec[1] == 'expert'

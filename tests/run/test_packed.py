@@ -9,7 +9,7 @@ import pytest
 
 from moe_jax import optim
 from moe_jax.errors import UserError
-from moe_jax.models.build import build_model
+from moe_jax.models.build import build_task
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.run import manifest, packed, progress, single
 from moe_jax.run.checkpoint import Checkpoints
@@ -49,7 +49,7 @@ def configs_of(text, router):
 
 def final_state(workdir, config):
   mesh = make_mesh(config.mesh.data, config.mesh.expert)
-  model = build_model(config, mesh, tiny.VOCAB_SIZE, 'eval')
+  model = build_task(config, mesh, tiny.VOCAB_SIZE, 'eval')
   optimizer = optim.make_optimizer(config.optim, config.train.num_steps)
   with contextlib.closing(Checkpoints(str(workdir), read_only=True)) as checkpoints:
     step, state, position = checkpoints.restore(abstract_state(model, optimizer))

@@ -14,7 +14,7 @@ import pytest
 
 from moe_jax import optim
 from moe_jax.data import open_dataset
-from moe_jax.models.build import build_model
+from moe_jax.models.build import build_task
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.run import manifest, setup, single
 from moe_jax.run.checkpoint import Checkpoints
@@ -34,7 +34,7 @@ TIMES = ('tokens_per_second', 'data_wait', *(f'seconds_{phase}' for phase in PHA
 def state_of(workdir, config, mesh=None):
   """Returns (step, state) of the newest checkpoint."""
   mesh = make_mesh(*(mesh or (config.mesh.data, config.mesh.expert)))
-  model = build_model(config, mesh, tiny.VOCAB_SIZE, 'eval')
+  model = build_task(config, mesh, tiny.VOCAB_SIZE, 'eval')
   optimizer = optim.make_optimizer(config.optim, config.train.num_steps)
   checkpoints = Checkpoints(str(workdir), read_only=True)
   step, state, _ = checkpoints.restore(abstract_state(model, optimizer))
@@ -282,7 +282,7 @@ def test_the_wait_for_data_counts_only_while_the_devices_are_idle(monkeypatch):
     def __init__(self, ready):
       self.is_ready = lambda: ready
 
-  model, rows = tiny.trainer().model, tiny.batch(16, 16)
+  model, rows = tiny.trainer().task, tiny.batch(16, 16)
   clock = iter(range(100))
   monkeypatch.setattr(single.time, 'perf_counter', lambda: float(next(clock)))
   for running, seconds in ((None, 1.0), (Step(False), 0.0), (Step(True), 1.0)):

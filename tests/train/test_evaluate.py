@@ -11,11 +11,11 @@ import pytest
 
 from moe_jax import data
 from moe_jax.errors import UserError
-from moe_jax.models.build import build_model
-from moe_jax.models.decoder import forward, init_router_state
+from moe_jax.models.build import build_task
+from moe_jax.models.decoder import forward
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.run import setup
-from moe_jax.train import evaluate, routing_counts
+from moe_jax.train import evaluate
 from moe_jax.train.expert_similarity import expert_similarity
 from moe_jax.train.state import init_params, params_shardings
 from tests import tiny
@@ -26,7 +26,7 @@ LENGTH, BATCH = 16, 16
 @functools.cache
 def _model(mesh):
   config = tiny.config({'mesh.data': mesh[0], 'mesh.expert': mesh[1]})
-  model = build_model(config, make_mesh(*mesh), tiny.VOCAB_SIZE, 'eval')
+  model = build_task(config, make_mesh(*mesh), tiny.VOCAB_SIZE, 'eval')
   params = jax.jit(
     lambda: init_params(_model((1, 1))[0] if mesh != (1, 1) else model, jnp.int32(0))
   )
@@ -59,7 +59,7 @@ def result(dataset):
 def test_bits_per_byte_is_that_of_all_windows(dataset, result):
   """Computed apart: log-softmax in NumPy, window by window, over the bytes of the documents."""
   model, params = _model((1, 1))
-  logits = jax.jit(lambda params, *rows: forward(model, params, *rows).logits)
+  logits = jax.jit(lambda params, *rows: forward(model.network, params, *rows).logits)
   nats, tokens = 0.0, 0
   windows = dataset.windows('test', LENGTH)
   for index in range(len(windows)):
@@ -112,9 +112,9 @@ MEASURES = (
 def test_specialisation_is_that_of_the_choices_of_all_tokens(dataset, result):
   """Counted apart, token by token, from what the forward pass says of its choices."""
   model, params = _model((1, 1))
-  model = routing_counts.saying_choices(model)
+  model = model.with_selected()
   read = ('inputs', 'segment_ids', 'positions')
-  choose = jax.jit(lambda params, *rows: forward(model, params, *rows).choices)
+  choose = jax.jit(lambda params, *rows: forward(model.network, params, *rows).choices)
   labels, sets = [], []
   for number, domain in enumerate(dataset.domains):
     for batch in evaluate.domain_batches(dataset, model, 'test', domain, LENGTH, BATCH):
@@ -174,9 +174,9 @@ def test_routers_without_k_choices_of_each_token(dataset, router):
   overrides = {'mesh.data': 1, 'mesh.expert': 1, 'moe.router': router, 'model.num_layers': 1}
   if router == 'dense':
     overrides |= {'moe.num_selected_experts': 8, 'moe.renormalize': 'none'}
-  model = build_model(tiny.config(overrides), make_mesh(1, 1), tiny.VOCAB_SIZE, 'eval')
+  model = build_task(tiny.config(overrides), make_mesh(1, 1), tiny.VOCAB_SIZE, 'eval')
   sizes = {'sequence_length': LENGTH, 'batch_size': BATCH}
-  state = init_router_state(model.options)
+  state = model.init_router_state()
   with jax.set_mesh(model.mesh):
     params = jax.jit(lambda: init_params(model, jnp.int32(0)))()
     step = evaluate.make_eval_step(model)

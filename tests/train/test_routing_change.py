@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from moe_jax.data import eval_batches
-from moe_jax.models.build import build_model
-from moe_jax.models.decoder import Decoder, forward, init_router_state
+from moe_jax.models.build import build_task
+from moe_jax.models.decoder import Decoder, forward
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.run import setup
 from moe_jax.train import routing_change
@@ -40,11 +40,11 @@ def model_and_weights(mesh, router='top_k'):
   if router == 'expert_choice':
     overrides['moe.renormalize'] = 'none'
   overrides |= {'mesh.data': mesh[0], 'mesh.expert': mesh[1]}
-  model = build_model(
-    tiny.config(overrides), make_mesh(*mesh), tiny.VOCAB_SIZE, 'eval', returns_choices=True
-  )
-  one = build_model(tiny.config(overrides), make_mesh(1, 1), tiny.VOCAB_SIZE, 'eval')
-  state = init_router_state(model.options)
+  model = build_task(
+    tiny.config(overrides), make_mesh(*mesh), tiny.VOCAB_SIZE, 'eval'
+  ).with_selected()
+  one = build_task(tiny.config(overrides), make_mesh(1, 1), tiny.VOCAB_SIZE, 'eval')
+  state = model.init_router_state()
   shardings = params_shardings(model)
   weights = []
   for seed in (0, 1):
@@ -74,7 +74,7 @@ def churn_of(dataset, mesh, router='top_k', same=False):
 def test_counts_sets_of_experts_token_by_token(dataset):
   model, weights = model_and_weights((1, 1))
   read = ('inputs', 'segment_ids', 'positions')
-  choose = jax.jit(lambda params, *rows: forward(model, params, *rows).choices)
+  choose = jax.jit(lambda params, *rows: forward(model.network, params, *rows).choices)
   shared, asked = np.zeros(2), np.zeros(2)
   windows = dataset.windows('test', LENGTH)
   for rows in eval_batches(windows, batch_size=1, process_index=0, process_count=1):

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.models.build import build_model
+from moe_jax.models.build import build_task
+from moe_jax.models.task import Selected
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.sharding import batch_sharding
 from moe_jax.train import routing_counts
@@ -26,7 +27,7 @@ def test_membership_by_hand():
 def model_of(mesh, router='top_k', **overrides):
   overrides = {f'{key}': value for key, value in overrides.items()}
   settings = {'mesh.data': mesh[0], 'mesh.expert': mesh[1], 'moe.router': router, **overrides}
-  return build_model(tiny.config(settings), make_mesh(*mesh), VOCAB_SIZE, 'eval')
+  return build_task(tiny.config(settings), make_mesh(*mesh), VOCAB_SIZE, 'eval')
 
 
 def batches():
@@ -65,7 +66,7 @@ def test_counts_are_those_of_loops_on_any_mesh(mesh):
   counts = routing_counts.new_counts(model)
   for choices, inputs, valid in batches():
     rows = jax.device_put((inputs, valid), batch_sharding(model.mesh))
-    counts = add(counts, choices, *rows)
+    counts = add(counts, Selected(choices, *rows))
   found = routing_counts.fetch(counts, model.mesh)
   for one, other in zip(found, counted_by_loops(), strict=True):
     np.testing.assert_array_equal(one, other)
@@ -86,7 +87,6 @@ def test_nothing_is_counted_where_nobody_is_chosen():
   for model, reason in ((dense, 'no experts'), (mixture, 'every token goes to every expert')):
     assert reason in routing_counts.why_not(model)
     assert routing_counts.new_counts(model) is None
-    assert routing_counts.saying_choices(model) is model
   chosen = model_of((1, 1))
   assert not routing_counts.why_not(chosen)
-  assert routing_counts.saying_choices(chosen).options.moe.returns_choices
+  assert chosen.with_selected().moe.returns_choices and dense.with_selected() is dense

@@ -222,9 +222,9 @@ def test_an_sgd_step_is_parameters_minus_learning_rate_times_gradient():
 
 def test_the_reported_loss_has_no_auxiliary_part():
   trainer, rows = tiny.trainer(), tiny.batch(16, 16)
-  batch = put_batch(rows, trainer.model)
+  batch = put_batch(rows, trainer.task)
   read = (batch[name] for name in ('inputs', 'segment_ids', 'positions'))
-  compiled = jax.jit(lambda params, *read: forward(trainer.model, params, *read))
+  compiled = jax.jit(lambda params, *read: forward(trainer.task.network, params, *read))
   logits = compiled(trainer.state.params, *read).logits
   nats = objective.cross_entropy_sum(logits, batch['targets'], batch['segment_ids'])
   tokens = (rows['segment_ids'] > 0).sum()
@@ -296,7 +296,7 @@ def test_experts_stay_sharded_with_their_optimizer_state(optimizer, kept):
   old = trainer.state
   before = jax.tree.map(lambda x: x.sharding, old)
   compiled = trainer.step.lower(
-    old, put_batch(tiny.batch(16, 16), trainer.model), trainer.hyperparameters
+    old, put_batch(tiny.batch(16, 16), trainer.task), trainer.hyperparameters
   ).compile()
   _assert_no_experts_gathered(compiled.as_text())
   trainer(tiny.batch(16, 16), NO_WEIGHTS)
@@ -332,11 +332,11 @@ def test_initial_state_is_made_sharded_and_is_the_same_as_on_one_device(scope):
   expected = tiny.trainer().state
   trainer = tiny.trainer({'moe.balance_scope': scope}, (2, 4))
   with jax.set_mesh(trainer.mesh):
-    made = init_state(trainer.model, trainer.optimizer, 0)
+    made = init_state(trainer.task, trainer.optimizer, 0)
   tiny.assert_equal(made, expected)
   for leaf, sharding in zip(
     jax.tree.leaves(made),
-    jax.tree.leaves(state_shardings(trainer.model, trainer.optimizer)),
+    jax.tree.leaves(state_shardings(trainer.task, trainer.optimizer)),
     strict=True,
   ):
     assert leaf.sharding == sharding

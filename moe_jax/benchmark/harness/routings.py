@@ -11,8 +11,7 @@ from moe_jax.benchmark.harness.names import TRACE
 from moe_jax.benchmark.harness.shape import Shape
 from moe_jax.data import train_iterator
 from moe_jax.errors import UserError
-from moe_jax.models.build import build_model
-from moe_jax.models.decoder import forward
+from moe_jax.models.build import build_task
 from moe_jax.run.restore import RestoredRun, restore_run
 from moe_jax.run.setup import dataset_of
 from moe_jax.train.evaluate import batch_size_of
@@ -123,12 +122,13 @@ def _choices(run: RestoredRun, workdir: str, num_tokens: int) -> Int[np.ndarray,
     raise UserError(
       'data.name', run.config.data.name, f'is not the text that {workdir} was trained on'
     )
-  model = build_model(run.config, run.mesh, run.tokenizer.vocab_size, 'eval', returns_choices=True)
+  task = build_task(run.config, run.mesh, run.tokenizer.vocab_size, 'eval').with_selected()
 
   @jax.jit
   def choices_of(params, router_state, batch):
-    read = (batch[name] for name in ('inputs', 'segment_ids', 'positions'))
-    return forward(model, params, *read, router_state=router_state).choices
+    selected = task.loss(params, router_state, batch).selected
+    assert selected is not None
+    return selected.experts
 
   batches = train_iterator(
     dataset.windows('train', run.config.data.sequence_length),
@@ -139,6 +139,6 @@ def _choices(run: RestoredRun, workdir: str, num_tokens: int) -> Int[np.ndarray,
   with jax.set_mesh(run.mesh):
     while sum(part.shape[1] for part in found) < num_tokens:
       batch = next(batches)
-      choices = choices_of(run.params, run.router_state, put_batch(batch, model))
+      choices = choices_of(run.params, run.router_state, put_batch(batch, task))
       found.append(np.asarray(choices)[:, batch['segment_ids'] > 0])
   return np.concatenate(found, axis=1)

@@ -33,8 +33,9 @@ from moe_jax.benchmark.suites.dispatch_rows import layer_of
 from moe_jax.dispatch import decode_blocks
 from moe_jax.experts import hidden_dim
 from moe_jax.experts.decode import implementation
-from moe_jax.models.decoder import Decoder, DecoderOptions, init_cache
+from moe_jax.models.decoder import Decoder, DecoderOptions
 from moe_jax.models.generate import Rows, Sampling, continue_rows
+from moe_jax.models.language_model import LanguageModel
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.routing.plan import Plan
 from moe_jax.train.state import init_params
@@ -248,7 +249,7 @@ def _too_much(name: str, shape: Shape, num_experts: int) -> str:
 
 def decoder_of(
   shape: Shape, num_experts: int, num_layers: int, dispatch: str, mesh: jax.sharding.Mesh
-) -> Decoder:
+) -> LanguageModel:
   """Returns a decoder with experts in every layer; num_experts 0 is its dense twin."""
   moe = None
   if num_experts:
@@ -272,13 +273,13 @@ def decoder_of(
     every=1,
     num_shared_experts=0,
   )
-  return Decoder(options, mesh)
+  return LanguageModel(mesh, VOCAB_SIZE, Decoder(options, mesh))
 
 
-def _model_arm(model: Decoder, shape: Shape, seed: int) -> Compiled:
+def _model_arm(task: LanguageModel, shape: Shape, seed: int) -> Compiled:
   """Returns a call that draws `STEPS` tokens of each sequence behind a context of `CONTEXT`."""
   batch = shape.num_tokens
-  params = jax.jit(lambda: init_params(model, jnp.int32(seed)))()
+  params = jax.jit(lambda: init_params(task, jnp.int32(seed)))()
   greedy = Sampling(jnp.float32(0), jnp.int32(0), jnp.float32(1), jnp.int32(-1))
   token = np.random.default_rng(seed).integers(0, VOCAB_SIZE, batch, np.int32)
   held = [
@@ -288,10 +289,10 @@ def _model_arm(model: Decoder, shape: Shape, seed: int) -> Compiled:
       lengths=jnp.full((batch,), CONTEXT, jnp.int32),
       place=jnp.int32(1),
       keys=jax.random.split(jax.random.key(seed), batch),
-      cache=init_cache(model.options, batch, CONTEXT + STEPS),
+      cache=task.decode.init_cache(batch, CONTEXT + STEPS),
     )
   ]
-  lowered = continue_rows.lower(model, STEPS, params, {}, held[0], greedy)
+  lowered = continue_rows.lower(task, STEPS, params, {}, held[0], greedy)
   start = time.perf_counter()
   compiled = lowered.compile()
   seconds = time.perf_counter() - start

@@ -10,11 +10,11 @@ import numpy as np
 
 from moe_jax import optim, profiling
 from moe_jax.data import train_iterator
-from moe_jax.models.build import build_model
+from moe_jax.models.build import build_task
 from moe_jax.run.setup import dataset_of, mesh_of
 from moe_jax.run.single import next_batch
 from moe_jax.train.hyperparameters import hyperparameters_of
-from moe_jax.train.program import accumulation_scope
+from moe_jax.train.program import accumulation_scope, optimizer_of
 from moe_jax.train.state import init_state
 from moe_jax.train.step import make_gradient, make_loss, make_train_step, put_batch
 
@@ -36,8 +36,8 @@ def shares(
   mesh = mesh_of(config)
   dataset = dataset_of(config)
   microbatch = config.data.batch_size // config.train.accumulation_steps
-  model = build_model(config, mesh, dataset.tokenizer.vocab_size, 'train', microbatch)
-  optimizer = optim.make_optimizer(config.optim, config.train.num_steps)
+  task = build_task(config, mesh, dataset.tokenizer.vocab_size, 'train', microbatch)
+  optimizer = optimizer_of(config, task)
   schedule = optim.make_schedule(config.optim, config.train.num_steps)
   accumulate = (
     config.train.accumulation_steps,
@@ -51,23 +51,23 @@ def shares(
   )
   hyperparameters = hyperparameters_of(config)
   with jax.set_mesh(mesh):
-    state = init_state(model, optimizer, config.train.seed)
-    batch = put_batch(next(batches), model)
+    state = init_state(task, optimizer, config.train.seed)
+    batch = put_batch(next(batches), task)
     key = jax.random.key(0)
     # A copy: the step donates its state.
     router_state = jax.tree.map(jnp.copy, state.router_state)
-    loss = make_loss(model, config.moe.layer_reduction)
+    loss = make_loss(task, config.moe.layer_reduction)
     parts = {
       'forward': jax.jit(
         lambda params: loss(params, router_state, batch, key, hyperparameters.weights, 1.0, None)[0]
       )
     }
-    gradient = make_gradient(model, *accumulate)
+    gradient = make_gradient(task, *accumulate)
     parts['gradient'] = jax.jit(
       lambda params: gradient(params, router_state, batch, key, hyperparameters.weights)[0]
     )
     step = make_train_step(
-      model, optimizer, schedule, *accumulate[:2], layer_reduction=accumulate[2]
+      task, optimizer, schedule, *accumulate[:2], layer_reduction=accumulate[2]
     )
     for part in parts.values():
       jax.block_until_ready(part(state.params))
@@ -85,7 +85,7 @@ def shares(
     waited, pending = 0.0, None
     start = time.perf_counter()
     for _ in range(steps):
-      batch, seconds_waited = next_batch(batches, model, pending and pending.grad_norm)
+      batch, seconds_waited = next_batch(batches, task, pending and pending.grad_norm)
       waited += seconds_waited
       state, metrics = step(state, batch, hyperparameters)
       jax.block_until_ready(pending)

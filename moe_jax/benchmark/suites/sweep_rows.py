@@ -9,14 +9,13 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from moe_jax import optim
 from moe_jax.benchmark.harness.timing import is_invalid, measure, ratio
 from moe_jax.data import ByteTokenizer
-from moe_jax.models.build import build_model
+from moe_jax.models.build import build_task
 from moe_jax.parallel.sharding import sharding
 from moe_jax.run.setup import mesh_of
 from moe_jax.train.hyperparameters import hyperparameters_of
-from moe_jax.train.program import program_of, step_of
+from moe_jax.train.program import optimizer_of, program_of, step_of
 from moe_jax.train.state import init_state, state_shardings
 from moe_jax.train.step import packed_shardings
 
@@ -68,11 +67,11 @@ def _calls(
   """Returns a call that does one step of so many trials together and waits for it."""
   vocab_size = config.data.vocab_size or ByteTokenizer().vocab_size
   microbatch = config.data.batch_size // config.train.accumulation_steps
-  model = build_model(config, mesh, vocab_size, 'train', microbatch)
-  optimizer = optim.make_optimizer(config.optim, config.train.num_steps)
+  task = build_task(config, mesh, vocab_size, 'train', microbatch)
+  optimizer = optimizer_of(config, task)
   step = step_of(program_of(config), mesh, vocab_size, packed=number > 1)
   hyperparameters = hyperparameters_of(config)
-  states = [init_state(model, optimizer, trial) for trial in range(number)]
+  states = [init_state(task, optimizer, trial) for trial in range(number)]
   shape = (config.data.batch_size, config.data.sequence_length)
   tokens = np.random.default_rng(seed).integers(0, vocab_size, (number, *shape), np.int32)
   places = np.broadcast_to(np.arange(shape[1], dtype=np.int32), tokens.shape)
@@ -89,7 +88,7 @@ def _calls(
     hyperparameters = jax.tree.map(lambda x: jnp.stack([x] * number), hyperparameters)
     state = jax.jit(
       lambda *s: jax.tree.map(lambda *x: jnp.stack(x), *s),
-      out_shardings=packed_shardings(state_shardings(model, optimizer)),
+      out_shardings=packed_shardings(state_shardings(task, optimizer)),
     )(*states)
   else:
     rows = {name: value[0] for name, value in rows.items()}

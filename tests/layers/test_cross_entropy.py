@@ -5,10 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.models.decoder import logits
+from moe_jax.layers.cross_entropy import cross_entropy_sum, logits
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.train import objective
-from moe_jax.train.cross_entropy import cross_entropy_sum
 
 VOCAB = 23
 

@@ -12,12 +12,16 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_jax.models.decoder import logits
 from moe_jax.parallel.mesh import BATCH_AXES
 from moe_jax.parallel.sharding import spec
 
 # Logits that a device holds at once: what fits a cache on a CPU; elsewhere what keeps it busy.
 _CPU_LOGITS, _LOGITS = 2**20, 2**26
+
+
+def logits(hidden: Float[Array, '*any D'], output: Float[Array, 'D V']) -> Float[Array, '*any V']:
+  """Returns the logits of tokens in float32."""
+  return jnp.einsum('...d,dv->...v', hidden, output, preferred_element_type=jnp.float32)
 
 
 def cross_entropy_sum(
