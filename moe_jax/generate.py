@@ -54,6 +54,8 @@ def main() -> None:
 
   run = restore_run(workdir, _STEP.value, _MESH.value)
   task = build_task(run.config, run.mesh, run.tokenizer.vocab_size, 'decode')
+  if task.decode is None:
+    raise UserError('model.family', run.config.model.family, 'cannot be sampled from')
   prompts = [encode_prompt(text, run.tokenizer, run.tokenizer.vocab_size) for text in _PROMPT.value]
   continuations = generate(
     task,

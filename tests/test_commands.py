@@ -14,7 +14,7 @@ import pytest
 
 from configs import presets
 from moe_jax.data import ByteTokenizer, token_store
-from moe_jax.run import manifest, setup, single
+from moe_jax.run import claim, manifest, setup, single
 from tests import tiny
 
 # Orbax leaves event loops to the garbage collector when it meets a damaged file.
@@ -241,7 +241,7 @@ def test_train_refuses_directories_it_cannot_use(path, tmp_path):
 
 def test_train_refuses_a_directory_in_use(path, tmp_path):
   workdir = tmp_path / 'run'
-  with manifest.claimed(str(workdir)):
+  with claim.claimed(str(workdir)):
     result = tiny.command('train', f'--config={path}', f'--workdir={workdir}')
   result.assert_error('workdir=', 'another process')
 

@@ -17,7 +17,7 @@ from moe_jax.errors import UserError
 from moe_jax.loading import _pieces
 from moe_jax.models.build import build_task
 from moe_jax.run import manifest, metrics_file, single
-from moe_jax.train import evaluate
+from moe_jax.train import evaluate, evaluation_batches
 from tests import tiny
 
 # A routing state that moves, and slots for a quarter of the assignments in evaluation.
@@ -93,7 +93,7 @@ def evaluated(run, split='test'):
       run.dataset,
       split=split,
       sequence_length=run.config.data.sequence_length,
-      batch_size=evaluate.batch_size_of(run.config, run.mesh),
+      batch_size=evaluation_batches.batch_size_of(run.config, run.mesh),
     )
 
 

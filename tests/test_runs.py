@@ -8,7 +8,7 @@ import pytest
 
 from moe_jax import config as config_lib
 from moe_jax import runs
-from moe_jax.run import manifest
+from moe_jax.run import claim
 from tests import tiny
 
 FACTS = {
@@ -113,7 +113,7 @@ def test_a_run_that_was_killed_is_not_running(tmp_path):
   """A killed process leaves `running` in the manifest, and its lock free."""
   metrics = line(1, 4.0) + line(2, 3.5)
   run = write(tmp_path / 'run', metrics=metrics, status='running', step=0)
-  with manifest.claimed(str(run)):
+  with claim.claimed(str(run)):
     held = listed(tmp_path)['run']
     assert (held['status'], held['step'], held['loss_step']) == ('running', 2, 2)
     assert not {p.name for p in run.iterdir()} - {'manifest.json', 'metrics.jsonl', '.lock'}
@@ -125,7 +125,7 @@ def test_a_run_that_was_killed_is_not_running(tmp_path):
   assert listed(tmp_path)['run']['status'] == 'unfinished'
   # What has ended by itself has.
   done = write(tmp_path / 'done', status='interrupted')
-  with manifest.claimed(str(done)):
+  with claim.claimed(str(done)):
     assert listed(tmp_path)['done']['status'] == 'interrupted'
 
 
@@ -134,7 +134,7 @@ def test_a_run_that_begins_while_runs_are_listed_waits_for_the_lock(tmp_path, mo
   with open(run / '.lock', 'w') as listing:
     fcntl.flock(listing, fcntl.LOCK_SH)
     monkeypatch.setattr('time.sleep', lambda _: fcntl.flock(listing, fcntl.LOCK_UN))
-    with manifest.claimed(str(run)):
+    with claim.claimed(str(run)):
       assert runs.describe(run)['status'] == 'running'
 
 

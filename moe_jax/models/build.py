@@ -5,6 +5,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import ml_collections
 from jax.sharding import Mesh
@@ -48,7 +49,7 @@ def build_task(
   if mode not in MODES:
     raise ValueError(f'mode={mode!r}: must be one of {MODES}')
   family = FAMILIES[config.model.family]
-  return family(config, mesh, vocab_size, mode, batch_size, returns_routing=returns_routing)
+  return family.make(config, mesh, vocab_size, mode, batch_size, returns_routing=returns_routing)
 
 
 def _decoder(
@@ -90,7 +91,31 @@ def _decoder(
   return LanguageModel(mesh, vocab_size, Decoder(options, mesh))
 
 
-FAMILIES: dict[str, Callable[..., Task]] = {'decoder': _decoder}
+class Family(NamedTuple):
+  """A family of models.
+
+  Attributes:
+    make: takes the arguments of `build_task` and returns the task.
+    plural: what its models are called, as in a methods section.
+    shown: (field, 'text {}') of the sizes that such a section names.
+  """
+
+  make: Callable[..., Task]
+  plural: str
+  shown: tuple[tuple[str, str], ...] = ()
+
+
+FAMILIES = {
+  'decoder': Family(
+    _decoder,
+    'decoder-only Transformers',
+    (
+      ('model.num_layers', '{} blocks'),
+      ('model.embed_dim', 'width {}'),
+      ('model.num_heads', '{} heads'),
+    ),
+  )
+}
 
 
 def _moe_options(

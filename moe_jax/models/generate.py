@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax.data import Tokenizer
 from moe_jax.errors import UserError
-from moe_jax.models.task import DecodeHooks, Task
+from moe_jax.models.task import Task
 from moe_jax.parallel.sharding import batch_sharding, constrain
 
 # Of sums of probabilities in float32.
@@ -47,17 +47,6 @@ class Rows(NamedTuple):
   place: Int[Array, '']
   keys: Key[Array, 'B']
   cache: Any
-
-
-def hooks_of(task: Task) -> DecodeHooks:
-  """Returns what samples from a model.
-
-  Raises:
-    UserError: if nothing can.
-  """
-  if task.decode is None:
-    raise UserError('model.family', type(task).__name__, 'cannot be sampled from')
-  return task.decode
 
 
 def encode_prompt(prompt: str, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
@@ -140,7 +129,7 @@ def generate(
   """Continues each prompt.
 
   Args:
-    task: in mode `decode`.
+    task: in mode `decode`; one that has `Task.decode`.
     params: on the mesh of the model.
     router_state: of the same checkpoint; {} where the routers have none.
     prompts: token ids, each at least one.
@@ -200,7 +189,7 @@ def prefill(
   """Reads the prompts and draws the first new token of each.
 
   Args:
-    task: in mode `decode`.
+    task: in mode `decode`; one that has `Task.decode`.
     max_length: cells of the cache, for prompt and continuation.
     params: of the model.
     router_state: of the model.
@@ -213,7 +202,8 @@ def prefill(
   row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch_size))
   cell = jnp.broadcast_to(jnp.arange(longest, dtype=jnp.int32), tokens.shape)
   in_prompt: Bool[Array, 'B T'] = cell < lengths[:, None]
-  hooks = hooks_of(task)
+  hooks = task.decode
+  assert hooks is not None
   cache = hooks.init_cache(batch_size, max_length)
   logits, cache = hooks.read(params, router_state, tokens, in_prompt, cell, cache, lengths - 1)
   index = jnp.ones((), jnp.int32)
@@ -232,14 +222,15 @@ def continue_rows(
   on from.
 
   Args:
-    task: in mode `decode`.
+    task: in mode `decode`; one that has `Task.decode`.
     num_tokens: N; 0 draws nothing.
     params: of the model.
     router_state: of the model.
     rows: from `prefill` or from here.
     how: tokens are drawn. A row that is done gets the symbol of the end again and again.
   """
-  hooks = hooks_of(task)
+  hooks = task.decode
+  assert hooks is not None
 
   def step(rows: Rows, _):
     done = rows.done | (rows.token == how.eos_id)

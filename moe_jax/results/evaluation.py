@@ -22,8 +22,8 @@ from moe_jax.files import write_json
 from moe_jax.models.build import build_task
 from moe_jax.run.restore import RestoredRun, restore_run
 from moe_jax.run.setup import dataset_of
-from moe_jax.train import evaluate as evaluate_room
-from moe_jax.train import routing_change
+from moe_jax.train import evaluate as evaluate_lib
+from moe_jax.train import evaluation_batches, routing_change
 
 
 class Request(NamedTuple):
@@ -80,18 +80,18 @@ def evaluate(request: Request) -> Evaluation:
   dataset, split, name = _text(request, run)
   length, microbatch = (
     run.config.data.sequence_length,
-    evaluate_room.batch_size_of(run.config, run.mesh),
+    evaluation_batches.batch_size_of(run.config, run.mesh),
   )
   task = build_task(run.config, run.mesh, run.tokenizer.vocab_size, 'eval')
-  batches = evaluate_room.num_batches(dataset, split, length, microbatch)
+  batches = evaluation_batches.num_batches(dataset, split, length, microbatch)
   earlier = _earlier(request, run)
   compared_dtype = request.compare_router_dtype
   _check_compared_dtype(compared_dtype, run)
   batches *= 1 + (earlier is not None) + (compared_dtype is not None)
   progress = tqdm.tqdm(total=batches, unit='batch', leave=False, mininterval=0.2, disable=None)
   with jax.set_mesh(run.mesh), progress as bar:
-    result = evaluate_room.evaluate(
-      evaluate_room.make_eval_step(task),
+    result = evaluate_lib.evaluate(
+      evaluate_lib.make_eval_step(task),
       task,
       run.params,
       run.router_state,

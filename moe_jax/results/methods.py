@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from moe_jax.errors import DamagedError, UserError
+from moe_jax.models.build import FAMILIES
 from moe_jax.results import tables
 from moe_jax.results.markup import break_latex, escape_latex
 from moe_jax.results.statistics import LEVEL
@@ -97,13 +98,10 @@ def _on_models(summary: Summary) -> list[str]:
   run = [arm for arm in summary.arms if not arm.dropped]
   question = study.question if study.question.endswith(('?', '.')) else f'{study.question}.'
   sentences = [f'Study {study.name} ({len(run)} {_count_noun("arm", run)}): {question}']
-  shape = _known(
-    config,
-    ('model.num_layers', '{} blocks'),
-    ('model.embed_dim', 'width {}'),
-    ('model.num_heads', '{} heads'),
-  )
-  sentence = 'All models are decoder-only Transformers' + (f' with {shape}' if shape else '')
+  family = FAMILIES.get(config.get('model.family', ''))
+  shape = _known(config, *family.shown) if family else ''
+  sentence = f'All models are {family.plural}' if family else 'Models are of several families'
+  sentence += f' with {shape}' if shape else ''
   total = _range(arm.parameters.get('total') for arm in run)
   active = _range(arm.parameters.get('active') for arm in run)
   if total and active:

@@ -22,7 +22,7 @@ from moe_jax.errors import DamagedError, UserError
 from moe_jax.models.build import build_task
 from moe_jax.models.task import Task
 from moe_jax.parallel.mesh import make_mesh
-from moe_jax.run import checkpoint, manifest, optimizer_layout
+from moe_jax.run import checkpoint, manifest, optimizer_layout, same_run
 from moe_jax.run.restore import restore_run
 from moe_jax.run.setup import TOKENIZER
 from moe_jax.train.program import optimizer_of
@@ -208,7 +208,7 @@ def start(
     'workdir': source.workdir,
     'step': restored.step,
     'git_commit': source.facts.get('git_commit'),
-    'config_digest': manifest.config_digest(source.facts['config']),
+    'config_digest': same_run.config_digest(source.facts['config']),
     'data_fingerprint': source.facts['data']['fingerprint'],
     'taken': sorted(taken),
     'digest': hashlib.sha256(json.dumps(sums).encode()).hexdigest(),

@@ -22,7 +22,7 @@ from moe_jax.data import Dataset, train_iterator
 from moe_jax.errors import UserError
 from moe_jax.models.build import build_task
 from moe_jax.parallel.sharding import sharding
-from moe_jax.run import device_errors, manifest, setup
+from moe_jax.run import claim, device_errors, manifest, setup
 from moe_jax.run.callbacks import Checkpointer, StepCounter, saying_when_it_compiles
 from moe_jax.run.checkpoint import Checkpoints
 from moe_jax.run.divergence import DivergedError, not_finite
@@ -93,7 +93,7 @@ def train_packed(
   with contextlib.ExitStack() as stack:
     stack.enter_context(device_errors.explained(first, len(members)))
     for member in members:
-      stack.enter_context(manifest.claimed(member.workdir))
+      stack.enter_context(claim.claimed(member.workdir))
     dataset = setup.dataset_of(first)
     setup.check_splits(first, dataset)
     listener.say(check_causal_claim(first, dataset.tokenizer.vocab_size))

@@ -1,5 +1,6 @@
 """From the directory of a run to its model and parameters, on any mesh."""
 
+import contextlib
 import pathlib
 import sys
 from typing import Any, NamedTuple
@@ -13,11 +14,11 @@ from moe_jax.dispatch import why_not
 from moe_jax.errors import DamagedError, UserError
 from moe_jax.models.build import build_task
 from moe_jax.parallel.mesh import make_mesh
-from moe_jax.run import manifest
+from moe_jax.run import manifest, same_run
 from moe_jax.run.checkpoint import Checkpoints, saved_config
 from moe_jax.run.setup import TOKENIZER
 from moe_jax.train.program import optimizer_of
-from moe_jax.train.state import abstract_state
+from moe_jax.train.state import TrainState, abstract_state
 
 
 class RestoredRun(NamedTuple):
@@ -68,6 +69,18 @@ def restore_run(
   """
   facts = manifest.read(workdir)
   config = manifest.config_of(facts)
+  tokenizer = _tokenizer_of(workdir, facts)
+  device_mesh = _choose_mesh(config, mesh, mesh_flag)
+  _choose_exchange(config, device_mesh)
+  task = build_task(config, device_mesh, facts['vocab_size'], 'eval')
+  optimizer = optimizer_of(config, task)
+  step, state = _state(workdir, facts, abstract_state(task, optimizer), step=step, flag=flag)
+  of_state = state.params, state.router_state, device_mesh, tokenizer, state.opt_state
+  return RestoredRun(config, facts, step, *of_state)
+
+
+def _tokenizer_of(workdir: str, facts: dict[str, Any]) -> Tokenizer:
+  """Returns the tokenizer that a run was trained with."""
   try:
     tokenizer = load_tokenizer(str(pathlib.Path(workdir) / TOKENIZER))
   except DamagedError as error:
@@ -83,40 +96,35 @@ def restore_run(
       f'{workdir}/{TOKENIZER} is not the tokenizer that the model was trained with; the train '
       'command of the run puts it back'
     )
-  device_mesh = _choose_mesh(config, mesh, mesh_flag)
-  _choose_exchange(config, device_mesh)
-  task = build_task(config, device_mesh, facts['vocab_size'], 'eval')
-  optimizer = optimizer_of(config, task)
-  checkpoints = Checkpoints(workdir, read_only=True)
-  try:
+  return tokenizer
+
+
+def _state(
+  workdir: str, facts: dict[str, Any], abstract: TrainState, *, step: int | None, flag: str
+) -> tuple[int, TrainState]:
+  """Returns the step of a checkpoint, by default the newest good one, and its state."""
+  with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
     steps = checkpoints.steps()
     if not steps:
       raise UserError('workdir', workdir, 'has no checkpoint yet')
     if step is not None and step not in steps:
       raise UserError(flag, step, f'must be one of {sorted(steps)}')
     found = saved_config(workdir)
-    differs = found and manifest.disagreement(facts, found[1])
+    differs = found and same_run.disagreement(facts, found[1])
     if differs:
       raise DamagedError(
         f'manifest.json and the checkpoints in {workdir} disagree on {differs}; the train command '
         'of the run rebuilds the manifest from a checkpoint'
       )
-    abstract = abstract_state(task, optimizer)
-    if step is None:
-      restored = checkpoints.restore(abstract, any_optimizer=True)
-      if restored is None:
-        raise DamagedError(f'no checkpoint in {workdir}')
-      step, state, _ = restored
-      for damaged in checkpoints.damaged:
-        print(
-          f'warning: checkpoint {damaged} in {workdir} is damaged; using {step}', file=sys.stderr
-        )
-    else:
-      state = checkpoints.restore_step(step, abstract)
-  finally:
-    checkpoints.close()
-  of_state = state.params, state.router_state, device_mesh, tokenizer, state.opt_state
-  return RestoredRun(config, facts, step, *of_state)
+    if step is not None:
+      return step, checkpoints.restore_step(step, abstract)
+    restored = checkpoints.restore(abstract, any_optimizer=True)
+    if restored is None:
+      raise DamagedError(f'no checkpoint in {workdir}')
+    for damaged in checkpoints.damaged:
+      newest = f'using {restored[0]}'
+      print(f'warning: checkpoint {damaged} in {workdir} is damaged; {newest}', file=sys.stderr)
+    return restored[0], restored[1]
 
 
 def _choose_mesh(config: ml_collections.ConfigDict, mesh: str | None, flag: str) -> Mesh:

@@ -12,7 +12,7 @@ from moe_jax.data import Dataset, Tokenizer, load_tokenizer, open_dataset, open_
 from moe_jax.dispatch import why_not
 from moe_jax.errors import DamagedError, UserError
 from moe_jax.parallel.mesh import make_mesh
-from moe_jax.run import manifest
+from moe_jax.run import manifest, same_run
 from moe_jax.run.checkpoint import saved_config
 from moe_jax.run.size import check_size
 
@@ -91,7 +91,7 @@ def read_old(workdir: str, say: Callable[[str], None]) -> dict[str, Any] | None:
   if manifest.exists(workdir):
     try:
       old = manifest.read(workdir)
-      differs = found and manifest.disagreement(old, found[1])
+      differs = found and same_run.disagreement(old, found[1])
       if not differs:
         return old
       problem = f'manifest.json and the checkpoints disagree on {differs}'

@@ -15,7 +15,7 @@ from moe_jax.errors import UserError, is_refusal
 from moe_jax.models.build import build_task
 from moe_jax.models.task import Task
 from moe_jax.parallel.distributed import all_or_none
-from moe_jax.run import ancestry, device_errors, manifest, setup
+from moe_jax.run import ancestry, claim, device_errors, manifest, same_run, setup
 from moe_jax.run.announce import announce, named_mesh, warn_of_lost_lines
 from moe_jax.run.callbacks import (
   Checkpointer,
@@ -115,37 +115,50 @@ def train(
       stack.enter_context(device_errors.explained(config))
       with all_or_none():
         if first:
-          stack.enter_context(manifest.claimed(workdir))
+          stack.enter_context(claim.claimed(workdir))
         old = setup.read_old(workdir, say)
         if old:
-          manifest.check_same_config(workdir, old, config, max(saved_steps(workdir), default=0))
+          same_run.check_same_config(workdir, old, config, max(saved_steps(workdir), default=0))
         else:
           unread.check_decay(config)
         source, tokenizer = ancestry.inherited(config, workdir, old, pinned)
         dataset = setup.dataset_of(config, tokenizer)
         if old:
-          manifest.check_same_data(workdir, old, config, dataset.fingerprint)
+          same_run.check_same_data(workdir, old, config, dataset.fingerprint)
         setup.check_splits(config, dataset)
       microbatch = config.data.batch_size // config.train.accumulation_steps
       task = build_task(config, mesh, dataset.tokenizer.vocab_size, 'train', microbatch)
       run = _Run(
         config, workdir, mesh, dataset, task, say, listener, profile, timer, source, pinned
       )
-      if old and old['status'] == 'finished' and not manifest.lengthens(old, config):
-        if first:
-          setup.keep_tokenizer(run.workdir, run.dataset.tokenizer)
-        if _is_intact(run):
-          if profile is not None:
-            raise UserError(TRACE_FLAG, profile, f'{workdir} is finished: no step is left to trace')
-          say(f'{workdir}: finished at step {old["step"]}')
-          if first:
-            warn_of_lost_lines(workdir, old, old['step'], say)
-          return Outcome(old['step'], True, None)
+      if old and old['status'] == 'finished' and not same_run.lengthens(old, config):
+        return _finished(run, old) or _train(run, old)
       return _train(run, old)
   except OSError as error:
     if not is_refusal(error):
       raise
     raise UserError('workdir', workdir, f'cannot be written: {error.strerror}') from error
+
+
+def _finished(run: _Run, old: dict[str, Any]) -> Outcome | None:
+  """Returns the outcome of a run that is finished; None if its last checkpoint must be made again.
+
+  Args:
+    run: to look at.
+    old: its manifest.
+  """
+  first = jax.process_index() == 0
+  if first:
+    setup.keep_tokenizer(run.workdir, run.dataset.tokenizer)
+  if not _is_intact(run):
+    return None
+  if run.profile is not None:
+    left = f'{run.workdir} is finished: no step is left to trace'
+    raise UserError(TRACE_FLAG, run.profile, left)
+  run.say(f'{run.workdir}: finished at step {old["step"]}')
+  if first:
+    warn_of_lost_lines(run.workdir, old, old['step'], run.say)
+  return Outcome(old['step'], True, None)
 
 
 def _is_intact(run: _Run) -> bool:
@@ -179,10 +192,10 @@ def _train(run: _Run, old: dict[str, Any] | None) -> Outcome:
     checkpoints = Checkpoints(run.workdir, config.train.keep_checkpoints)
     state, step, position = _start(run, optimizer, checkpoints, old, new and new[0])
     facts |= {'step': step, 'logging': manifest.paces_from(old, config, step)}
-    facts |= manifest.lengthened(old, config, step)
+    facts |= same_run.lengthened(old, config, step)
     if config.train.init_from:
       facts['ancestry'] = new[1] if new else ancestry.known(config, old)
-    if old and manifest.lengthens(old, config):
+    if old and same_run.lengthens(old, config):
       run.say(f'lengthened to {config.train.num_steps} steps; goes on from step {step}')
     if first:
       if old and step:

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 from moe_jax.errors import DamagedError, UserError
 from moe_jax.run import setup
 from moe_jax.study import Study, labels_of
-from moe_jax.sweep import checks, outcome, runner, time_estimate
+from moe_jax.sweep import checks, outcome, time_estimate
 from moe_jax.sweep.probe import probe
 from moe_jax.sweep.time_estimate import Estimate, Measured, Work
 from moe_jax.sweep.trials import Trial, training_flops, vocab_size_of
-from moe_jax.train import accounting, evaluate
+from moe_jax.train import accounting, evaluation_batches
 
 
 class Plan(NamedTuple):
@@ -51,7 +51,7 @@ def make_plan(study: Study, trials: Sequence[Trial], workdir: str | None, probes
   done = set()
   for trial in trials if workdir else ():
     assert workdir is not None
-    if runner.is_done(study, trial, workdir):
+    if outcome.is_done(study, trial, workdir):
       done.add(trial.id)
       for key, one in time_estimate.of_outcome(work[trial.id], _outcome(trial, workdir)).items():
         measured.setdefault(key, []).append(one)
@@ -145,7 +145,9 @@ def _num_batches(study: Study, trials: Sequence[Trial]) -> dict[str, int]:
       except (UserError, DamagedError):
         dataset = None  # `problems` says what is wrong with it.
       of_data[key] = (
-        None if dataset is None else evaluate.num_batches(dataset, study.split, length, microbatch)
+        None
+        if dataset is None
+        else evaluation_batches.num_batches(dataset, study.split, length, microbatch)
       )
     count = of_data[key]
     if count is not None:

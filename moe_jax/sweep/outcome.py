@@ -6,8 +6,11 @@ import os
 import pathlib
 from typing import Any
 
-from moe_jax.errors import DamagedError
+from moe_jax.errors import DamagedError, UserError, is_full
 from moe_jax.files import write_atomically
+from moe_jax.results.records import DIVERGED, FINISHED
+from moe_jax.study import Study
+from moe_jax.sweep.trials import Trial
 
 
 def path_of(workdir: str | os.PathLike, trial_id: str) -> pathlib.Path:
@@ -57,3 +60,31 @@ def file_digest(path: str | os.PathLike) -> str:
 
 def _digest(outcome: dict[str, Any]) -> str:
   return hashlib.sha256(json.dumps(outcome, sort_keys=True).encode()).hexdigest()
+
+
+def is_done(study: Study, trial: Trial, workdir: str) -> bool:
+  """Whether nothing is left to do; a damaged outcome is made again from the run.
+
+  So is one of other evaluations than the study asks now.
+  """
+  try:
+    found = read(workdir, trial.id)
+  except DamagedError:
+    return False
+  if found is None or found['status'] != FINISHED:
+    return found is not None and found['status'] == DIVERGED
+  made = {name: result['split'] for name, result in found['evaluations'].items()}
+  return made.keys() >= set(study.evaluations) and set(made.values()) == {study.split}
+
+
+def stop_if_full(error: Exception, workdir: str) -> None:
+  """Ends the sweep if an error says that the disk is full: no other trial would survive it."""
+  if is_full(error):
+    raise UserError(
+      '--workdir', workdir, f'{one_line(error)}; the same command goes on from here'
+    ) from error
+
+
+def one_line(error: Exception) -> str:
+  """Returns type and text of an error without line ends."""
+  return f'{type(error).__name__}: {" ".join(str(error).split())}'

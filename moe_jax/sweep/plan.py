@@ -6,7 +6,7 @@ from typing import Any
 from moe_jax import config as config_lib
 from moe_jax.errors import UserError, did_you_mean
 from moe_jax.field_names import field_value
-from moe_jax.run.manifest import FREE_FIELDS
+from moe_jax.schema import FREE_FIELDS
 from moe_jax.sweep import collect
 from moe_jax.sweep.trials import Trial
 

@@ -13,11 +13,11 @@ from moe_jax.run import setup
 from moe_jax.run.progress import Listener
 from moe_jax.run.single import train
 from moe_jax.study import Study
-from moe_jax.sweep import runner, time_estimate
+from moe_jax.sweep import evaluate_trials, time_estimate
 from moe_jax.sweep.evaluations import config_for
 from moe_jax.sweep.time_estimate import TRAINING, Measured, Work
 from moe_jax.sweep.trials import Trial
-from moe_jax.train import evaluate
+from moe_jax.train import evaluate, evaluation_batches
 from moe_jax.train.state import init_params, params_shardings
 
 # Steps and batches of a probe; the first is set-up.
@@ -75,8 +75,8 @@ def _evaluate(study: Study, trial: Trial, name: str, on_batch: Any) -> None:
   """Evaluates the initial values, which take as long as trained ones."""
   config = config_for(trial.config, name)
   mesh, dataset = setup.mesh_of(config), setup.dataset_of(config)
-  program = runner.evaluation_program(config)
-  task, step = runner.eval_step(program, mesh, dataset.tokenizer.vocab_size)
+  program = evaluate_trials.evaluation_program(config)
+  task, step = evaluate_trials.eval_step(program, mesh, dataset.tokenizer.vocab_size)
   with jax.set_mesh(mesh):
     new = jax.jit(lambda: init_params(task, jnp.int32(0)), out_shardings=params_shardings(task))
     evaluate.evaluate(
@@ -87,6 +87,6 @@ def _evaluate(study: Study, trial: Trial, name: str, on_batch: Any) -> None:
       dataset,
       split=study.split,
       sequence_length=config.data.sequence_length,
-      batch_size=evaluate.batch_size_of(config, mesh),
+      batch_size=evaluation_batches.batch_size_of(config, mesh),
       on_batch=lambda: on_batch(),
     )

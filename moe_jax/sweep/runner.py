@@ -2,37 +2,29 @@
 
 import contextlib
 import fcntl
-import functools
 import hashlib
 import json
 import pathlib
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import jax
-import ml_collections
 import tqdm
-from jax.sharding import Mesh
 
-from moe_jax import config as config_lib
-from moe_jax.errors import DamagedError, UserError, is_full
-from moe_jax.models.build import build_task
-from moe_jax.models.task import Task
+from moe_jax.errors import DamagedError, UserError
 from moe_jax.results.records import DIVERGED, FAILED, FINISHED
-from moe_jax.run import ancestry, device_errors, manifest, packed, timing
+from moe_jax.run import ancestry, manifest, packed
 from moe_jax.run.divergence import DivergedError
-from moe_jax.run.progress import Listener, bar_file
-from moe_jax.run.restore import restore_run
+from moe_jax.run.progress import Listener
 from moe_jax.run.setup import dataset_of
 from moe_jax.run.single import train
 from moe_jax.study import Study
 from moe_jax.sweep import outcome, user_metrics
 from moe_jax.sweep.checks import check_dataset
-from moe_jax.sweep.evaluations import config_for
-from moe_jax.sweep.stopwatch import Pace, Stopwatch
-from moe_jax.sweep.trials import Trial, training_flops
-from moe_jax.train import evaluate
+from moe_jax.sweep.evaluate_trials import Evaluated, evaluate_pack, evaluate_trial
+from moe_jax.sweep.outcome import is_done, one_line, stop_if_full
+from moe_jax.sweep.progress import Progress
+from moe_jax.sweep.stopwatch import Stopwatch
+from moe_jax.sweep.trials import Trial
 from moe_jax.train.program import program_of
 
 
@@ -80,7 +72,7 @@ def run(
   """
   _check_data(study, trials, workdir)
   failed: set[str] = set()
-  with _Progress(study, trials, workdir) as progress:
+  with Progress(study, trials, workdir) as progress:
     while True:
       elsewhere = 0
       ran = False
@@ -125,21 +117,6 @@ def _status(trial: Trial, workdir: str) -> str:
   return found['status'] if found else ''
 
 
-def is_done(study: Study, trial: Trial, workdir: str) -> bool:
-  """Whether nothing is left to do; a damaged outcome is made again from the run.
-
-  So is one of other evaluations than the study asks now.
-  """
-  try:
-    found = outcome.read(workdir, trial.id)
-  except DamagedError:
-    return False
-  if found is None or found['status'] != FINISHED:
-    return found is not None and found['status'] == DIVERGED
-  made = {name: result['split'] for name, result in found['evaluations'].items()}
-  return made.keys() >= set(study.evaluations) and set(made.values()) == {study.split}
-
-
 @contextlib.contextmanager
 def _claimed(trial: Trial, workdir: str) -> Iterator[bool]:
   """Holds a trial, if no other worker does. The lock of a killed worker is free at once."""
@@ -172,7 +149,7 @@ def _run_unit(
   study: Study,
   unit: list[Trial],
   workdir: str,
-  progress: '_Progress',
+  progress: Progress,
   say: Callable[[str], None],
 ) -> list[str]:
   """Runs trials, together if they can be, and returns the status of each."""
@@ -183,11 +160,11 @@ def _run_unit(
   if len(new) > 1 and not alone:
     _train_pack(new, workdir, progress)
   trained = [t for t in unit if _is_trained(t, workdir)]
-  evaluated: dict[str, _Evaluated] = {}
+  evaluated: dict[str, Evaluated] = {}
   if len(trained) > 1:
     progress.begin(*trained)
     progress.show_phase('evaluating')
-    evaluated = _evaluate_pack(study, trained, workdir, say)
+    evaluated = evaluate_pack(study, trained, workdir, say)
   return [_run_one(study, t, workdir, progress, say, evaluated.get(t.id)) for t in unit]
 
 
@@ -198,20 +175,12 @@ def _is_trained(trial: Trial, workdir: str) -> bool:
     return False
 
 
-class _Evaluated(NamedTuple):
-  """A trial's evaluations by name, the seconds of each, and how many trials made them together."""
-
-  results: dict[str, Any]
-  seconds: dict[str, Any]
-  together: int = 1
-
-
 def _has_checkpoints(trial: Trial, workdir: str) -> bool:
   folder = trial.folder(workdir) / 'checkpoints'
   return folder.is_dir() and any(p.name.isdecimal() for p in folder.iterdir())
 
 
-def _train_pack(unit: list[Trial], workdir: str, progress: '_Progress') -> None:
+def _train_pack(unit: list[Trial], workdir: str, progress: Progress) -> None:
   """Trains trials together; each is then a run that has finished or diverged."""
   ids = ' '.join(trial.id for trial in unit)
   pack_dir = pathlib.Path(workdir) / 'packs' / hashlib.sha256(ids.encode()).hexdigest()[:12]
@@ -221,20 +190,13 @@ def _train_pack(unit: list[Trial], workdir: str, progress: '_Progress') -> None:
   try:
     done = packed.train_packed(members, pack_dir, Listener(note, progress.at, progress.show_phase))
   except Exception as error:
-    _stop_if_full(error, workdir)
+    stop_if_full(error, workdir)
     # What is wrong with a member alone shows when it runs alone, which it does next.
     note(f'the pack failed, its trials run alone: {type(error).__name__}: {error}')
-    tqdm.tqdm.write(f'a pack of {len(unit)} failed, its trials run alone: {_one_line(error)}')
+    tqdm.tqdm.write(f'a pack of {len(unit)} failed, its trials run alone: {one_line(error)}')
     return
   if done.interrupted_by is not None:
     raise Interrupted(done.interrupted_by)
-
-
-def _stop_if_full(error: Exception, workdir: str) -> None:
-  if is_full(error):
-    raise UserError(
-      '--workdir', workdir, f'{_one_line(error)}; the same command goes on from here'
-    ) from error
 
 
 def _logger(trial: Trial, workdir: str) -> Callable[[str], None]:
@@ -246,10 +208,6 @@ def _logger(trial: Trial, workdir: str) -> Callable[[str], None]:
       file.write(f'{line}\n')
 
   return note
-
-
-def _one_line(error: Exception) -> str:
-  return f'{type(error).__name__}: {" ".join(str(error).split())}'
 
 
 def _cause_of_divergence(trial: Trial, workdir: str) -> str:
@@ -265,9 +223,9 @@ def _run_one(
   study: Study,
   trial: Trial,
   workdir: str,
-  progress: '_Progress',
+  progress: Progress,
   say: Callable[[str], None],
-  evaluated: _Evaluated | None,
+  evaluated: Evaluated | None,
 ) -> str:
   """Trains and evaluates a trial, writes its outcome and returns its status.
 
@@ -295,7 +253,7 @@ def _run_one(
       seconds: dict[str, Any] = {'training': watch.seconds()}
       if evaluated is None:
         progress.show_phase('evaluating')
-        evaluated = _evaluate(study, trial, folder)
+        evaluated = evaluate_trial(study, trial, folder)
       facts |= {
         'evaluations': evaluated.results,
         'evaluated_together': evaluated.together,
@@ -308,9 +266,9 @@ def _run_one(
   except (Interrupted, KeyboardInterrupt):
     raise
   except Exception as error:
-    _stop_if_full(error, workdir)
+    stop_if_full(error, workdir)
     # Whatever it is must not cost the other trials; it stands in the outcome and in the report.
-    status, reason = FAILED, _one_line(error)
+    status, reason = FAILED, one_line(error)
     note(reason)
   outcome.write(workdir, trial.id, facts | {'status': status, 'reason': reason})
   progress.end(trial)
@@ -335,179 +293,3 @@ def _pinned(trial: Trial, workdir: str) -> dict[str, Any] | None:
     if facts['config'].get('train', {}).get('init_from') == given and pin and 'digest' in pin:
       return pin
   return None
-
-
-def _evaluate(study: Study, trial: Trial, folder: str) -> _Evaluated:
-  """Returns every evaluation of the study at the trial's last checkpoint."""
-  with device_errors.explained(trial.config):
-    return _evaluate_alone(study, trial, folder)
-
-
-def _evaluate_alone(study: Study, trial: Trial, folder: str) -> _Evaluated:
-  watch = Stopwatch()
-  evaluated = _Evaluated({}, {})
-  restored = restore_run(folder, trial.config.train.num_steps)
-  dataset = dataset_of(trial.config, restored.tokenizer)
-  for name in study.evaluations:
-    config = config_for(trial.config, name)
-    program = evaluation_program(config)
-    task, step = eval_step(program, restored.mesh, restored.tokenizer.vocab_size)
-    with jax.set_mesh(restored.mesh):
-      evaluated.results[name] = evaluate.evaluate(
-        step,
-        task,
-        restored.params,
-        restored.router_state,
-        dataset,
-        split=study.split,
-        sequence_length=config.data.sequence_length,
-        batch_size=evaluate.batch_size_of(config, restored.mesh),
-        on_batch=watch.counting(),
-      )
-    evaluated.seconds[name] = watch.seconds()
-    watch = Stopwatch()
-  return evaluated
-
-
-def _evaluate_pack(
-  study: Study, unit: list[Trial], workdir: str, say: Callable[[str], None]
-) -> dict[str, _Evaluated]:
-  """Returns the evaluations of trials of one program by id; {} if they must be evaluated alone."""
-  try:
-    return _evaluate_together(study, unit, workdir)
-  except Exception as error:
-    _stop_if_full(error, workdir)
-    # What is wrong with one alone shows when it is evaluated alone, which comes next.
-    say(
-      f'warning: evaluating {len(unit)} trials together failed, they are evaluated alone: '
-      f'{_one_line(error)}'
-    )
-    return {}
-
-
-def _evaluate_together(study: Study, unit: list[Trial], workdir: str) -> dict[str, _Evaluated]:
-  watch = Stopwatch()
-  evaluated = {trial.id: _Evaluated({}, {}, len(unit)) for trial in unit}
-  runs = [restore_run(str(t.folder(workdir)), t.config.train.num_steps) for t in unit]
-  mesh, vocab_size = runs[0].mesh, runs[0].tokenizer.vocab_size
-  dataset = dataset_of(unit[0].config, runs[0].tokenizer)
-  for name in study.evaluations:
-    config = config_for(unit[0].config, name)
-    task, step = eval_step(evaluation_program(config), mesh, vocab_size, packed=True)
-    with jax.set_mesh(mesh):
-      results = evaluate.evaluate_packed(
-        step,
-        task,
-        [(run.params, run.router_state) for run in runs],
-        dataset,
-        split=study.split,
-        sequence_length=config.data.sequence_length,
-        batch_size=evaluate.batch_size_of(config, mesh),
-        on_batch=watch.counting(),
-      )
-    for trial, result in zip(unit, results, strict=True):
-      evaluated[trial.id].results[name] = result
-      evaluated[trial.id].seconds[name] = watch.seconds(len(unit))
-    watch = Stopwatch()
-  return evaluated
-
-
-def evaluation_program(config: ml_collections.ConfigDict) -> str:
-  """Returns what of a config decides the program of an evaluation, as JSON."""
-  fields = json.loads(program_of(config))
-  defaults = config_lib.get_config().to_dict()
-  fields |= {'train': defaults['train'], 'optim': defaults['optim']}
-  return json.dumps(fields, sort_keys=True)
-
-
-@functools.lru_cache(maxsize=4)
-def eval_step(
-  program: str, mesh: Mesh, vocab_size: int, packed: bool = False
-) -> tuple[Task, evaluate.EvalStep]:
-  """Returns the model and the step of an `evaluation_program`, compiled once in a process."""
-  config = config_lib.get_config()
-  config.update(json.loads(program))
-  task = build_task(config, mesh, vocab_size, 'eval')
-  return task, evaluate.make_eval_step(task, packed)
-
-
-class _Progress:
-  """One bar over all trials; the time left is that of training, in proportion to FLOPs."""
-
-  def __init__(self, study: Study, trials: list[Trial], workdir: str):
-    self._study, self._workdir = study, workdir
-    self._cost = {t.id: training_flops(t.config) / t.config.train.num_steps for t in trials}
-    self._done = {t.id: self._steps_done(t) for t in trials}
-    total = sum(self._cost[t.id] * t.config.train.num_steps for t in trials)
-    self._bar = tqdm.tqdm(
-      total=total,
-      initial=sum(self._cost[id_] * steps for id_, steps in self._done.items()),
-      # The library's own estimate would count compiling as if every step compiled.
-      bar_format='{percentage:3.0f}%|{bar:20}| {elapsed}{postfix}',
-      file=bar_file(),
-      mininterval=0.5 if sys.stderr.isatty() else 30.0,
-      dynamic_ncols=True,
-    )
-    self._trials: tuple[Trial, ...] = ()
-    self._phase = ''
-    self._pace = Pace()
-
-  def _steps_done(self, trial: Trial) -> int:
-    """Returns the steps of the last checkpoint of a trial that the manifest knows of."""
-    if is_done(self._study, trial, self._workdir):
-      return trial.config.train.num_steps
-    try:
-      return int(manifest.read(trial.folder(self._workdir))['step'])
-    except (UserError, DamagedError):
-      return 0
-
-  def begin(self, *trials: Trial) -> None:
-    """Shows the trials that run now."""
-    self._trials = trials
-    self._pace.begin()
-    self.show_phase('')
-
-  def show_phase(self, phase: str) -> None:
-    """Shows what the trials that run now are doing."""
-    self._phase = phase
-    if phase == timing.TRAINING:
-      self._pace.resume()
-    else:
-      self._pace.pause()
-    self._bar.set_postfix_str(self._text(), refresh=True)
-
-  def _text(self) -> str:
-    """Returns what runs, and the time of training that is left once a step was timed."""
-    first, *more = self._trials
-    others = f' and {len(more)} more' if more else ''
-    doing = f': {self._phase}' if self._phase else ''
-    seconds = self._pace.left(self._bar.total - self._bar.n)
-    left = (
-      '' if seconds is None else f' about {tqdm.tqdm.format_interval(seconds)} of training left,'
-    )
-    return f'{left} {first.arm}, seed {first.seed}{others}{doing}'
-
-  def at(self, step: int) -> None:
-    """Shows a step of the trials that run."""
-    self._pace.step(sum(self._cost[trial.id] for trial in self._trials))
-    self._bar.set_postfix_str(self._text(), refresh=False)
-    self._count(step)
-
-  def _count(self, step: int) -> None:
-    """Counts the trials that run as done up to a step."""
-    for trial in self._trials:
-      new = max(0, step - self._done[trial.id])
-      self._done[trial.id] += new
-      self._bar.update(self._cost[trial.id] * new)
-
-  def end(self, trial: Trial) -> None:
-    """Counts what a trial that ended early did not do as done."""
-    self._trials = (trial,)
-    self._pace.pause()
-    self._count(trial.config.train.num_steps)
-
-  def __enter__(self) -> '_Progress':
-    return self
-
-  def __exit__(self, *details) -> None:
-    self._bar.close()

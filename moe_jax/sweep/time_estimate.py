@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.study import Study
-from moe_jax.sweep import runner
+from moe_jax.sweep import evaluate_trials
 from moe_jax.sweep.evaluations import config_for
 from moe_jax.sweep.trials import Trial, vocab_size_of
 from moe_jax.train import accounting
@@ -102,7 +102,7 @@ def work_of(study: Study, trial: Trial, num_batches: int | None) -> list[Work]:
   work = [Work(TRAINING, program_of(config), config.train.num_steps, 3 * forward * tokens)]
   for name in study.evaluations:
     of_evaluation = config_for(config, name)
-    program = runner.evaluation_program(of_evaluation)
+    program = evaluate_trials.evaluation_program(of_evaluation)
     of_evaluation.moe.capacity_factor = of_evaluation.moe.eval_capacity_factor
     forward = accounting.computed_flops_per_token(of_evaluation, vocab_size_of(config))
     microbatch = tokens / config.train.accumulation_steps

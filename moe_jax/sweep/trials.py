@@ -20,7 +20,7 @@ from moe_jax.errors import UserError, raised_by
 from moe_jax.field_names import field_value, split_field
 from moe_jax.results.comparable import check_planned
 from moe_jax.run import ancestry, manifest
-from moe_jax.run.manifest import FREE_FIELDS, LATER_FIELDS
+from moe_jax.schema import FREE_FIELDS, LATER_FIELDS
 from moe_jax.study import FinishedTrial, Point, Study
 from moe_jax.sweep.checks import check_study, same_model, unfrozen
 from moe_jax.sweep.metric_paths import check_layers

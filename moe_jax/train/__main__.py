@@ -11,6 +11,7 @@ import sys
 
 from moe_jax import cli
 from moe_jax.errors import UserError
+from moe_jax.run import same_run
 
 _CONFIG = cli.define_config_flag()
 _WORKDIR = cli.define_path('workdir', 'Where the run is kept; new, or the same run.')
@@ -46,9 +47,8 @@ def _with_way_on(error: UserError) -> UserError:
   workdir = os.path.expanduser(words[places[-1] + 1]) if places else ''
   if not os.path.exists(os.path.join(workdir, 'manifest.json')):
     return error
-  from moe_jax.run import manifest
 
-  return manifest.with_way_on(error, workdir)
+  return same_run.with_way_on(error, workdir)
 
 
 if __name__ == '__main__':

@@ -3,24 +3,24 @@
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
-from jax.sharding import Mesh
 
 from moe_jax import routing
-from moe_jax.data import Dataset, eval_batches
+from moe_jax.data import Dataset
 from moe_jax.models.task import Batch, Task
 from moe_jax.parallel.mesh import EXPERT_AXIS
 from moe_jax.parallel.sharding import batch_sharding, replicated
 from moe_jax.train import metrics, routing_counts, specialization
+from moe_jax.train.evaluation_batches import domain_batches
 from moe_jax.train.expert_similarity import expert_similarity
+from moe_jax.train.router_updates import over_scopes
 from moe_jax.train.state import params_shardings
-from moe_jax.train.step import over_scopes, packed_shardings, put_batch
+from moe_jax.train.step import packed_shardings
 
 EvalStep = Callable[[Any, Any, dict[str, jax.Array], Any], tuple[jax.Array, jax.Array, Any, Any]]
 
@@ -236,27 +236,6 @@ def _specialization(
   return result
 
 
-def domain_batches(
-  dataset: Dataset,
-  task: Task,
-  split: str,
-  domain: str,
-  sequence_length: int,
-  batch_size: int,
-) -> Iterator[Batch]:
-  """Yields every document of a domain in batches on the model's devices; none if it is empty."""
-  if not dataset.num_documents(split, domain):
-    return
-  windows = dataset.windows(split, sequence_length, domain)
-  for batch in eval_batches(
-    windows,
-    batch_size=batch_size,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  ):
-    yield put_batch(batch, task)
-
-
 def _with(total: Any, out: Any) -> Any:
   """Returns the total with what a step gave, in float64; either may be None."""
   if out is None:
@@ -269,25 +248,6 @@ def _add(one: Any, other: Any) -> Any:
   """Adds (nats, tokens, router sums) of two parts."""
   sums = None if one[2] is None else jax.tree.map(np.asarray, routing.add_sums(one[2], other[2]))
   return one[0] + other[0], one[1] + other[1], sums
-
-
-def batch_size_of(config: ml_collections.ConfigDict, mesh: Mesh) -> int:
-  """Returns the micro-batch of a config, filled up to what the mesh and the routing groups divide.
-
-  Rows that fill up are padding: the size of a batch changes no number.
-  """
-  microbatch = config.data.batch_size // config.train.accumulation_steps
-  unit = mesh.size * (config.moe.group_size if config.moe.num_experts else 1)
-  return -(-microbatch // unit) * unit
-
-
-def num_batches(dataset: Dataset, split: str, sequence_length: int, batch_size: int) -> int:
-  """Returns the batches of an evaluation on a whole split."""
-  return sum(
-    math.ceil(len(dataset.windows(split, sequence_length, domain)) / batch_size)
-    for domain in dataset.domains
-    if dataset.num_documents(split, domain)
-  )
 
 
 def _summary(total: Any, num_bytes: int, task: Task) -> dict[str, Any]:

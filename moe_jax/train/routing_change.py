@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 from moe_jax.data import Dataset
 from moe_jax.models.task import Batch, Task
 from moe_jax.parallel.sharding import batch_sharding, replicated
-from moe_jax.train.evaluate import domain_batches
+from moe_jax.train.evaluation_batches import domain_batches
 from moe_jax.train.routing_counts import membership
 from moe_jax.train.state import params_shardings
 

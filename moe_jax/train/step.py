@@ -4,7 +4,6 @@ Gradients are taken outside every `shard_map`, of a loss that is already a globa
 psum is written here.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -17,6 +16,8 @@ from moe_jax import routing
 from moe_jax.models.task import Batch, Task
 from moe_jax.parallel.sharding import batch_sharding, constrain, replicated, stacked
 from moe_jax.train import objective
+from moe_jax.train.router_updates import average_load as update_average
+from moe_jax.train.router_updates import over_scopes, update_routers
 from moe_jax.train.state import TrainState, state_shardings
 
 MicroBatches = dict[str, Int[Array, 'A b T']]
@@ -225,8 +226,8 @@ def make_train_step(
       )
       params = optax.apply_updates(state.params, updates)
     sums = None if parts.router_sums is None else over_scopes(parts.router_sums)
-    router_state = _update_routers(task, state.router_state, sums, hyperparameters.bias_rate)
-    average_load = _average(state.average_load, sums, load_decay)
+    router_state = update_routers(task, state.router_state, sums, hyperparameters.bias_rate)
+    average_load = update_average(state.average_load, sums, load_decay)
     metrics = StepMetrics(
       tokens=task.weight(batch),
       cross_entropy=parts.cross_entropy,
@@ -259,47 +260,6 @@ def make_train_step(
 def packed_shardings(shardings: Any) -> Any:
   """Returns the shardings of arrays with a dimension of trials in front, which is not split."""
   return stacked(shardings, 'trials')
-
-
-def _update_routers(
-  task: Task,
-  router_state: dict[str, Array],
-  sums: routing.RouterSums | None,
-  bias_rate: Float[Array, ''],
-) -> dict[str, Array]:
-  """Returns the routers' state after a step, from the sums over the whole batch."""
-  moe = task.moe
-  if sums is None or moe is None:
-    return router_state
-  update = routing.ROUTERS[moe.router].update
-  if update is None:
-    return router_state
-  options = moe.choice
-  if isinstance(options, routing.BiasRateOptions):
-    options = dataclasses.replace(options, bias_rate=bias_rate)
-  return jax.vmap(lambda state, sums: update(state, sums, options))(
-    router_state, jax.lax.stop_gradient(sums)
-  )
-
-
-def _average(
-  average: dict[str, Float[Array, 'L E']], sums: routing.RouterSums | None, decay: float
-) -> dict[str, Float[Array, 'L E']]:
-  """Returns the moving average of the load after a step, as in `TrainState`."""
-  if sums is None:
-    return average
-  counts = sums.tokens_per_expert
-  load = counts / jnp.maximum(jnp.sum(counts, axis=-1, keepdims=True), 1)
-  return {'experts': decay * average['experts'] + (1 - decay) * load}
-
-
-def over_scopes(sums: routing.RouterSums) -> routing.RouterSums:
-  """Adds up the balance scopes; leaves keep their leading dimension of layers."""
-  return sums._replace(
-    tokens=jnp.sum(sums.tokens, axis=1),
-    tokens_per_expert=jnp.sum(sums.tokens_per_expert, axis=1),
-    prob_sum=jnp.sum(sums.prob_sum, axis=1),
-  )
 
 
 def put_batch(batch: Mapping[str, Any], task: Task) -> Batch:

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from moe_jax.run import manifest, single
+from moe_jax.run import claim, manifest, single
 from moe_jax.run.metrics_file import read_metrics
 from tests import tiny
 from tests.run.test_single import state_of
@@ -115,7 +115,7 @@ def test_a_signal_to_one_or_to_all_saves_and_a_killed_process_ends_the_run(text,
   assert 'error: process 1 of 2 was killed by signal 9' in result.err
   # Nothing is left running or locked, and nothing is lost.
   assert state_of(workdir, config)[0] == saved
-  with manifest.claimed(str(workdir)):
+  with claim.claimed(str(workdir)):
     pass
 
 
@@ -131,7 +131,7 @@ def test_a_stopped_process_is_named_in_one_line(text, tmp_path):
   assert len(errors) == 1 and 'process 1 of 2 does not answer for 20 s' in errors[0]
   assert 'Traceback' not in result.err and 'Fatal' not in result.err
   # Nothing is left running or locked.
-  with manifest.claimed(str(workdir)):
+  with claim.claimed(str(workdir)):
     pass
 
 
@@ -140,7 +140,7 @@ def test_an_error_of_one_process_ends_all_with_its_line(text, tmp_path):
   # Only process 0 claims the directory: process 1 would wait for it for ever.
   path = tiny.config_file(tmp_path, {**text, **SETTINGS})
   workdir = tmp_path / 'run'
-  with manifest.claimed(str(workdir)):
+  with claim.claimed(str(workdir)):
     result = run(f'--config={path}', f'--workdir={workdir}')
   result.assert_error('workdir=', 'another process')
   assert not workdir.exists()

@@ -15,7 +15,7 @@ from moe_jax import optim
 from moe_jax.errors import UserError
 from moe_jax.models.build import build_task
 from moe_jax.parallel.mesh import make_mesh
-from moe_jax.run import ancestry, manifest, single
+from moe_jax.run import ancestry, manifest, same_run, single
 from moe_jax.study import Point, Study, product
 from moe_jax.sweep import collect, runner, trials
 from moe_jax.train.state import init_state
@@ -289,7 +289,7 @@ def test_schedules_that_know_their_end_are_not_lengthened():
     config = tiny.config(overrides)
     facts = {'config': config.to_dict(), 'status': 'running'}
     config.train.num_steps = 40
-    manifest.check_same_config('DIR', facts, config, step)
+    same_run.check_same_config('DIR', facts, config, step)
 
   for schedule in ('cosine', 'linear'):
     with pytest.raises(UserError, match=f'schedule={schedule} was .* train.init_from=DIR'):
@@ -418,6 +418,6 @@ def test_trials_are_named_as_before_and_by_their_source(text):
   for name in ('init_from', 'init_optimizer', 'init_router_state'):
     del old['train'][name]
   facts = {'config': old, 'status': 'running'}
-  manifest.check_same_config('DIR', facts, tiny.config({**text, **LIVELY}))
-  assert manifest.first_difference(old, tiny.config({**text, **LIVELY}).to_dict()) is None
-  assert manifest.first_difference(old, config.to_dict()) == 'train.init_from'
+  same_run.check_same_config('DIR', facts, tiny.config({**text, **LIVELY}))
+  assert same_run.first_difference(old, tiny.config({**text, **LIVELY}).to_dict()) is None
+  assert same_run.first_difference(old, config.to_dict()) == 'train.init_from'

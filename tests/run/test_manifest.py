@@ -7,7 +7,7 @@ import pytest
 from moe_jax import config as config_lib
 from moe_jax.errors import DamagedError, UserError
 from moe_jax.results import records as records_lib
-from moe_jax.run import manifest, manifest_kinds, setup
+from moe_jax.run import manifest, manifest_kinds, same_run, setup
 from moe_jax.schema import FREE_FIELDS, LATER_FIELDS, LATER_FIELDS_IN_IDS, SCHEMA
 from tests import tiny
 
@@ -126,12 +126,12 @@ def test_a_run_from_before_a_field_came_is_read_and_goes_on(study, lacks):
   facts = {'config': old, 'status': 'interrupted'}
   config = manifest.config_of(facts)
   config_lib.validate(config)
-  manifest.check_same_config('DIR', facts, config)
-  assert manifest.first_difference(old, config.to_dict()) is None
+  same_run.check_same_config('DIR', facts, config)
+  assert same_run.first_difference(old, config.to_dict()) is None
   config.moe.router_dtype = 'bfloat16'
   with pytest.raises(UserError, match=r"router_dtype='bfloat16': the run in DIR has 'float32'"):
-    manifest.check_same_config('DIR', facts, config)
-  assert manifest.first_difference(old, config.to_dict()) == 'moe.router_dtype'
+    same_run.check_same_config('DIR', facts, config)
+  assert same_run.first_difference(old, config.to_dict()) == 'moe.router_dtype'
 
 
 def test_every_field_is_in_a_manifest_or_has_a_default_for_one_without():

@@ -15,7 +15,7 @@ from moe_jax.models.build import build_task
 from moe_jax.models.decoder import forward
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.run import setup
-from moe_jax.train import evaluate
+from moe_jax.train import evaluate, evaluation_batches
 from moe_jax.train.expert_similarity import expert_similarity
 from moe_jax.train.state import init_params, params_shardings
 from tests import tiny
@@ -117,7 +117,7 @@ def test_specialisation_is_that_of_the_choices_of_all_tokens(dataset, result):
   choose = jax.jit(lambda params, *rows: forward(model.network, params, *rows).choices)
   labels, sets = [], []
   for number, domain in enumerate(dataset.domains):
-    for batch in evaluate.domain_batches(dataset, model, 'test', domain, LENGTH, BATCH):
+    for batch in evaluation_batches.domain_batches(dataset, model, 'test', domain, LENGTH, BATCH):
       choices = np.asarray(choose(params, *(batch[name] for name in read)))
       for b, t in np.argwhere(np.asarray(batch['segment_ids']) > 0):
         labels.append((number, int(batch['inputs'][b, t])))
@@ -225,7 +225,7 @@ def test_evaluation_is_not_random(dataset, result):
 def test_each_batch_is_counted(dataset):
   seen = []
   _evaluate(dataset, split='train', on_batch=lambda: seen.append(None))
-  assert len(seen) == evaluate.num_batches(dataset, 'train', LENGTH, BATCH) > 2
+  assert len(seen) == evaluation_batches.num_batches(dataset, 'train', LENGTH, BATCH) > 2
 
 
 def test_a_part_of_the_split_has_no_bits_per_byte(dataset):

@@ -14,7 +14,7 @@ from moe_jax.errors import UserError
 from moe_jax.models.build import build_task
 from moe_jax.run.restore import RestoredRun, restore_run
 from moe_jax.run.setup import dataset_of
-from moe_jax.train.evaluate import batch_size_of
+from moe_jax.train.evaluation_batches import batch_size_of
 from moe_jax.train.step import put_batch
 
 
