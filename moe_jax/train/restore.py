@@ -67,7 +67,7 @@ def restore_run(
     DamagedError: if no checkpoint is good.
   """
   facts = manifest.read(workdir)
-  config = manifest.config_of(facts)
+  config = manifest.config_of(facts, workdir)
   try:
     tokenizer = load_tokenizer(str(pathlib.Path(workdir) / TOKENIZER))
   except DamagedError as error:
