@@ -6,9 +6,10 @@ import jax
 import pytest
 
 from moe_jax.errors import UserError
+from moe_jax.results import evaluation
 from moe_jax.study import Study, product
 from moe_jax.sweep import outcome, runner, trials
-from moe_jax.train import device_errors, loop, manifest
+from moe_jax.train import device_errors, loop, manifest, restore
 from tests import tiny
 
 DENSE = {'moe.num_experts': 0, 'mesh.data': 1, 'mesh.expert': 1, 'train.num_steps': 2}
@@ -84,6 +85,31 @@ def test_training_ends_in_one_line(text, tmp_path, exhausted):
   assert line.startswith('error: data.batch_size=16: out of memory; lower it') and SAID in line
   # As after a kill: the same command goes on, on a larger machine.
   assert manifest.read(workdir)['status'] == 'running'
+
+
+@pytest.mark.parametrize(
+  ('verb', 'flags', 'module', 'words'),
+  [
+    (
+      'evaluate',
+      ('--mesh=data=1,expert=1',),
+      evaluation,
+      "--mesh='data=1,expert=1': out of memory; give a mesh of more devices",
+    ),
+    (
+      'generate',
+      ('--prompt=a', '--num_tokens=9'),
+      restore,
+      '--num_tokens=9: out of memory; lower it, give fewer --prompt at a time',
+    ),
+  ],
+)
+def test_what_reads_a_run_ends_in_one_line_too(verb, flags, module, words, tmp_path, monkeypatch):
+  def fail(*args):
+    raise jax.errors.JaxRuntimeError(f'{SAID}\n{"x" * 1000}')
+
+  monkeypatch.setattr(module, 'restore_run', fail)
+  tiny.command(verb, f'--workdir={tmp_path}', *flags).assert_error(words, SAID)
 
 
 def test_a_trial_of_a_sweep_says_it_too(text, tmp_path, exhausted):
