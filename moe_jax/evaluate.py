@@ -51,19 +51,22 @@ def main() -> None:
   if _DATA.value is not None and _SPLIT.value is not None:
     raise UserError('--split', _SPLIT.value, "can't be given with --data, which is read whole")
   from moe_jax.results import evaluation, load_figure
+  from moe_jax.run import device_errors
 
-  done = evaluation.evaluate(
-    evaluation.Request(
-      workdir,
-      split=_SPLIT.value,
-      data=_DATA.value,
-      step=_STEP.value,
-      mesh=_MESH.value,
-      data_dir=_DATA_DIR.value,
-      compare_step=_COMPARE.value,
-      compare_router_dtype=_COMPARE_DTYPE.value,
+  more = 'give a mesh of more devices, as data=2,expert=4; results do not depend on it'
+  with device_errors.instead('--mesh', _MESH.value, more):
+    done = evaluation.evaluate(
+      evaluation.Request(
+        workdir,
+        split=_SPLIT.value,
+        data=_DATA.value,
+        step=_STEP.value,
+        mesh=_MESH.value,
+        data_dir=_DATA_DIR.value,
+        compare_step=_COMPARE.value,
+        compare_router_dtype=_COMPARE_DTYPE.value,
+      )
     )
-  )
   say: Callable[[str], None] = print
   if _JSON.value:
     say = functools.partial(print, file=sys.stderr)

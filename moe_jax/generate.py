@@ -50,25 +50,30 @@ def main() -> None:
   _check_flags()
   from moe_jax.models.build import build_task
   from moe_jax.models.generate import encode_prompt, generate
+  from moe_jax.run import device_errors
   from moe_jax.run.restore import restore_run
 
-  run = restore_run(workdir, _STEP.value, _MESH.value)
-  task = build_task(run.config, run.mesh, run.tokenizer.vocab_size, 'decode')
-  if task.decode is None:
-    raise UserError('model.family', run.config.model.family, 'cannot be sampled from')
-  prompts = [encode_prompt(text, run.tokenizer, run.tokenizer.vocab_size) for text in _PROMPT.value]
-  continuations = generate(
-    task,
-    run.params,
-    run.router_state,
-    prompts,
-    num_tokens=_NUM_TOKENS.value,
-    eos_id=run.tokenizer.eos_id,
-    temperature=_TEMPERATURE.value,
-    top_k=_TOP_K.value,
-    top_p=_TOP_P.value,
-    seed=_SEED.value,
-  )
+  less = 'lower it, give fewer --prompt at a time, or a --mesh of more devices'
+  with device_errors.instead('--num_tokens', _NUM_TOKENS.value, less):
+    run = restore_run(workdir, _STEP.value, _MESH.value)
+    task = build_task(run.config, run.mesh, run.tokenizer.vocab_size, 'decode')
+    if task.decode is None:
+      raise UserError('model.family', run.config.model.family, 'cannot be sampled from')
+    prompts = [
+      encode_prompt(text, run.tokenizer, run.tokenizer.vocab_size) for text in _PROMPT.value
+    ]
+    continuations = generate(
+      task,
+      run.params,
+      run.router_state,
+      prompts,
+      num_tokens=_NUM_TOKENS.value,
+      eos_id=run.tokenizer.eos_id,
+      temperature=_TEMPERATURE.value,
+      top_k=_TOP_K.value,
+      top_p=_TOP_P.value,
+      seed=_SEED.value,
+    )
   texts = [run.tokenizer.decode(tokens) for tokens in continuations]
   if _JSON.value:
     cli.print_json(

@@ -54,6 +54,7 @@ STATED = (
   'moe.capacity_factor',
   'moe.device_balance_parts',
   'moe.eval_capacity_factor',
+  'moe.group_size',
   'moe.layer_reduction',
   'moe.priority',
   'train.accumulation_scope',
@@ -94,7 +95,9 @@ def unread(config: ml_collections.ConfigDict) -> dict[str, str]:
     if not moe[weight]:
       found[f'moe.{field}'] = f'moe.{weight}=0'
   if not any(moe[weight] for weight in SCOPED):
-    found['moe.balance_scope'] = ', '.join(f'moe.{weight}=0' for weight in SCOPED)
+    why = ', '.join(f'moe.{weight}=0' for weight in SCOPED)
+    found['moe.balance_scope'] = why
+    found.setdefault('train.accumulation_scope', why)
   if moe.balance_scope != 'device':
     found['moe.balance_devices'] = f'moe.balance_scope={moe.balance_scope}'
   return found | _unread_by_layer(config)
@@ -109,6 +112,11 @@ def _unread_by_layer(config: ml_collections.ConfigDict) -> dict[str, str]:
   if router.keeps_all or not config_lib.limits_slots(moe):
     why = of_router if router.keeps_all else f'moe.dispatch={moe.dispatch}'
     found |= dict.fromkeys(('moe.capacity_factor', 'moe.eval_capacity_factor', 'moe.priority'), why)
+    # Noise is drawn by group, too.
+    by_scope = moe.balance_scope == 'group' and any(moe[weight] for weight in SCOPED)
+    noisy = moe.jitter and router.reads_tokens
+    if not (router.by_group or noisy or by_scope):
+      found['moe.group_size'] = f'{why}, {of_router}' if why != of_router else why
   if not router.reads_tokens:
     found['moe.jitter'] = of_router
   weights = router.params(config_lib.router_options(config), config.model.embed_dim)

@@ -1,5 +1,6 @@
 """Fields that nothing reads are refused in a new run, and what the tables say is what is read."""
 
+import dataclasses
 import importlib
 
 import jax
@@ -16,6 +17,7 @@ from experiments.load_balance import study as load_balance
 from moe_jax import config as schema
 from moe_jax import optim, routing, unread
 from moe_jax.errors import UserError
+from moe_jax.routing import groups
 from moe_jax.run import single
 from moe_jax.schema import SCHEMA
 from moe_jax.study import Study, point, product
@@ -121,6 +123,19 @@ def test_the_tables_say_what_is_read_and_the_rest_is_refused(choice, value):
       'moe.balance_normalization',
     ),
     ({'moe.load_balancing_weight': 0.0, 'moe.balance_scope': 'group'}, 'moe.balance_scope'),
+    (
+      {
+        'train.accumulation_scope': 'batch',
+        'train.accumulation_steps': 2,
+        'moe.load_balancing_weight': 0.0,
+      },
+      'train.accumulation_scope',
+    ),
+    ({'moe.dispatch': 'dropless', 'moe.group_size': 2}, 'moe.group_size'),
+    (
+      {'moe.router': 'dense', 'moe.num_selected_experts': 8, 'moe.group_size': 2},
+      'moe.group_size',
+    ),
     ({'moe.device_balance_parts': 2}, 'moe.device_balance_parts'),
     ({'moe.every': 2, 'moe.layer_reduction': 'sum'}, 'moe.layer_reduction'),
     ({'data.name': 'tier1', 'data.valid_fraction': 0.2}, 'data.valid_fraction'),
@@ -148,6 +163,11 @@ def test_a_config_may_state_what_an_override_may_not_choose(changes, chosen):
     {'data.name': 'text:x', 'data.valid_fraction': 0.2, 'data.test_fraction': 0.2},
     {'model.mlp_dim': 99, 'moe.num_experts': 0},
     {'train.accumulation_scope': 'batch', 'train.accumulation_steps': 2},
+    # Slots are shared, noise is drawn, or losses are formed within a group.
+    {'moe.group_size': 2},
+    {'moe.group_size': 2, 'moe.dispatch': 'dropless', 'moe.jitter': 0.1},
+    {'moe.group_size': 2, 'moe.dispatch': 'dropless', 'moe.balance_scope': 'group'},
+    {'moe.group_size': 2, 'moe.dispatch': 'dropless', 'moe.router': 'sinkhorn'},
     # Its slots are what it chooses by, whatever moves the tokens.
     {
       'moe.router': 'expert_choice',
@@ -200,6 +220,39 @@ def test_a_router_says_whether_it_looks_at_tokens(name):
   traced = jax.make_jaxpr(choose)(jnp.zeros((1, 6, 8))).jaxpr
   used = {id(var) for equation in traced.eqns for var in equation.invars}
   assert (id(traced.invars[0]) in used) == router.reads_tokens
+
+
+def _chosen(router, options, size):
+  """Returns what a router says of 4 sequences of 6 tokens in groups of so many, by sequence."""
+  rng = np.random.default_rng(0)
+  weights = router.params(options, 8)
+  params = {key: rng.normal(size=weight.shape) for key, weight in weights.items()}
+  params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+  state = router.state(options, 8, 5)
+  if router.from_counts is not None:
+    state = router.from_counts(state, np.arange(5), options)
+  slots = 6 * size * options.num_selected_experts // options.num_experts
+  options = dataclasses.replace(options, group_size=size, capacity=slots)
+  ids, places = rng.integers(0, 5, (4, 6)), np.broadcast_to(np.arange(6), (4, 6))
+  by_token = jnp.ones((4, 6), bool), jnp.asarray(ids), jnp.asarray(places)
+  inputs = routing.RouterInputs(
+    groups.to_groups(jnp.asarray(rng.normal(size=(4, 6, 8)), jnp.float32), size),
+    *(groups.to_groups(x[..., None], size)[..., 0] for x in by_token),
+    jax.random.split(jax.random.key(0), 4 // size),
+  )
+  choice = jax.jit(lambda *args: router.choose(*args, options))(params, state, inputs)
+  by_sequence = [groups.from_groups(x.astype(jnp.float32), size) for x in choice[:-1]]
+  return [*by_sequence, *(jnp.sum(x, axis=0) for x in choice.sums.values())]
+
+
+@pytest.mark.parametrize('name', [n for n, r in routing.ROUTERS.items() if not r.rejected])
+def test_a_router_says_whether_it_looks_at_its_group(name):
+  router = routing.ROUTERS[name]
+  config = importlib.import_module(f'configs.presets.{name}').get_config()
+  options = schema.router_options(config)
+  one, two = (_chosen(router, options, size) for size in (1, 2))
+  same = all(np.allclose(a, b, atol=1e-5) for a, b in zip(one, two, strict=True))
+  assert same == (not router.by_group)
 
 
 def test_everything_here_may_begin():

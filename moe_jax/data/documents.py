@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import re
 import unicodedata
 
 TRAIN, VALID, TEST = 'train', 'valid', 'test'
@@ -9,6 +10,14 @@ SPLITS = (TRAIN, VALID, TEST)
 
 # A document may overshoot its split's share by this factor before a smaller one is preferred.
 _MAX_OVERSHOOT = 2.0
+
+# Characters that nothing shows, as soft hyphens, zero-width spaces and variation selectors: the
+# property Default_Ignorable_Code_Point of Unicode 16.
+_IGNORABLE = re.compile(
+  '[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e'
+  '\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3'
+  '\U0001d173-\U0001d17a\U000e0000-\U000e0fff]'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +36,13 @@ class Document:
 
 
 def folded(text: str) -> str:
-  """Returns the text without differences of letter case or of Unicode form.
+  """Returns the text without differences of letter case, Unicode form or invisible characters.
 
-  Compatibility caseless matching (The Unicode Standard, section 3.13, D146), composed: 'Straße' and
-  'STRASSE' are equal, and so are a composed and a decomposed 'é'.
+  Compatibility caseless matching of identifiers (The Unicode Standard, section 3.13, D147),
+  composed: 'Straße' and 'STRASSE' are equal, and so are a composed and a decomposed 'é', and a word
+  with and without a soft hyphen.
   """
+  text = _IGNORABLE.sub('', text)
   for form in ('NFD', 'NFKD'):
     text = unicodedata.normalize(form, text).casefold()
   return unicodedata.normalize('NFKC', text)
@@ -47,7 +58,7 @@ def is_text(string: str) -> bool:
 
 
 def content_key(text: str) -> str:
-  """Returns a hash equal for texts that differ only in case, white space or Unicode form."""
+  """Returns a hash equal for texts that differ only in case, white space or what `folded` drops."""
   return hashlib.sha256(' '.join(folded(text).split()).encode()).hexdigest()
 
 

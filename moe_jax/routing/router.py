@@ -169,6 +169,7 @@ class Router:
     options: the class of its options, declared in its file: `RouterOptions` and what else its
       functions read. Presets must set these fields, and no config may change another router's.
     reads_tokens: whether it looks at the tokens' vectors, not at their ids and positions alone.
+    by_group: whether what it chooses, draws or counts for a token depends on its routing group.
     always: what it amounts to in a field that decides nothing in it, where that is not the
       default: so much a config may say. `allowed` may read it, if the options have it.
     params: (options, embed_dim) -> arrays trained by gradient.
@@ -201,6 +202,7 @@ class Router:
   cost: str
   options: type[RouterOptions] = RouterOptions
   reads_tokens: bool = True
+  by_group: bool = False
   always: Mapping[str, str] = dataclasses.field(default_factory=dict)
   params: Callable[[Any, int], dict[str, Weight]] = one_matrix
   state: Callable[[Any, int, int], State] = no_state

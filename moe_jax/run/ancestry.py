@@ -116,7 +116,7 @@ def _open(config: ml_collections.ConfigDict, workdir: str, pinned: dict[str, Any
     raise UserError(FIELD, given, 'is the run itself; it goes on without it')
   try:
     facts = manifest.read(directory)
-    source_config = manifest.config_of(facts)
+    source_config = manifest.config_of(facts, directory)
   except UserError as error:
     reason = error.allowed if error.field == 'workdir' else str(error)
     raise UserError(FIELD, given, reason) from error

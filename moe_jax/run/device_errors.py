@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import ml_collections
@@ -29,6 +30,22 @@ def explained(config: ml_collections.ConfigDict, together: int = 1) -> Iterator[
   Raises:
     UserError: in place of JAX's error, when memory is exhausted; every other error as it is.
   """
+  with instead('data.batch_size', config.data.batch_size, _ways(config, together)):
+    yield
+
+
+@contextlib.contextmanager
+def instead(field: str, value: Any, ways: str) -> Iterator[None]:
+  """Turns running out of memory within the block into the error of a field; as in `explained`.
+
+  Args:
+    field: that is named.
+    value: of it.
+    ways: to do something about it.
+
+  Raises:
+    UserError: in place of JAX's error, when memory is exhausted; every other error as it is.
+  """
   try:
     yield
   except jax.errors.JaxRuntimeError as error:
@@ -36,13 +53,13 @@ def explained(config: ml_collections.ConfigDict, together: int = 1) -> Iterator[
       watch.connection_lost(jax.process_count())
     if _EXHAUSTED not in str(error) or is_full(error):
       raise
-    raise UserError(
-      'data.batch_size', config.data.batch_size, _advice(config, error, together)
-    ) from (error)
+    said = ' '.join(str(error).split())
+    shown = said if len(said) <= _SHOWN else f'{said[:_SHOWN]}...'
+    raise UserError(field, value, f'out of memory; {ways}. JAX: {shown}') from error
 
 
-def _advice(config: ml_collections.ConfigDict, error: Exception, together: int) -> str:
-  """Returns what ran out, and which fields need less."""
+def _ways(config: ml_collections.ConfigDict, together: int) -> str:
+  """Returns which fields need less memory with which values."""
   fields = ['data.sequence_length', 'model.embed_dim', 'model.num_layers']
   if config.moe.num_experts:
     fields += ['moe.num_experts', 'moe.mlp_dim']
@@ -53,8 +70,4 @@ def _advice(config: ml_collections.ConfigDict, error: Exception, together: int) 
     ways.append('set model.remat=True')
   if together > 1:
     ways.append(f'pack fewer than {together} (--pack)')
-  said = ' '.join(str(error).split())
-  return (
-    f'out of memory; {"; ".join(ways)}; in another --workdir, or the same run on a mesh of more '
-    f'devices. JAX: {said if len(said) <= _SHOWN else f"{said[:_SHOWN]}..."}'
-  )
+  return f'{"; ".join(ways)}; in another --workdir, or the same run on a mesh of more devices'

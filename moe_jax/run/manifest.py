@@ -194,8 +194,12 @@ def write(workdir: str | os.PathLike, manifest: dict[str, Any]) -> None:
   write_atomically(pathlib.Path(workdir) / MANIFEST, text)
 
 
-def config_of(manifest: dict[str, Any]) -> ml_collections.ConfigDict:
+def config_of(manifest: dict[str, Any], workdir: str | os.PathLike) -> ml_collections.ConfigDict:
   """Returns the config a run was started with.
+
+  Args:
+    manifest: of the run.
+    workdir: of the run, for messages.
 
   Raises:
     UserError: if this version does not know one of its fields.
@@ -205,12 +209,14 @@ def config_of(manifest: dict[str, Any]) -> ml_collections.ConfigDict:
   for room, fields in manifest['config'].items():
     for name, value in fields.items():
       if room not in config or name not in config[room]:
-        raise UserError(f'{room}.{name}', value, 'of the run in workdir is unknown to this version')
+        raise UserError(
+          f'{room}.{name}', value, f'of the run in {workdir} is unknown to this version'
+        )
       try:
         config[room][name] = value
       except TypeError as error:
         raise DamagedError(
-          f'{MANIFEST} is damaged: {room}.{name}={value!r} is not of type '
+          f'{pathlib.Path(workdir) / MANIFEST} is damaged: {room}.{name}={value!r} is not of type '
           f'{type(config[room][name]).__name__}'
         ) from error
   return config

@@ -29,13 +29,15 @@ class MetricsFile(NamedTuple):
   """The content of a metrics.jsonl.
 
   Attributes:
-    records: of its good lines.
-    damaged: numbers of the lines that are no records, from 1.
+    records: of its good lines; of those of one step and split the first.
+    damaged: numbers of the lines that are no records, or repeat one, from 1.
+    repeated: the latter of them.
     cut: the number of a last line without an end, as a kill leaves it; None without one.
   """
 
   records: list[dict[str, Any]]
   damaged: list[int]
+  repeated: list[int]
   cut: int | None
 
 
@@ -46,17 +48,21 @@ def read_file(path: str | os.PathLike) -> MetricsFile:
   belongs to routers is numbers.
   """
   if not pathlib.Path(path).exists():
-    return MetricsFile([], [], None)
+    return MetricsFile([], [], [], None)
   lines = pathlib.Path(path).read_bytes().split(b'\n')
-  records, damaged = [], []
+  records: dict[tuple[str, int], dict[str, Any]] = {}
+  damaged, repeated = [], []
   for number, line in enumerate(lines, 1):
     record = _record_of(line)
     if record is not None:
-      records.append(record)
+      key = record['split'], record['step']
+      if key in records:
+        repeated.append(number)
+      records.setdefault(key, record)
     elif number < len(lines):
       damaged.append(number)
   cut = len(lines) if lines[-1] and _record_of(lines[-1]) is None else None
-  return MetricsFile(records, damaged, cut)
+  return MetricsFile([*records.values()], sorted(damaged + repeated), repeated, cut)
 
 
 def _record_of(line: bytes) -> dict[str, Any] | None:
@@ -124,10 +130,17 @@ def _multiples(every: int, start: int, stop: int) -> range:
 
 
 def damage(found: MetricsFile) -> str:
-  """Returns 'line 3 is damaged', or as much of several."""
-  if len(found.damaged) == 1:
-    return f'line {found.damaged[0]} is damaged'
-  return f'lines {shortened(found.damaged)} are damaged'
+  """Returns 'line 3 is damaged', or as much of several and of those that repeat others."""
+  broken = [number for number in found.damaged if number not in found.repeated]
+  kinds = (
+    (broken, ('is damaged', 'are damaged')),
+    (found.repeated, ('repeats an earlier one', 'repeat earlier ones')),
+  )
+  return ' and '.join(
+    f'line {lines[0]} {one}' if len(lines) == 1 else f'lines {shortened(lines)} {many}'
+    for lines, (one, many) in kinds
+    if lines
+  )
 
 
 def shortened(items: list[Any], most: int = 3) -> str:
@@ -149,8 +162,7 @@ def keep_until(
   kept = [record for record in found.records if not again(record)]
   if found.damaged:
     say(
-      f'warning: {path}: {damage(found)} and left out; the old file is '
-      f'{_copy_aside(path, "damaged")}'
+      f'warning: {path}: {damage(found)}, left out; the old file is {_copy_aside(path, "damaged")}'
     )
   elif not step and found.records:
     say(

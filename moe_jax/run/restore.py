@@ -68,7 +68,7 @@ def restore_run(
     DamagedError: if no checkpoint is good.
   """
   facts = manifest.read(workdir)
-  config = manifest.config_of(facts)
+  config = manifest.config_of(facts, workdir)
   tokenizer = _tokenizer_of(workdir, facts)
   device_mesh = _choose_mesh(config, mesh, mesh_flag)
   _choose_exchange(config, device_mesh)

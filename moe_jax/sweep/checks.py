@@ -3,18 +3,16 @@
 import copy
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import ml_collections
-import numpy as np
 
-from moe_jax import routing, unread
 from moe_jax.arguments import near_fields
 from moe_jax.data import SPLITS, Dataset, documents
 from moe_jax.errors import UserError
 from moe_jax.field_names import split_field
-from moe_jax.schema import ROUTER_FIELDS, SCHEMA
+from moe_jax.schema import SCHEMA
 from moe_jax.study import MAY_DIFFER, Comparison, Metric, Point, Study, labels_of
 from moe_jax.sweep import metric_paths, user_metrics
 from moe_jax.sweep.evaluations import EVALUATIONS
@@ -181,6 +179,13 @@ def _check_base(base: ml_collections.ConfigDict) -> None:
       if name not in fields:
         why = f'of study.base: unknown field{near_fields(field)}'
         raise UserError(field, _shown(base[section][name]), why)
+  seed, default = base.train.seed, SCHEMA['train']['seed'].default
+  if seed != default:
+    raise UserError(
+      'train.seed',
+      seed,
+      f'of study.base: must be {default}; seeds are those of study.seeds, which would override it',
+    )
 
 
 def _shown(value: Any) -> Any:
@@ -249,34 +254,3 @@ def check_dataset(study: Study, dataset: Dataset) -> None:
 def unfrozen(base: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   """Returns a copy that may be changed, whatever the base was."""
   return ml_collections.ConfigDict(copy.deepcopy(base.to_dict()))
-
-
-def same_model(config: ml_collections.ConfigDict, free: Sequence[str]) -> dict[str, Any]:
-  """Returns the fields that decide a trained model: two arms with equal ones are one model.
-
-  Numbers are what float32 holds, in which the step takes them. Fields that nothing reads (of
-  experts in a dense model, and those that the router has no use for) are at their defaults.
-
-  Args:
-    config: validated.
-    free: fields that change no result.
-  """
-  with np.errstate(over='ignore', under='ignore'):
-    fields = {
-      f'{section}.{name}': float(np.float32(value)) if isinstance(value, float) else value
-      for section, values in config.to_dict().items()
-      for name, value in values.items()
-      if f'{section}.{name}' not in free
-    }
-  inert = _unread(config.moe) | unread.unread(config).keys()
-  return {name: value for name, value in fields.items() if name not in inert}
-
-
-def _unread(moe: ml_collections.ConfigDict) -> set[str]:
-  """Returns fields of experts that nothing reads in a trial of a study."""
-  if not moe.num_experts:
-    return {f'moe.{name}' for name in SCHEMA['moe']}
-  router = routing.ROUTERS[moe.router]
-  # Every evaluation of a study sets `eval_capacity_factor`.
-  inert = {'eval_capacity_factor'} | ROUTER_FIELDS.keys() - {*router.reads}
-  return {f'moe.{name}' for name in inert}

@@ -135,7 +135,7 @@ def _record(study: Study, trial: Trial, workdir: str | os.PathLike, command: str
   try:
     facts = manifest.read(folder) if manifest.exists(folder) else None
     if facts:
-      known |= _of_manifest(trial, facts)
+      known |= _of_manifest(trial, facts, folder)
       known['command'] = _environment(known['devices']) + known['command'] if command else ''
     try:
       ended = outcome.read(workdir, trial.id)
@@ -182,8 +182,8 @@ def _how_far(facts: dict[str, Any] | None) -> str:
   return f'{facts["status"]} at step {facts["step"]}'
 
 
-def _of_manifest(trial: Trial, facts: dict[str, Any]) -> dict[str, Any]:
-  config = manifest.config_of(facts)
+def _of_manifest(trial: Trial, facts: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
+  config = manifest.config_of(facts, folder)
   if trial_id(config) != trial.id:
     raise DamagedError(f'the manifest of trial {trial.id} is that of another config')
   data = config.data

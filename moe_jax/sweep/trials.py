@@ -22,8 +22,9 @@ from moe_jax.results.comparable import check_planned
 from moe_jax.run import ancestry, manifest
 from moe_jax.schema import FREE_FIELDS, LATER_FIELDS
 from moe_jax.study import FinishedTrial, Point, Study
-from moe_jax.sweep.checks import check_study, same_model, unfrozen
+from moe_jax.sweep.checks import check_study, unfrozen
 from moe_jax.sweep.metric_paths import check_layers
+from moe_jax.sweep.one_model import differing, same_model
 from moe_jax.train import accounting
 
 
@@ -136,7 +137,9 @@ def trials_of(study: Study, free: Mapping[str, Any] | None = None) -> list[Trial
       model = json.dumps(same_model(config, FREE_FIELDS), sort_keys=True)
       if model in arms_by_model:
         other = arms_by_model[model]
-        same = 'config' if other.id == trial.id else 'model: nothing reads what differs'
+        fields = [field for field in differing(config, other.config) if field not in FREE_FIELDS]
+        say = 'says' if len(fields) == 1 else 'say'
+        same = f'model, whatever {" and ".join(fields)} {say}' if fields else 'config'
         raise UserError('study.arms', arm.name, f'is the same as arm {other.arm!r}, one {same}')
       arms_by_model[model] = trial
       trials.append(trial)

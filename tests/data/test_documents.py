@@ -59,13 +59,22 @@ SAME = (
   ('\u1fb4', '\u0391\u0301\u0399'),
   ('\u1fb4', '\u1fb3\u0301'),
   ('\u3392', 'mhz'),
+  # Soft hyphen, byte order mark; zero-width space, joiners, marks of direction; selectors; fillers.
+  ('\ufeffStra\u00ad\u00dfe', 'STRASSE'),
+  ('un\u200bseen\u200c\u200d\u200e \u2060\u2066sea\u2069', 'unseen sea'),
+  ('\u2764\ufe0f \u845b\U000e0100', '\u2764 \u845b'),
+  ('a\u034f\u0301', '\u00e1'),
+  ('a\u3164\uffa0b', 'ab'),
 )
+# Shown, though of the category of format characters; and what separates words.
+DIFFERENT = (('resume', 'résumé'), ('\u06005', '5'), ('a\u00a0b', 'ab'), ('a\u2009b', 'ab'))
 
 
 def test_texts_that_differ_in_case_or_unicode_form_are_one_work():
   for one, other in SAME:
     assert documents_lib.content_key(one) == documents_lib.content_key(other)
-  assert documents_lib.content_key('resume') != documents_lib.content_key('résumé')
+  for one, other in DIFFERENT:
+    assert documents_lib.content_key(one) != documents_lib.content_key(other)
   # Twelve works, each there twice: 7 stood in two splits while only letters were lowered.
   works = [text for i in range(12) for text in (f'Große Straße {i}', f'GROSSE STRASSE {i}')]
   keys = [documents_lib.content_key(text) for text in works]
@@ -78,9 +87,10 @@ def test_held_out_lines_are_found_in_another_unicode_form():
   line = 'Über der stillen Straße geht ein großer Mond und schweigt zu aller Nacht'
   held_out = documents_lib.Document(line, 'a', 'poem')
   rest = 'Something else that only the reader of this very book has ever seen before now.\n'
-  book = documents_lib.Document(f'{rest}{line.upper()}\n{rest}', 'a', 'book')
   decomposed = unicodedata.normalize('NFD', f'{rest}{line}\n{rest}')
-  for document in (book, documents_lib.Document(decomposed, 'a', 'book')):
+  hyphenated = f'{rest}{line}\n{rest}'.replace('still', 'stil\u00adl')
+  for text in (f'{rest}{line.upper()}\n{rest}', decomposed, hyphenated):
+    document = documents_lib.Document(text, 'a', 'book')
     kept, _ = overlap.remove_held_out_lines([('test', held_out), ('train', document)])
     assert kept[1][1].text == rest + rest
 

@@ -1,6 +1,7 @@
-"""Writes the golden texts again, after a meant change: python -m tests.golden.regenerate.
+"""Writes all that is generated again, after a meant change: python -m tests.golden.regenerate.
 
-`configs/FIELDS.md`, the list of fields, is one of them.
+The text of every named config, the list of fields `configs/FIELDS.md`, and the table of routers in
+`moe_jax/routing/README.md`.
 """
 
 import pathlib
@@ -8,9 +9,12 @@ import re
 
 from configs import debug, dense_matched, lm_small, quickstart
 from moe_jax import config as config_lib
+from moe_jax import routers
 
 FOLDER = pathlib.Path(__file__).parent
 FIELDS = FOLDER.parents[1] / 'configs' / 'FIELDS.md'
+ROUTERS = FOLDER.parents[1] / 'moe_jax' / 'routing' / 'README.md'
+_TABLE_OF_ROUTERS = re.compile(r'^\| router \|.*\n(\|.*\n)*', re.MULTILINE)
 _INTRODUCTION = """# Every field
 
 `--config.SECTION.NAME=VALUE` sets a field on the command line, `config.SECTION.update(NAME=VALUE)`
@@ -61,9 +65,19 @@ def fields_page():
   return '\n'.join(lines) + '\n'
 
 
+def routers_page():
+  """Returns the text of moe_jax/routing/README.md, with the table that the registry makes."""
+  text = ROUTERS.read_text(encoding='utf-8')
+  new, count = _TABLE_OF_ROUTERS.subn(lambda _: f'{routers.markdown()}\n', text)
+  if count != 1:
+    raise ValueError(f'{ROUTERS}: must have one table that begins with "| router |", has {count}')
+  return new
+
+
 def main():
-  """Writes one file for each named config, and the list of fields."""
+  """Writes one file for each named config, the list of fields, and the table of routers."""
   FIELDS.write_text(fields_page(), encoding='utf-8')
+  ROUTERS.write_text(routers_page(), encoding='utf-8')
   for path in FOLDER.glob('*.txt'):
     path.unlink()
   for name, config in named_configs().items():

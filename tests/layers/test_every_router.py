@@ -136,8 +136,19 @@ def few_weights_are_many():
 
 
 @pytest.fixture(scope='module')
-def one_device():
-  return outcome(ROUTERS, (1, 1))
+def names(request):
+  """Returns the routers that the selected tests are about: with `-k NAME`, one program has one."""
+  about = [
+    getattr(item, 'callspec', None) and item.callspec.params.get('name')
+    for item in request.session.items
+    if item.path == request.path and 'names' in item.fixturenames
+  ]
+  return tuple(ROUTERS if None in about else sorted(set(about)))
+
+
+@pytest.fixture(scope='module')
+def one_device(names):
+  return outcome(names, (1, 1))
 
 
 def forward(cases, mesh=(1, 1), deterministic=False):
@@ -183,17 +194,21 @@ def test_every_router_has_a_preset_and_tests_of_its_own():
     assert path.stem == 'test_random_choice' or 'oracle' in text, f'{path.name}: no oracle'
 
 
+@functools.cache
+def outcomes_on(mesh, names):
+  """Returns the outcomes on one device and on a mesh."""
+  return outcome(names, (1, 1), **MESHES[mesh]), outcome(names, mesh, **MESHES[mesh])
+
+
 @pytest.mark.parametrize('mesh', MESHES)
-def test_every_mesh_gives_the_result_of_one_device(mesh):
-  one_device = outcome(ROUTERS, (1, 1), **MESHES[mesh])
-  result = outcome(ROUTERS, mesh, **MESHES[mesh])
-  for name in ROUTERS:
-    counts = 'tokens_per_expert', 'kept_per_expert', 'tokens_all_dropped'
-    for field in counts:
-      np.testing.assert_array_equal(
-        result[name][2][field], one_device[name][2][field], err_msg=f'{name}: {field}'
-      )
-    assert_same(result[name], one_device[name], name)
+@pytest.mark.parametrize('name', ROUTERS)
+def test_every_mesh_gives_the_result_of_one_device(name, mesh, names):
+  one_device, result = (outcomes[name] for outcomes in outcomes_on(mesh, names))
+  for field in ('tokens_per_expert', 'kept_per_expert', 'tokens_all_dropped'):
+    np.testing.assert_array_equal(
+      result[2][field], one_device[2][field], err_msg=f'{name}: {field}'
+    )
+  assert_same(result, one_device, name)
 
 
 @pytest.mark.parametrize('name', ROUTERS)
@@ -208,9 +223,9 @@ def test_numbers_are_finite_and_tokens_are_counted(name, one_device):
 
 
 @functools.cache
-def choices(training):
+def choices(training, names):
   """Returns {router: (valid, number of assignments, choice)}, all from one program."""
-  cases = cases_of(ROUTERS)
+  cases = cases_of(names)
   numbers = {
     name: dataclasses.replace(options.choice, capacity=4, training=training)
     for name, (options, *_) in cases.items()
@@ -229,14 +244,14 @@ def choices(training):
   made = jax.device_get(program({name: case[1:] for name, case in cases.items()}))
   return {
     name: (cases[name][1].valid, routing.ROUTERS[name].num_assignments(numbers[name]), made[name])
-    for name in ROUTERS
+    for name in names
   }
 
 
 @pytest.mark.parametrize('name', ROUTERS)
 @pytest.mark.parametrize('training', [True, False])
-def test_a_choice_names_experts_that_exist_none_twice(name, training):
-  valid, num_assignments, choice = choices(training)[name]
+def test_a_choice_names_experts_that_exist_none_twice(name, training, names):
+  valid, num_assignments, choice = choices(training, names)[name]
   index = choice.expert_index
   assert index.shape == (*valid.shape, num_assignments)
   assert choice.router_probs.shape == (*valid.shape, 8)
@@ -246,10 +261,10 @@ def test_a_choice_names_experts_that_exist_none_twice(name, training):
 
 
 @pytest.fixture(scope='module')
-def task_gradients():
+def task_gradients(names):
   """Returns {(router, K): gradients of the task loss by its weights}, all from one program."""
   cases = {}
-  for name in ROUTERS:
+  for name in names:
     for choice in filter(None, (options_of(name).choice, one_selected(name))):
       options = options_of(name, capacity_factor=None, choice=choice)
       cases[name, choice.num_selected_experts] = options, *drawn(options)
@@ -310,11 +325,11 @@ def past_changes(options, deterministic):
 
 
 @pytest.fixture(scope='module')
-def changes_in_training():
+def changes_in_training(names):
   """Those of {(router, sequences in a group)}."""
   # Where tokens are weighed against each other, also beside those of another sequence.
-  sizes = {n: (1, 2) if routing.ROUTERS[n].balance == 'assignment' else (1,) for n in ROUTERS}
-  options = {(n, size): options_of(n, group_size=size) for n in ROUTERS for size in sizes[n]}
+  sizes = {n: (1, 2) if routing.ROUTERS[n].balance == 'assignment' else (1,) for n in names}
+  options = {(n, size): options_of(n, group_size=size) for n in names for size in sizes[n]}
   return past_changes(options, deterministic=False)
 
 
@@ -335,13 +350,15 @@ EVALUATIONS = {'same': True, 'token_choice': False, 'threshold': False}
 
 
 @pytest.fixture(scope='module')
-def changes_in_evaluation():
+def changes_in_evaluation(names):
   """Those of routers that decode, and of each evaluation of `expert_choice`."""
   options = {
-    (name, 'preset'): options_of(name, group_size=1, capacity_factor=None) for name in DECODED
+    (name, 'preset'): options_of(name, group_size=1, capacity_factor=None)
+    for name in names
+    if name in DECODED
   }
   choice = options_of('expert_choice').choice
-  for evaluation in EVALUATIONS:
+  for evaluation in EVALUATIONS if 'expert_choice' in names else ():
     changed = dataclasses.replace(choice, evaluation=evaluation)
     options['expert_choice', evaluation] = options_of('expert_choice', group_size=1, choice=changed)
   return past_changes(options, deterministic=True)
@@ -366,9 +383,9 @@ def test_expert_choice_leaks_in_one_of_its_evaluations(evaluation, leaks, change
 
 
 @pytest.fixture(scope='module')
-def losses_of_bad_weights():
+def losses_of_bad_weights(names):
   """Returns {(router, weight, bad number)}: loss, by one program; (router, '', 0): of good ones."""
-  cases = cases_of(ROUTERS)
+  cases = cases_of(names)
 
   @jax.jit
   def program(weights, arrays):
@@ -408,8 +425,8 @@ DISPATCHED = [n for n in ROUTERS if routing.ROUTERS[n].mix is None]
 
 
 @functools.cache
-def dispatched(dispatch, mesh):
-  cases = cases_of(DISPATCHED, dispatch=dispatch)
+def dispatched(dispatch, mesh, names):
+  cases = cases_of([name for name in names if name in DISPATCHED], dispatch=dispatch)
   return forward(cases, mesh)(cases)
 
 
@@ -418,15 +435,15 @@ def dispatched(dispatch, mesh):
   ('dispatch', 'mesh'), [('einsum', (1, 1)), ('dropless', (1, 1)), ('decode', (2, 4))]
 )
 @pytest.mark.parametrize('name', DISPATCHED)
-def test_every_dispatcher_gives_the_same_result(name, dispatch, mesh, one_device):
-  y, sums = dispatched(dispatch, mesh)[name]
+def test_every_dispatcher_gives_the_same_result(name, dispatch, mesh, one_device, names):
+  y, sums = dispatched(dispatch, mesh, names)[name]
   assert_same((y, sums._asdict()), one_device[name][1:3], name)
 
 
 @pytest.fixture(scope='module')
-def noise_in_padding():
+def noise_in_padding(names):
   """Returns {router: (y, sums)} where padding holds noise, all from one program."""
-  cases = cases_of(ROUTERS)
+  cases = cases_of(names)
   for name, (options, inputs, state) in cases.items():
     noise = 30 * jax.random.normal(jax.random.key(1), inputs.x.shape)
     x = jnp.where(inputs.valid[..., None], inputs.x, noise)

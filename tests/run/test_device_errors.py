@@ -6,7 +6,8 @@ import jax
 import pytest
 
 from moe_jax.errors import UserError
-from moe_jax.run import device_errors, manifest, packed, single
+from moe_jax.results import evaluation
+from moe_jax.run import device_errors, manifest, packed, restore, single
 from moe_jax.study import Study, product
 from moe_jax.sweep import outcome, runner, trials
 from tests import tiny
@@ -89,6 +90,31 @@ def test_training_ends_in_one_line(text, tmp_path, exhausted):
   assert line.startswith('error: data.batch_size=16: out of memory; lower it') and SAID in line
   # As after a kill: the same command goes on, on a larger machine.
   assert manifest.read(workdir)['status'] == 'running'
+
+
+@pytest.mark.parametrize(
+  ('verb', 'flags', 'module', 'words'),
+  [
+    (
+      'evaluate',
+      ('--mesh=data=1,expert=1',),
+      evaluation,
+      "--mesh='data=1,expert=1': out of memory; give a mesh of more devices",
+    ),
+    (
+      'generate',
+      ('--prompt=a', '--num_tokens=9'),
+      restore,
+      '--num_tokens=9: out of memory; lower it, give fewer --prompt at a time',
+    ),
+  ],
+)
+def test_what_reads_a_run_ends_in_one_line_too(verb, flags, module, words, tmp_path, monkeypatch):
+  def fail(*args):
+    raise jax.errors.JaxRuntimeError(f'{SAID}\n{"x" * 1000}')
+
+  monkeypatch.setattr(module, 'restore_run', fail)
+  tiny.command(verb, f'--workdir={tmp_path}', *flags).assert_error(words, SAID)
 
 
 def test_a_trial_of_a_sweep_says_it_too(text, tmp_path, exhausted):

@@ -80,11 +80,12 @@ def test_a_missing_field_is_damage(whole, tmp_path, field):
 def test_fields_of_the_config_are_known_and_of_their_type(whole):
   facts = copy.deepcopy(whole)
   facts['config']['moe']['num_experts'] = 'many'
-  with pytest.raises(DamagedError, match="moe.num_experts='many' is not of type int"):
-    manifest.config_of(facts)
+  words = r"^runs/a/manifest.json is damaged: moe.num_experts='many' is not of type int$"
+  with pytest.raises(DamagedError, match=words):
+    manifest.config_of(facts, 'runs/a')
   facts['config']['moe'] = {'no_such_field': 1}
-  with pytest.raises(UserError, match='moe.no_such_field'):
-    manifest.config_of(facts)
+  with pytest.raises(UserError, match='moe.no_such_field=1: of the run in runs/a is unknown'):
+    manifest.config_of(facts, 'runs/a')
 
 
 def test_the_pace_of_old_manifests(whole):
@@ -124,7 +125,7 @@ def test_a_run_from_before_a_field_came_is_read_and_goes_on(study, lacks):
   absent = {f'moe.{name}' for name in SCHEMA['moe'] if name not in old['moe']}
   assert absent - {*FREE_FIELDS} == lacks
   facts = {'config': old, 'status': 'interrupted'}
-  config = manifest.config_of(facts)
+  config = manifest.config_of(facts, 'DIR')
   config_lib.validate(config)
   same_run.check_same_config('DIR', facts, config)
   assert same_run.first_difference(old, config.to_dict()) is None

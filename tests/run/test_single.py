@@ -308,7 +308,7 @@ def test_damaged_and_cut_lines_are_said_and_kept_when_a_run_goes_on(whole, copy,
   spoiled = path.read_bytes()
   assert single.train(config, str(copy)).finished
   out = capsys.readouterr().out
-  assert f'warning: {path}: line 2 is damaged and left out; the old file is' in out
+  assert f'warning: {path}: line 2 is damaged, left out; the old file is' in out
   assert f'note: {path}: line 9, the last one, was cut off' in out
   assert f'warning: {path} lacks the lines of train 2; they are not written again' in out
   assert (copy / 'damaged_metrics.jsonl').read_bytes() == spoiled

@@ -7,6 +7,7 @@ import ml_collections
 import pytest
 
 from moe_jax.errors import UserError
+from moe_jax.schema import FREE_FIELDS
 from moe_jax.study import Comparison, Metric, Point, Study, chain, point, product
 from moe_jax.sweep import checks, trials
 from tests import tiny
@@ -148,6 +149,30 @@ def test_seeds_are_those_of_the_study():
   assert text.startswith('train.seed=7') and 'study.seeds' in text
 
 
+def test_arms_that_differ_little_are_two_models():
+  for common, changes in (
+    ({}, {'model.head_dim': 4}),
+    ({'optim.name': 'muon'}, {'optim.adam_learning_rate': 0.2}),
+    ({'train.accumulation_steps': 2}, {'train.accumulation_scope': 'batch'}),
+    ({'train.accumulation_steps': 2}, {'train.accumulation_scope': 'running'}),
+    ({'moe.balance_scope': 'group', 'moe.group_size': 2}, {'moe.balance_scope': 'sequence'}),
+    ({'moe.capacity_factor': 1.25}, {'moe.capacity_factor': 1.3}),
+    ({}, {'moe.capacity_factor': 3.0}),
+    ({'moe.dispatch': 'dropless', 'moe.jitter': 0.1}, {'moe.group_size': 2}),
+    ({'moe.dispatch': 'dropless', 'moe.balance_scope': 'group'}, {'moe.group_size': 2}),
+    ({'moe.dispatch': 'dropless', 'moe.router': 'noisy_top_k'}, {'moe.group_size': 2}),
+  ):
+    base = tiny.config({'mesh.data': 1, 'mesh.expert': 1})
+    arms = point('one', common) + point('other', {**common, **changes})
+    study = make_study(base=base, arms=arms, may_differ=('compute',))
+    assert len(trials.trials_of(study)) == 4, changes
+
+
+def test_a_base_has_no_seed_of_its_own():
+  said = refused(base=tiny.config({'train.seed': 7}))
+  assert said.startswith('train.seed=7: of study.base: must be 0; seeds are those of study.seeds')
+
+
 @pytest.mark.parametrize('field', ['data.valid_fraction', 'data.test_fraction'])
 def test_other_splits_are_other_data(field):
   arms = point('a', {}) + point('b', {field: 0.3})
@@ -183,14 +208,44 @@ def test_a_comparison_counts_once_in_whichever_direction():
     # What the router does whether one says so or not.
     ({'moe.router': 'sinkhorn'}, {'moe.score': 'sigmoid'}),
     ({}, {'train.log_every': 7}),
+    # 16 / 2 heads; the rate of what muon leaves to AdamW.
+    ({}, {'model.head_dim': 8}),
+    ({'optim.name': 'muon'}, {'optim.adam_learning_rate': 0.1}),
+    # No weight of a loss that is formed in scopes; without one of loads they are all the same.
+    (
+      {'moe.load_balancing_weight': 0.0, 'train.accumulation_steps': 2},
+      {'train.accumulation_scope': 'batch'},
+    ),
+    (
+      {
+        'moe.load_balancing_weight': 0.0,
+        'moe.importance_weight': 0.1,
+        'train.accumulation_steps': 2,
+      },
+      {'train.accumulation_scope': 'running'},
+    ),
+    # A group of one sequence; 16 sequences in 16 parts; one group of all.
+    ({'moe.balance_scope': 'group'}, {'moe.balance_scope': 'sequence'}),
+    ({'moe.balance_scope': 'group'}, {'moe.balance_scope': 'device', 'moe.balance_devices': 16}),
+    ({'moe.group_size': 2}, {'moe.balance_scope': 'device', 'moe.balance_devices': 1}),
+    # Slots are whole: ceil(16 * 2 * 1.25 / 8) = ceil(16 * 2 * 1.2 / 8) = 5, and 16 at most.
+    ({'moe.capacity_factor': 1.25}, {'moe.capacity_factor': 1.2}),
+    ({'moe.capacity_factor': 4.0}, {'moe.capacity_factor': 8.0}),
+    ({'moe.capacity_factor': 4.0}, {'moe.priority': 'choice'}),
+    ({'moe.dispatch': 'dropless'}, {'moe.group_size': 2}),
+    # Steps are whole, too: 0.5 * 6 and 0.51 * 6.
+    ({'optim.schedule': 'wsd', 'optim.decay_fraction': 0.5}, {'optim.decay_fraction': 0.51}),
+    ({}, {'train.load_decay': 0.5}),
+    ({}, {'model.remat': True}),
   ],
 )
 def test_two_arms_that_are_one_model(common, changes):
+  base = tiny.config({'mesh.data': 1, 'mesh.expert': 1})
   arms = point('one', common) + point('other', {**common, **changes})
-  assert refused(arms=arms).startswith("study.arms='other': is the same as arm 'one'")
-  # The same change does matter where something reads it.
-  if 'moe.capacity_factor' in changes:
-    assert len(trials.trials_of(make_study(arms=point('one', {}) + point('other', changes)))) == 4
+  said = refused(base=base, arms=arms)
+  assert said.startswith("study.arms='other': is the same as arm 'one', one ")
+  if not changes.keys() <= {*FREE_FIELDS}:
+    assert all(field in said for field in changes) and 'one model, whatever ' in said
 
 
 def test_labels_are_unique():

@@ -59,13 +59,42 @@ def test_a_damaged_line_is_said_and_costs_no_other_line(tmp_path, capsys, damage
   said = []
   metrics_file.keep_until(path, 20, False, said.append)
   aside = tmp_path / 'damaged_metrics.jsonl'
-  assert said == [f'warning: {path}: line 2 is damaged and left out; the old file is {aside}']
+  assert said == [f'warning: {path}: line 2 is damaged, left out; the old file is {aside}']
   assert aside.read_bytes() == content
   assert steps_of(path) == [10, 20]
   # The second time, there is nothing to say.
   metrics_file.keep_until(path, 20, False, said.append)
   assert len(said) == 1 and not capsys.readouterr().err
   assert sorted(p.name for p in tmp_path.iterdir()) == ['damaged_metrics.jsonl', 'metrics.jsonl']
+
+
+def test_a_line_that_repeats_a_step_and_split_is_said_and_left_out(tmp_path, capsys):
+  path, said = tmp_path / 'metrics.jsonl', []
+  lines = [
+    line(10),
+    line(10, split='valid'),
+    line(20),
+    line(20),
+    b'7',
+    line(10, loss=9.0),
+    line(30),
+  ]
+  path.write_bytes(b'\n'.join([*lines, b'']))
+  # The first of step 10 stays, which has the loss 1.0.
+  kept = [('train', 10, 1.0), ('valid', 10, 1.0), ('train', 20, 1.0), ('train', 30, 1.0)]
+  columns = ('split', 'step', 'loss')
+  read = [tuple(r[name] for name in columns) for r in metrics_file.read_metrics(path)]
+  words = 'line 5 is damaged and lines 4, 6 repeat earlier ones, left out'
+  assert read == kept and capsys.readouterr().err == f'warning: {path}: {words}\n'
+  metrics_file.keep_until(path, 30, False, said.append)
+  aside = tmp_path / 'damaged_metrics.jsonl'
+  assert said == [f'warning: {path}: {words}; the old file is {aside}']
+  assert aside.read_bytes() == b'\n'.join([*lines, b''])
+  assert path.read_bytes() == b'\n'.join([*(lines[i] for i in (0, 1, 2, 6)), b''])
+  path.write_bytes(b'\n'.join([line(10), line(10)]))
+  metrics_file.keep_until(path, 10, False, said.append)
+  assert 'line 2 repeats an earlier one, left out' in said[-1]
+  assert path.read_bytes() == line(10) + b'\n'
 
 
 @pytest.mark.parametrize('end', [b'{"step": 2', b'{"step": 9, "split": "tr\303', line(9)[:-1]])

@@ -226,6 +226,7 @@ ROUTER = router_lib.Router(
   options=Options,
   causal=False,
   learns=True,
+  by_group=True,
   balance='assignment',
   cost='D E products; an auction: tens to hundreds of rounds of E and a sort of S',
   allowed=allowed,

@@ -149,6 +149,7 @@ ROUTER = router_lib.Router(
   options=Options,
   causal=False,
   learns=True,
+  by_group=True,
   balance='assignment',
   fills_slots=True,
   cost='D E products, 32 + log S counts of the tokens for each expert',

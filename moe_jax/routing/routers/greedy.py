@@ -203,6 +203,7 @@ ROUTER = router_lib.Router(
   options=Options,
   causal=False,
   learns=True,
+  by_group=True,
   balance='assignment',
   fills_slots=True,
   cost='D E products, some rounds of top-k of E and a sort of S K',

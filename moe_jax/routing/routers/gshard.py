@@ -116,6 +116,7 @@ ROUTER = router_lib.Router(
   options=Options,
   causal=True,
   learns=True,
+  by_group=True,
   balance='loss',
   cost='D E products, top-2 of E, 1 random number',
   loss=loss,

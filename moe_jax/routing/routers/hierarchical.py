@@ -201,6 +201,7 @@ ROUTER = router_lib.Router(
   options=Options,
   causal=True,
   learns=True,
+  by_group=True,
   balance='loss',
   cost='2 D (E + groups) products, random numbers and top-k of the groups and each selected group',
   params=params,

@@ -144,6 +144,7 @@ ROUTER = router_lib.Router(
   options=Options,
   causal=True,
   learns=True,
+  by_group=True,
   balance='loss',
   cost='2 D E products, E random numbers, top-k of E',
   always={'softmax_order': 'after'},

@@ -116,6 +116,7 @@ ROUTER = router_lib.Router(
   options=Options,
   causal=True,
   learns=True,
+  by_group=True,
   balance='state',
   cost='D E products, top-k of E; in training 32 counts of the tokens for each expert',
   state=state,

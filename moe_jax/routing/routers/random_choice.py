@@ -58,6 +58,7 @@ ROUTER = router_lib.Router(
   causal=True,
   learns=False,
   reads_tokens=False,
+  by_group=True,
   balance='fixed',
   cost='E random numbers, top-k of E',
   params=router_lib.no_params,

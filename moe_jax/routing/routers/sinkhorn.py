@@ -155,6 +155,7 @@ ROUTER = router_lib.Router(
   options=Options,
   causal=False,
   learns=True,
+  by_group=True,
   balance='assignment',
   cost='D E products, top-k of E, tens to hundreds of passes over E',
   always={'score': 'sigmoid'},

@@ -110,6 +110,7 @@ ROUTER = router_lib.Router(
   options=Options,
   causal=False,
   learns=True,
+  by_group=True,
   balance='fixed',
   cost='D E P products; E P weights for dispatch and E P for combine, kept for the gradient',
   params=new_params,

@@ -95,6 +95,7 @@ ROUTER = router_lib.Router(
   options=Options,
   causal=True,
   learns=True,
+  by_group=True,
   balance='assignment',
   fills_slots=True,
   cost='D E products, top-k of E, in S sequential steps',
