@@ -1,5 +1,6 @@
 """Parameters and floating-point operations of a config, from the shapes of its parameters."""
 
+import copy
 import math
 
 import ml_collections
@@ -22,7 +23,9 @@ def training_flops_per_token(config: ml_collections.ConfigDict, vocab_size: int)
 
 
 def _task(config: ml_collections.ConfigDict, vocab_size: int) -> Task:
-  """Returns the task on one device: shapes don't depend on the mesh."""
+  """Returns the task on one device: shapes depend neither on the mesh nor on the exchange."""
+  config = copy.deepcopy(config)
+  config.moe.exchange = 'padded'
   return build_task(config, make_mesh(1, 1), vocab_size, 'eval')
 
 
