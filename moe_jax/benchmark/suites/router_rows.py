@@ -20,18 +20,12 @@ VOCAB_SIZE = 32_768
 def options_of(
   name: str, num_experts: int, num_selected: int, capacity: int, router_dtype: str = 'float32'
 ):
-  """Returns sensible numbers of a router, or None where it cannot have so many experts selected."""
+  """Returns the options of a router, with what its file gives as an example.
+
+  Raises:
+    ValueError: where it cannot have these.
+  """
   router = routing.ROUTERS[name]
-  special: dict[str, Any] = {
-    'base': {'num_selected_experts': 1},
-    'dense': {'num_selected_experts': num_experts},
-    'gshard': {'renormalize': 'before_drop'},
-    'noisy_top_k': {'softmax_order': 'after'},
-    'group_limited': {'num_expert_groups': 4, 'num_selected_groups': 2, 'score': 'sigmoid'},
-    'hierarchical': {'num_expert_groups': 4, 'num_selected_groups': num_selected},
-    'loss_free': {'score': 'sigmoid'},
-    'null_experts': {'num_null_experts': num_experts // 2},
-  }
   own = {'router_dtype': router_dtype} if 'router_dtype' in router.reads else {}
   options = router.options(
     **{
@@ -40,7 +34,7 @@ def options_of(
       'capacity': capacity,
       'renormalize': 'none',
       **own,
-      **special.get(name, {}),
+      **router.options.example(num_experts, num_selected),
     }
   )
   if router.allowed(options):

@@ -205,7 +205,7 @@ ROUTER = router_lib.Router(
   learns=True,
   by_group=True,
   balance='assignment',
-  fills_slots=True,
+  slots='filled',
   cost='D E products, some rounds of top-k of E and a sort of S K',
   allowed=allowed,
 )

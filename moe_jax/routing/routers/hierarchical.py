@@ -1,6 +1,7 @@
 """Two levels of noisy top-k: tokens select groups of experts, then experts in them (Shazeer)."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,12 @@ from moe_jax.routing.stats import RouterSums
 @dataclasses.dataclass(frozen=True)
 class Options(LearnedNoiseOptions, SoftmaxOrderOptions, GateScaleOptions, ExpertGroupOptions):
   """Hyperparameters of this router."""
+
+  @classmethod
+  def example(cls, num_experts: int, num_selected_experts: int) -> dict[str, Any]:
+    """Returns four groups, and one expert in each selected one."""
+    del num_experts
+    return {'num_expert_groups': 4, 'num_selected_groups': num_selected_experts}
 
 
 def params(options: Options, embed_dim: int) -> dict[str, Weight]:
