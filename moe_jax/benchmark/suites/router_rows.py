@@ -1,7 +1,7 @@
 """The cost of choosing and planning, as a share of the experts' matmuls."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -70,17 +70,7 @@ def rows(
   """
   key = jax.random.key(seed)
   tokens = jax.random.normal(key, (1, num_tokens, embed_dim), jnp.float32)
-  columns = hidden_dim(num_selected_experts * mlp_dim, 'swiglu')
-  w_in = jax.random.normal(key, (embed_dim, columns)) * embed_dim**-0.5
-  w_out = jax.random.normal(key, (num_selected_experts * mlp_dim, embed_dim)) * mlp_dim**-0.5
-
-  def matmuls(tokens, w_in, w_out):
-    return activate(tokens @ w_in, 'swiglu') @ w_out
-
-  reference = {
-    name: compile_arm(matmuls, *(a.astype(dtype) for a in (tokens, w_in, w_out))).call
-    for name in ('matmuls', 'copy')
-  }
+  reference = _reference(tokens, num_selected_experts, mlp_dim, dtype=dtype, key=key)
   for experts in num_experts:
     capacity = routing.expert_capacity(num_tokens, experts, num_selected_experts, capacity_factor)
     arms, reasons = {}, {}
@@ -111,6 +101,24 @@ def rows(
         'compile_seconds': arms[name].compile_seconds,
         'temporary_bytes': arms[name].temporary_bytes,
       }
+
+
+def _reference(
+  tokens: jax.Array, num_selected_experts: int, mlp_dim: int, *, dtype: str, key: jax.Array
+) -> dict[str, Callable[[], Any]]:
+  """Returns calls of a dense layer of K * F hidden units, and of its copy, the A/A control."""
+  embed_dim = tokens.shape[-1]
+  columns = hidden_dim(num_selected_experts * mlp_dim, 'swiglu')
+  w_in = jax.random.normal(key, (embed_dim, columns)) * embed_dim**-0.5
+  w_out = jax.random.normal(key, (num_selected_experts * mlp_dim, embed_dim)) * mlp_dim**-0.5
+
+  def matmuls(tokens, w_in, w_out):
+    return activate(tokens @ w_in, 'swiglu') @ w_out
+
+  return {
+    name: compile_arm(matmuls, *(a.astype(dtype) for a in (tokens, w_in, w_out))).call
+    for name in ('matmuls', 'copy')
+  }
 
 
 def _load(result: Any) -> dict[str, float | None]:
