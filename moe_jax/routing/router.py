@@ -55,7 +55,8 @@ class Choice(NamedTuple):
     chosen: whether the assignment asks for a slot at all. What it says of padding is ignored.
     router_probs: what losses and statistics read, non-negative, summing to at most 1. Carries
       gradient.
-    router_logits: what z-loss and entropy read. Carries gradient.
+    router_logits: what z-loss and entropy read, before anything bounds them: a weight that is no
+      number must show in the loss. Carries gradient.
     sums: the router's own sums over the valid tokens of each group; float32. May carry gradient.
   """
 

@@ -417,7 +417,10 @@ def test_a_weight_that_is_not_a_number_shows_in_the_loss(name, losses_of_bad_wei
   inputs, _ = drawn(options_of(name))
   for key in inputs.params.router:
     for bad in (jnp.nan, jnp.inf):
-      assert not np.isfinite(losses_of_bad_weights[name, key, bad]), (key, bad)
+      assert not np.isfinite(losses_of_bad_weights[name, key, bad]), (
+        f'{name}: with {bad} in `{key}` the loss is a number, and training would go on; '
+        '`router_logits` should be those before anything bounds them'
+      )
 
 
 DISPATCHED = [n for n in ROUTERS if routing.ROUTERS[n].mix is None]
