@@ -228,15 +228,17 @@ def limits_slots(moe: ml_collections.ConfigDict) -> bool:
 def training_capacity(config: ml_collections.ConfigDict) -> int:
   """Returns the slots of an expert in a routing group: its S tokens where none can be dropped."""
   from moe_jax import routing
+  from moe_jax.routing.sizes import group_sizes
 
   moe = config.moe
-  tokens = config.data.sequence_length * moe.group_size
-  if not limits_slots(moe) or routing.ROUTERS[moe.router].keeps_all:
-    return tokens
-  return min(
-    tokens,
-    routing.expert_capacity(tokens, moe.num_experts, moe.num_selected_experts, moe.capacity_factor),
+  sizes = group_sizes(
+    routing.ROUTERS[moe.router],
+    config.data.sequence_length * moe.group_size,
+    num_experts=moe.num_experts,
+    num_selected_experts=moe.num_selected_experts,
+    capacity_factor=moe.capacity_factor if limits_slots(moe) else None,
   )
+  return sizes.capacity
 
 
 def why_not_causal(config: ml_collections.ConfigDict) -> str | None:

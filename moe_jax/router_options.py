@@ -44,6 +44,17 @@ class RouterOptions:
   group_size: int = 1
   renormalize: str = 'before_drop'
 
+  @property
+  def decodes(self) -> bool:
+    """True if evaluation chooses for each token alone, so that a text can be decoded."""
+    return True
+
+  @classmethod
+  def example(cls, num_experts: int, num_selected_experts: int) -> dict[str, Any]:
+    """Returns what benchmarks set: where defaults are refused, or are not what a paper has."""
+    del num_experts, num_selected_experts
+    return {}
+
 
 @dataclasses.dataclass(frozen=True)
 class MatrixOptions(RouterOptions):

@@ -3,6 +3,7 @@
 import pytest
 
 from moe_jax import router_options, routing
+from moe_jax.benchmark.suites import router_rows
 from moe_jax.schema import SCHEMA
 
 # Its imports are of nothing: a declaration is read without running the file.
@@ -65,6 +66,15 @@ def test_what_is_read_of_a_file_is_what_it_declares(name):
     assert (of_config.allowed, of_config.choices) == (declared.allowed, declared.choices)
   undeclared = SCHEMA['moe'].keys() & router_options.declared().keys() - own.keys()
   assert not any(hasattr(router.options(4, 2), field) for field in undeclared)
+
+
+@pytest.mark.parametrize('name', routing.ROUTERS)
+def test_a_router_has_an_example_that_it_allows(name):
+  """What `python -m moe_jax.benchmark router` measures."""
+  options = router_rows.options_of(name, 16, 2, capacity=4)
+  example = routing.ROUTERS[name].options.example(16, 2)
+  assert example == {field: getattr(options, field) for field in example}
+  assert options.num_selected_experts == {'base': 1, 'dense': 16}.get(name, 2)
 
 
 def test_every_declared_field_is_of_a_router():

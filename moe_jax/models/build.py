@@ -11,7 +11,6 @@ import ml_collections
 from jax.sharding import Mesh
 
 from moe_jax import config as config_lib
-from moe_jax import routing
 from moe_jax.dispatch import DECODE
 from moe_jax.errors import UserError
 from moe_jax.layers.moe_options import MoeOptions
@@ -61,14 +60,14 @@ def _decoder(
   *,
   returns_routing: bool,
 ) -> LanguageModel:
-  if mode == 'decode' and config.moe.num_experts:
-    router = routing.ROUTERS[config.moe.router]
-    if not router.decodes(config_lib.router_options(config)):
-      raise UserError(
-        'moe.evaluation',
-        config.moe.evaluation,
-        f'the run cannot be decoded: {router.name} then looks at later tokens to choose for one',
-      )
+  has_router = mode == 'decode' and config.moe.num_experts
+  if has_router and not config_lib.router_options(config).decodes:
+    raise UserError(
+      'moe.evaluation',
+      config.moe.evaluation,
+      f'the run cannot be decoded: {config.moe.router} then looks at later tokens to choose for '
+      'one',
+    )
   model, moe = config.model, config.moe
   options = DecoderOptions(
     vocab_size=vocab_size,

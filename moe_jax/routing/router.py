@@ -12,7 +12,7 @@ losses and states are the same on any mesh.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,8 @@ class Choice(NamedTuple):
     chosen: whether the assignment asks for a slot at all. What it says of padding is ignored.
     router_probs: what losses and statistics read, non-negative, summing to at most 1. Carries
       gradient.
-    router_logits: what z-loss and entropy read. Carries gradient.
+    router_logits: what z-loss and entropy read, before anything bounds them: a weight that is no
+      number must show in the loss. Carries gradient.
     sums: the router's own sums over the valid tokens of each group; float32. May carry gradient.
   """
 
@@ -181,14 +182,11 @@ class Router:
       step. None where the state does not depend on the text.
     loss: (sums, state, options) -> unweighted auxiliary loss of one layer, weighted by
       moe.router_loss_weight. None without one.
-    num_assignments: options -> K of `Choice`.
-    decodes: options -> whether evaluation chooses for each token alone, so that a text can be
-      decoded token by token.
-    rejected: why no causal language model can have it; empty if one can.
     mix: (params, state, inputs, options) -> `Mixture`, where slots are mixtures of tokens instead
       of single tokens; `choose` then serves the statistics alone. None for all but Soft MoE.
-    keeps_all: whether every expert must take every token, whatever the capacity factor.
-    fills_slots: whether it chooses by the capacity, and for no more than the slots there are.
+    slots: how many an expert has. `limited`: those of the capacity factor; assignments beyond them
+      are dropped. `filled`: as many, and the router chooses by them (`options.capacity`), for no
+      more. `all`: one for every token, whatever the capacity factor.
     allowed: options -> what is wrong with them as (field, what is allowed), None if nothing.
   """
 
@@ -209,18 +207,29 @@ class Router:
   update: Callable[[State, Any, Any], State] | None = None
   from_counts: Callable[[State, Any, Any], State] | None = None
   loss: Callable[[Any, State, Any], Float[Array, '']] | None = None
-  num_assignments: Callable[[Any], int] = lambda options: options.num_selected_experts
-  decodes: Callable[[Any], bool] = lambda options: True
-  rejected: str = ''
   mix: Callable[[Params, State, RouterInputs, Any], 'Mixture'] | None = None
-  keeps_all: bool = False
-  fills_slots: bool = False
+  slots: Literal['limited', 'filled', 'all'] = 'limited'
   allowed: Callable[[Any], tuple[str, str] | None] = lambda options: None
 
   @property
   def reads(self) -> tuple[str, ...]:
     """The hyperparameters that decide anything in it: fields of `moe`, by name."""
     return tuple(name for name in own_fields(self.options) if name not in self.always)
+
+  @property
+  def keeps_all(self) -> bool:
+    """True if every expert takes every token, whatever the capacity factor."""
+    return self.slots == 'all'
+
+  @property
+  def fills_slots(self) -> bool:
+    """True if it chooses by the capacity, and for no more than the slots there are."""
+    return self.slots == 'filled'
+
+  @property
+  def rejected(self) -> str:
+    """The reason why no causal language model can have it; empty if one can."""
+    return 'every token reads slots that later tokens have mixed into' if self.mix else ''
 
 
 def masked_sum(

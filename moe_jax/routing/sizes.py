@@ -31,13 +31,13 @@ def group_sizes(
   """Returns the sizes of a routing group.
 
   Args:
-    router: one that takes every token has no use for a capacity factor.
+    router: its `slots` say what the capacity factor means.
     tokens_in_group: S.
     num_experts: E.
     num_selected_experts: K.
     capacity_factor: slots per assignment under perfect balance; None never drops.
   """
-  if router.keeps_all:
+  if router.slots == 'all':
     return Sizes(tokens_in_group, num_experts, limited=True)
   capacity = tokens_in_group
   if capacity_factor is not None:
@@ -46,6 +46,6 @@ def group_sizes(
     )
     capacity = min(slots, tokens_in_group)
   mean: int | float = num_selected_experts
-  if router.fills_slots:
+  if router.slots == 'filled':
     mean = capacity * num_experts / tokens_in_group
   return Sizes(capacity, mean, limited=capacity < tokens_in_group)

@@ -1,7 +1,7 @@
 """The cost of choosing and planning, as a share of the experts' matmuls."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -20,18 +20,12 @@ VOCAB_SIZE = 32_768
 def options_of(
   name: str, num_experts: int, num_selected: int, capacity: int, router_dtype: str = 'float32'
 ):
-  """Returns sensible numbers of a router, or None where it cannot have so many experts selected."""
+  """Returns the options of a router, with what its file gives as an example.
+
+  Raises:
+    ValueError: where it cannot have these.
+  """
   router = routing.ROUTERS[name]
-  special: dict[str, Any] = {
-    'base': {'num_selected_experts': 1},
-    'dense': {'num_selected_experts': num_experts},
-    'gshard': {'renormalize': 'before_drop'},
-    'noisy_top_k': {'softmax_order': 'after'},
-    'group_limited': {'num_expert_groups': 4, 'num_selected_groups': 2, 'score': 'sigmoid'},
-    'hierarchical': {'num_expert_groups': 4, 'num_selected_groups': num_selected},
-    'loss_free': {'score': 'sigmoid'},
-    'null_experts': {'num_null_experts': num_experts // 2},
-  }
   own = {'router_dtype': router_dtype} if 'router_dtype' in router.reads else {}
   options = router.options(
     **{
@@ -40,7 +34,7 @@ def options_of(
       'capacity': capacity,
       'renormalize': 'none',
       **own,
-      **special.get(name, {}),
+      **router.options.example(num_experts, num_selected),
     }
   )
   if router.allowed(options):
@@ -76,17 +70,7 @@ def rows(
   """
   key = jax.random.key(seed)
   tokens = jax.random.normal(key, (1, num_tokens, embed_dim), jnp.float32)
-  columns = hidden_dim(num_selected_experts * mlp_dim, 'swiglu')
-  w_in = jax.random.normal(key, (embed_dim, columns)) * embed_dim**-0.5
-  w_out = jax.random.normal(key, (num_selected_experts * mlp_dim, embed_dim)) * mlp_dim**-0.5
-
-  def matmuls(tokens, w_in, w_out):
-    return activate(tokens @ w_in, 'swiglu') @ w_out
-
-  reference = {
-    name: compile_arm(matmuls, *(a.astype(dtype) for a in (tokens, w_in, w_out))).call
-    for name in ('matmuls', 'copy')
-  }
+  reference = _reference(tokens, num_selected_experts, mlp_dim, dtype=dtype, key=key)
   for experts in num_experts:
     capacity = routing.expert_capacity(num_tokens, experts, num_selected_experts, capacity_factor)
     arms, reasons = {}, {}
@@ -117,6 +101,24 @@ def rows(
         'compile_seconds': arms[name].compile_seconds,
         'temporary_bytes': arms[name].temporary_bytes,
       }
+
+
+def _reference(
+  tokens: jax.Array, num_selected_experts: int, mlp_dim: int, *, dtype: str, key: jax.Array
+) -> dict[str, Callable[[], Any]]:
+  """Returns calls of a dense layer of K * F hidden units, and of its copy, the A/A control."""
+  embed_dim = tokens.shape[-1]
+  columns = hidden_dim(num_selected_experts * mlp_dim, 'swiglu')
+  w_in = jax.random.normal(key, (embed_dim, columns)) * embed_dim**-0.5
+  w_out = jax.random.normal(key, (num_selected_experts * mlp_dim, embed_dim)) * mlp_dim**-0.5
+
+  def matmuls(tokens, w_in, w_out):
+    return activate(tokens @ w_in, 'swiglu') @ w_out
+
+  return {
+    name: compile_arm(matmuls, *(a.astype(dtype) for a in (tokens, w_in, w_out))).call
+    for name in ('matmuls', 'copy')
+  }
 
 
 def _load(result: Any) -> dict[str, float | None]:

@@ -1,7 +1,7 @@
 """BASE: each training group is dealt out so that every expert gets the same number of tokens."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,12 @@ MAX_ROUNDS = 2000
 @dataclasses.dataclass(frozen=True)
 class Options(MatrixOptions, GateScaleOptions):
   """Hyperparameters of this router."""
+
+  @classmethod
+  def example(cls, num_experts: int, num_selected_experts: int) -> dict[str, Any]:
+    """Returns the one K that it allows."""
+    del num_experts, num_selected_experts
+    return {'num_selected_experts': 1}
 
 
 class _Auction(NamedTuple):

@@ -1,6 +1,7 @@
 """Dense mixture: every token goes to every expert, weighted by a softmax gate."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,12 @@ from moe_jax.routing.router import Choice, Params, RouterInputs, State
 @dataclasses.dataclass(frozen=True)
 class Options(MatrixOptions):
   """Hyperparameters of this router."""
+
+  @classmethod
+  def example(cls, num_experts: int, num_selected_experts: int) -> dict[str, Any]:
+    """Returns the one K that it allows."""
+    del num_selected_experts
+    return {'num_selected_experts': num_experts}
 
 
 def choose(params: Params, state: State, inputs: RouterInputs, options: Options) -> Choice:
@@ -57,7 +64,6 @@ ROUTER = router_lib.Router(
   learns=True,
   balance='none',
   cost='D E products; every token pays for all E experts',
-  num_assignments=lambda options: options.num_experts,
-  keeps_all=True,
+  slots='all',
   allowed=allowed,
 )

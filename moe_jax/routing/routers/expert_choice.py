@@ -30,6 +30,11 @@ class Options(MatrixOptions, GateScaleOptions):
   )
   threshold_decay: float = hyperparameter(fields.share(0.99, 'Decay of that running threshold.'))
 
+  @property
+  def decodes(self) -> bool:
+    """False where evaluation weighs tokens against each other, as training does."""
+    return self.evaluation != 'same'
+
 
 def take_best(
   scores: Float[Array, 'G S E'], valid: Bool[Array, 'G S'], capacity: int
@@ -151,11 +156,9 @@ ROUTER = router_lib.Router(
   learns=True,
   by_group=True,
   balance='assignment',
-  fills_slots=True,
+  slots='filled',
   cost='D E products, 32 + log S counts of the tokens for each expert',
   state=initial_state,
   update=update,
-  num_assignments=lambda options: options.num_experts,
-  decodes=lambda options: options.evaluation != 'same',
   allowed=allowed,
 )

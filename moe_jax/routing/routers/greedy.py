@@ -1,6 +1,7 @@
 """Greedy assignment: the best pairs of token and expert first, as long as both have room."""
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -73,31 +74,34 @@ def greedy_assignment(
     expert_index: the experts of each token, best first.
     chosen: False for what a token did not get.
   """
-  num_groups, num_tokens, num_experts = scores.shape
-  capacity = min(capacity, num_tokens)
+  capacity = min(capacity, scores.shape[1])
   # Zeros are equal. So are NaNs, below -inf.
   key = selection.to_key(jnp.where(scores == 0, 0, scores))
   key = jnp.where(jnp.isnan(scores), _REJECTED + 1, key)
   key = jnp.where(valid[..., None], key, _REJECTED)
 
-  def play(matching: _Matching) -> _Matching:
-    # Every token proposes to its K best experts that have not rejected it.
-    best, expert_index = _best_experts(matching.key, num_selected_experts)
-    expert = jnp.where(best > _REJECTED, expert_index, num_experts)
-    # By expert, best first; stable, so of equals the lower token.
-    token = jax.lax.broadcasted_iota(jnp.int32, expert.shape, 1)
-    pairs = tuple(pair.reshape(num_groups, -1) for pair in (expert, ~best, token))
-    expert, _, token = jax.lax.sort(pairs, dimension=1, is_stable=True, num_keys=2)
-    # An expert rejects whom it prefers C others to: the pair C places before is its own too.
-    late, group = expert[:, capacity:], jnp.arange(num_groups)[:, None]
-    rejects = (late == expert[:, : late.shape[1]]) & (late < num_experts)
-    place = group, token[:, capacity:], jnp.where(rejects, late, num_experts)
-    return _Matching(matching.key.at[place].set(_REJECTED, mode='drop'), jnp.any(rejects))
-
+  play = functools.partial(_round, num_selected_experts=num_selected_experts, capacity=capacity)
   start = _Matching(key, router_lib.varying_like(jnp.bool_(True), key))
   last = jax.lax.while_loop(lambda matching: matching.changed, play, start)
   best, expert_index = _best_experts(last.key, num_selected_experts)
   return expert_index, best > _REJECTED
+
+
+def _round(matching: _Matching, *, num_selected_experts: int, capacity: int) -> _Matching:
+  """Plays one round: each token proposes, and each expert rejects all but the best C."""
+  num_groups, _, num_experts = matching.key.shape
+  # Every token proposes to its K best experts that have not rejected it.
+  best, expert_index = _best_experts(matching.key, num_selected_experts)
+  expert = jnp.where(best > _REJECTED, expert_index, num_experts)
+  # By expert, best first; stable, so of equals the lower token.
+  token = jax.lax.broadcasted_iota(jnp.int32, expert.shape, 1)
+  pairs = tuple(pair.reshape(num_groups, -1) for pair in (expert, ~best, token))
+  expert, _, token = jax.lax.sort(pairs, dimension=1, is_stable=True, num_keys=2)
+  # An expert rejects whom it prefers C others to: the pair C places before is its own too.
+  late, group = expert[:, capacity:], jnp.arange(num_groups)[:, None]
+  rejects = (late == expert[:, : late.shape[1]]) & (late < num_experts)
+  place = group, token[:, capacity:], jnp.where(rejects, late, num_experts)
+  return _Matching(matching.key.at[place].set(_REJECTED, mode='drop'), jnp.any(rejects))
 
 
 def _best_experts(
@@ -205,7 +209,7 @@ ROUTER = router_lib.Router(
   learns=True,
   by_group=True,
   balance='assignment',
-  fills_slots=True,
+  slots='filled',
   cost='D E products, some rounds of top-k of E and a sort of S K',
   allowed=allowed,
 )

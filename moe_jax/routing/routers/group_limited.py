@@ -24,6 +24,7 @@ What differs, and what is silent in code of this kind:
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,12 @@ from moe_jax.routing.stats import RouterSums
 @dataclasses.dataclass(frozen=True)
 class Options(MatrixOptions, ScoreOptions, GateScaleOptions, BiasOptions, ExpertGroupOptions):
   """Hyperparameters of this router."""
+
+  @classmethod
+  def example(cls, num_experts: int, num_selected_experts: int) -> dict[str, Any]:
+    """Returns the scores of its paper, and fewer groups."""
+    del num_experts, num_selected_experts
+    return {'num_expert_groups': 4, 'num_selected_groups': 2, 'score': 'sigmoid'}
 
 
 def limit_to_groups(

@@ -1,6 +1,7 @@
 """Token choice of two experts, the second of which may be left out at random (GShard)."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,12 @@ class Options(MatrixOptions, GateScaleOptions):
       'min(1, g2 / 0.2), or always.',
     )
   )
+
+  @classmethod
+  def example(cls, num_experts: int, num_selected_experts: int) -> dict[str, Any]:
+    """Returns the one way of dividing its gates that it allows."""
+    del num_experts, num_selected_experts
+    return {'renormalize': 'before_drop'}
 
 
 def choose(params: Params, state: State, inputs: RouterInputs, options: Options) -> Choice:

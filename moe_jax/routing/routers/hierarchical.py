@@ -1,10 +1,12 @@
 """Two levels of noisy top-k: tokens select groups of experts, then experts in them (Shazeer)."""
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax.router_options import (
   ExpertGroupOptions,
@@ -21,6 +23,12 @@ from moe_jax.routing.stats import RouterSums
 @dataclasses.dataclass(frozen=True)
 class Options(LearnedNoiseOptions, SoftmaxOrderOptions, GateScaleOptions, ExpertGroupOptions):
   """Hyperparameters of this router."""
+
+  @classmethod
+  def example(cls, num_experts: int, num_selected_experts: int) -> dict[str, Any]:
+    """Returns four groups, and one expert in each selected one."""
+    del num_experts
+    return {'num_expert_groups': 4, 'num_selected_groups': num_selected_experts}
 
 
 def params(options: Options, embed_dim: int) -> dict[str, Weight]:
@@ -47,21 +55,8 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   Equal h go to the lower group and the lower expert. Assignments stand by group, best group first,
   and within it best expert first: not by descending gate.
 
-  Gates are products G_i G_ij. With softmax_order `after`, the paper's, G_i is the softmax of h over
-  the selected groups, G_ij over the selected experts of group i. With `before` they are over all
-  groups and over all experts of group i; renormalize `before_drop` then divides the K products by
-  their sum.
-
-  `router_probs` are such products over all, and `router_logits` the sums of primary and secondary
-  logit, both of the logits without noise. The softmax of these sums is not `router_probs`, but
-  z-loss holds both levels small. In evaluation, one group is `top_k`.
-
-  `importance` sums the gates of each expert, before `gate_scale`. `load_primary` sums, for each
-  group, the probability that it would be selected if its own noise were drawn again and that of the
-  others stayed (see `noisy_top_k`); `load_secondary`, for each expert, the same within its group,
-  over the tokens that selected the group; `group_tokens` counts those. Where all groups, or all
-  experts of a group, are selected, the probability is 1. Without noise (evaluation) both loads
-  count what was selected, without gradient. `importance` has one, `group_tokens` never.
+  In evaluation, one group is `top_k`. `gates`: see `_gates`; `router_probs` and `router_logits`:
+  `_probs_and_logits`; `sums`: `_sums`.
 
   Source: Shazeer et al. 2017, arXiv:1701.06538, app. B; eq. 3-5 (noise), app. A (probability).
   Differs: the matrices of the logits do not start at zero, only those of the noise. `noise_floor`
@@ -69,8 +64,9 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   group alone or one expert of each could not be selected.
   """
   del state
-  num_groups, kept = options.num_expert_groups, options.num_selected_groups
-  size, per_group = options.num_experts // num_groups, options.num_selected_experts // kept
+  kept = options.num_selected_groups
+  per_group = options.num_selected_experts // kept
+  size = options.num_experts // options.num_expert_groups
   num_tokens = inputs.valid.shape
   # First level: the groups of experts, by the same noisy top-k as the flat router.
   level = {'router': params['router_primary'], 'noise': params['noise_primary']}
@@ -79,14 +75,8 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   keys = router_lib.per_group(jax.random.split, inputs.keys)
   deviation = noisy_top_k.noise_deviation(level, inputs.tokens, options)
   groups, group_probability = _select(primary, deviation, keys[:, 0], kept, options.training)
-
-  def in_groups(values: Float[Array, 'G S E']) -> Float[Array, 'G Q size']:
-    """Returns one row for each selected group of each token, Q = S * groups."""
-    rows = values.reshape(*num_tokens, num_groups, size)
-    rows = jnp.take_along_axis(rows, groups.expert_index[..., None], axis=2)
-    return rows.reshape(num_tokens[0], -1, size)
-
   # Second level: the experts of each selected group, as if each such group were a token of its own.
+  in_groups = functools.partial(_in_groups, selected_groups=groups.expert_index, size=size)
   deviation = in_groups(noisy_top_k.noise_deviation(params, inputs.tokens, options))
   experts, expert_probability = _select(
     in_groups(secondary), deviation, keys[:, 1], per_group, options.training
@@ -94,40 +84,105 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   index_in_group = experts.expert_index.reshape(*num_tokens, kept, per_group)
   # Expert j of group i has number i * size + j.
   expert_index = (groups.expert_index[..., None] * size + index_in_group).reshape(*num_tokens, -1)
-  if options.softmax_order == 'after':
-    gates = groups.gates[..., None] * experts.gates.reshape(index_in_group.shape)
-    gates = gates.reshape(expert_index.shape)
-  else:
-    # `before`: the product of both levels' softmax over all candidates, read at the selected ones.
-    of_group = jnp.take_along_axis(groups.router_probs, groups.expert_index, axis=-1)
-    products = of_group[..., None] * experts.router_probs.reshape(*num_tokens, kept, size)
-    place = jnp.arange(kept)[None, None, :, None] * size + index_in_group
-    gates = top_k.gates_of(
-      products.reshape(*num_tokens, -1), place.reshape(expert_index.shape), options.renormalize
-    )
+  gates = _gates(groups, experts, options)
 
-  # Statistics read the probability of every expert, selected group or not.
-  within = jax.nn.softmax(secondary.reshape(*num_tokens, num_groups, size), axis=-1)
-  probs = jax.nn.softmax(primary, axis=-1)[..., None] * within
-  logits = primary[..., None] + secondary.reshape(probs.shape)
-  valid = inputs.valid[..., None, None]
-  # The load of a group's experts counts the tokens that selected that group.
-  in_group = jnp.where(valid, jax.nn.one_hot(groups.expert_index, num_groups), 0)
-  in_load = jnp.where(valid, expert_probability.reshape(*num_tokens, kept, size), 0)
+  router_probs, router_logits = _probs_and_logits(primary, secondary)
   importance = noisy_top_k.spread(expert_index, gates, options.num_experts)
   return Choice(
     expert_index=expert_index,
     gates=gates * options.gate_scale,
     chosen=jnp.ones(expert_index.shape, bool),
-    router_probs=probs.reshape(secondary.shape),
-    router_logits=logits.reshape(secondary.shape),
-    sums={
-      'importance': router_lib.masked_sum(importance, inputs.valid),
-      'load_primary': router_lib.masked_sum(group_probability, inputs.valid),
-      'load_secondary': jnp.einsum('gskn,gskz->gnz', in_group, in_load, precision='highest'),
-      'group_tokens': jnp.sum(in_group, axis=(1, 2)),
-    },
+    router_probs=router_probs,
+    router_logits=router_logits,
+    sums=_sums(
+      importance,
+      group_probability,
+      expert_probability,
+      selected_groups=groups.expert_index,
+      valid=inputs.valid,
+    ),
   )
+
+
+def _in_groups(
+  values: Float[Array, 'G S E'], selected_groups: Int[Array, 'G S K'], size: int
+) -> Float[Array, 'G Q {size}']:
+  """Returns one row for each selected group of each token, Q = S * groups."""
+  rows = values.reshape(*values.shape[:2], -1, size)
+  rows = jnp.take_along_axis(rows, selected_groups[..., None], axis=2)
+  return rows.reshape(len(values), -1, size)
+
+
+def _gates(groups: Choice, experts: Choice, options: Options) -> Float[Array, 'G S K']:
+  """Returns the products G_i G_ij of both levels' gates, before `gate_scale`.
+
+  With softmax_order `after`, the paper's, G_i is the softmax of h over the selected groups, G_ij
+  over the selected experts of group i. With `before` they are over all groups and over all experts
+  of group i; renormalize `before_drop` then divides the K products by their sum.
+
+  Args:
+    groups: the choice of groups, [G S groups].
+    experts: that of experts in each selected group, [G Q K/groups], Q = S * groups.
+    options: of the router.
+  """
+  kept = options.num_selected_groups
+  num_tokens = groups.expert_index.shape[:2]
+  if options.softmax_order == 'after':
+    gates = groups.gates[..., None] * experts.gates.reshape(*num_tokens, kept, -1)
+    return gates.reshape(*num_tokens, -1)
+  # `before`: the product of both levels' softmax over all candidates, read at the selected ones.
+  size = experts.router_probs.shape[-1]
+  of_group = jnp.take_along_axis(groups.router_probs, groups.expert_index, axis=-1)
+  products = of_group[..., None] * experts.router_probs.reshape(*num_tokens, kept, size)
+  index_in_group = experts.expert_index.reshape(*num_tokens, kept, -1)
+  place = jnp.arange(kept)[None, None, :, None] * size + index_in_group
+  return top_k.gates_of(
+    products.reshape(*num_tokens, -1), place.reshape(*num_tokens, -1), options.renormalize
+  )
+
+
+def _probs_and_logits(
+  primary: Float[Array, 'G S groups'], secondary: Float[Array, 'G S E']
+) -> tuple[Float[Array, 'G S E'], Float[Array, 'G S E']]:
+  """Returns what losses and statistics read of every expert, in a selected group or not.
+
+  The probabilities are products of both levels' softmax over all, the logits sums of primary and
+  secondary logit; both are without noise. The softmax of these sums is not the products, but z-loss
+  holds both levels small.
+  """
+  within = jax.nn.softmax(secondary.reshape(*primary.shape, -1), axis=-1)
+  probs = jax.nn.softmax(primary, axis=-1)[..., None] * within
+  logits = primary[..., None] + secondary.reshape(probs.shape)
+  return probs.reshape(secondary.shape), logits.reshape(secondary.shape)
+
+
+def _sums(
+  importance: Float[Array, 'G S E'],
+  group_probability: Float[Array, 'G S groups'],
+  expert_probability: Float[Array, 'G Q size'],
+  *,
+  selected_groups: Int[Array, 'G S K'],
+  valid: Bool[Array, 'G S'],
+) -> dict[str, Float[Array, 'G ...']]:
+  """Returns what `loss` reads, over the valid tokens of each routing group.
+
+  `importance` sums the gates of each expert, before `gate_scale`. `load_primary` sums, for each
+  group, the probability that it would be selected if its own noise were drawn again and that of the
+  others stayed (see `noisy_top_k`); `load_secondary`, for each expert, the same within its group,
+  over the tokens that selected the group; `group_tokens` counts those. Where all groups, or all
+  experts of a group, are selected, the probability is 1. Without noise (evaluation) both loads
+  count what was selected, without gradient. `importance` has one, `group_tokens` never.
+  """
+  mask = valid[..., None, None]
+  num_groups = group_probability.shape[-1]
+  in_group = jnp.where(mask, jax.nn.one_hot(selected_groups, num_groups), 0)
+  in_load = jnp.where(mask, expert_probability.reshape(*selected_groups.shape, -1), 0)
+  return {
+    'importance': router_lib.masked_sum(importance, valid),
+    'load_primary': router_lib.masked_sum(group_probability, valid),
+    'load_secondary': jnp.einsum('gskn,gskz->gnz', in_group, in_load, precision='highest'),
+    'group_tokens': jnp.sum(in_group, axis=(1, 2)),
+  }
 
 
 def _select(

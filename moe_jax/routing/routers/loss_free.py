@@ -15,6 +15,7 @@ What differs, and what is silent in code of this kind:
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,12 @@ from moe_jax.routing.stats import RouterSums
 @dataclasses.dataclass(frozen=True)
 class Options(MatrixOptions, ScoreOptions, GateScaleOptions, BiasOptions):
   """Hyperparameters of this router."""
+
+  @classmethod
+  def example(cls, num_experts: int, num_selected_experts: int) -> dict[str, Any]:
+    """Returns the scores of its paper."""
+    del num_experts, num_selected_experts
+    return {'score': 'sigmoid'}
 
 
 def state(options: BiasOptions, embed_dim: int, vocab_size: int) -> State:

@@ -1,6 +1,7 @@
 """Token choice by logits with learned noise; loss on importance and smooth load (Shazeer)."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,12 @@ SMALLEST_DEVIATION = 1e-6
 @dataclasses.dataclass(frozen=True)
 class Options(LearnedNoiseOptions, SoftmaxOrderOptions, GateScaleOptions):
   """Hyperparameters of this router."""
+
+  @classmethod
+  def example(cls, num_experts: int, num_selected_experts: int) -> dict[str, Any]:
+    """Returns the one order that it allows."""
+    del num_experts, num_selected_experts
+    return {'softmax_order': 'after'}
 
 
 def params(options: Options, embed_dim: int) -> dict[str, Weight]:

@@ -1,6 +1,7 @@
 """Token choice among real experts and null experts, which compute nothing."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,12 @@ class Options(TopKOptions):
       'tokens of a real one.',
     )
   )
+
+  @classmethod
+  def example(cls, num_experts: int, num_selected_experts: int) -> dict[str, Any]:
+    """Returns one null expert for two real ones."""
+    del num_selected_experts
+    return {'num_null_experts': num_experts // 2}
 
 
 def params(options: Options, embed_dim: int) -> dict[str, Weight]:

@@ -134,6 +134,5 @@ ROUTER = router_lib.Router(
   state=new_state,
   update=update,
   loss=loss,
-  num_assignments=lambda options: options.num_experts,
   allowed=allowed,
 )

@@ -32,6 +32,11 @@ class Options(MatrixOptions):
 
   slots_per_expert: int = hyperparameter(fields.at_least(1, 1, 'Slots of each expert.'))
 
+  @property
+  def decodes(self) -> bool:
+    """False: slots mix all tokens in evaluation, too."""
+    return False
+
 
 def new_params(options: Options, embed_dim: int) -> dict[str, Weight]:
   """Returns one vector per slot, and the scale of all logits."""
@@ -114,10 +119,7 @@ ROUTER = router_lib.Router(
   balance='fixed',
   cost='D E P products; E P weights for dispatch and E P for combine, kept for the gradient',
   params=new_params,
-  num_assignments=lambda options: options.num_experts,
-  decodes=lambda options: False,
-  rejected='every token reads slots that later tokens have mixed into',
   mix=mix,
-  keeps_all=True,
+  slots='all',
   allowed=allowed,
 )

@@ -97,7 +97,7 @@ ROUTER = router_lib.Router(
   learns=True,
   by_group=True,
   balance='assignment',
-  fills_slots=True,
+  slots='filled',
   cost='D E products, top-k of E, in S sequential steps',
   allowed=allowed,
 )

@@ -138,7 +138,6 @@ def test_a_token_looks_at_nothing_but_itself():
 
 
 def test_is_asked_for_as_many_assignments_as_experts():
-  assert dense.ROUTER.num_assignments(Options(6, 2)) == 6
   assert dense.ROUTER.keeps_all
   assert dense.ROUTER.allowed(Options(6, 6)) is None
   assert dense.ROUTER.allowed(Options(6, 1)) == (

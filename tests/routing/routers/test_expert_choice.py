@@ -249,4 +249,3 @@ def test_allowed():
   assert expert_choice.allowed(options_for(4)) is None
   assert expert_choice.allowed(Options(4, 2))[0] == 'renormalize'
   assert expert_choice.allowed(options_for(4, evaluation='other'))[0] == 'evaluation'
-  assert expert_choice.ROUTER.num_assignments(options_for(4)) == 4

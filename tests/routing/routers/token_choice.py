@@ -67,7 +67,8 @@ def objectives(name, options, params, tokens, valid, seed=0, jacobian=False):
   """Returns sum(c gates), sum(probs^2) and the router's loss, or their gradients by parameter."""
   tokens = jnp.asarray(tokens, jnp.float32)
   params = {name: jnp.asarray(value, jnp.float32) for name, value in params.items()}
-  weight = cotangent((*tokens.shape[:2], registry.ROUTERS[name].num_assignments(options)))
+  made = jax.eval_shape(lambda: choose(name, options, params, tokens))
+  weight = cotangent(made.gates.shape)
   function = _jacobian if jacobian else _objectives
   return function(
     name,
