@@ -12,16 +12,13 @@ from moe_jax.router_options import (
   BiasRateOptions,
   RouterOptions,
 )
-from moe_jax.routing.balance_losses import (
+from moe_jax.routing.losses import (
   NORMALIZATIONS,
   device_balance_loss,
-  load_balancing_value,
-)
-from moe_jax.routing.capacity import expert_capacity
-from moe_jax.routing.losses import (
   entropy_loss,
   importance_loss,
   load_balancing_loss,
+  load_balancing_value,
   router_z_loss,
 )
 from moe_jax.routing.noise import jitter
@@ -29,6 +26,7 @@ from moe_jax.routing.plan import PRIORITIES, Plan, make_plan
 from moe_jax.routing.registry import ROUTERS
 from moe_jax.routing.router import Choice, Router, RouterInputs
 from moe_jax.routing.routers.top_k import RENORMALIZATIONS, choose_top_k
+from moe_jax.routing.sizes import expert_capacity
 from moe_jax.routing.stats import RouterSums, add_sums, router_sums
 
 __all__ = [

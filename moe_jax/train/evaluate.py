@@ -18,8 +18,7 @@ from moe_jax.parallel.sharding import batch_sharding, replicated
 from moe_jax.train import metrics, routing_counts, specialization
 from moe_jax.train.evaluation_batches import domain_batches
 from moe_jax.train.expert_similarity import expert_similarity
-from moe_jax.train.router_updates import over_scopes
-from moe_jax.train.state import params_shardings
+from moe_jax.train.state import over_scopes, params_shardings
 from moe_jax.train.step import packed_shardings
 
 EvalStep = Callable[[Any, Any, dict[str, jax.Array], Any], tuple[jax.Array, jax.Array, Any, Any]]

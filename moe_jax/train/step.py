@@ -16,9 +16,13 @@ from moe_jax import routing
 from moe_jax.models.task import Batch, Task
 from moe_jax.parallel.sharding import batch_sharding, constrain, replicated, stacked
 from moe_jax.train import objective
-from moe_jax.train.router_updates import average_load as update_average
-from moe_jax.train.router_updates import over_scopes, update_routers
-from moe_jax.train.state import TrainState, state_shardings
+from moe_jax.train.state import (
+  TrainState,
+  over_scopes,
+  state_shardings,
+  update_average_load,
+  update_routers,
+)
 
 MicroBatches = dict[str, Int[Array, 'A b T']]
 
@@ -227,7 +231,7 @@ def make_train_step(
       params = optax.apply_updates(state.params, updates)
     sums = None if parts.router_sums is None else over_scopes(parts.router_sums)
     router_state = update_routers(task, state.router_state, sums, hyperparameters.bias_rate)
-    average_load = update_average(state.average_load, sums, load_decay)
+    average_load = update_average_load(state.average_load, sums, load_decay)
     metrics = StepMetrics(
       tokens=task.weight(batch),
       cross_entropy=parts.cross_entropy,

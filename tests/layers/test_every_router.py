@@ -20,7 +20,7 @@ from moe_jax.experts import implementations
 from moe_jax.layers import moe_layer
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.routing import groups
-from moe_jax.train.router_updates import over_scopes
+from moe_jax.train.state import over_scopes
 from tests import tiny
 from tests.layers import small_layer
 

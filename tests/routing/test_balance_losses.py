@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.routing import balance_losses, stats
+from moe_jax.routing import losses, stats
 
 
 def sums_with(tokens, counts, prob_sum):
@@ -67,11 +67,11 @@ def test_match_the_oracle(k):
   drawn = draw(k=k)
   sums = sums_with(*drawn)
   for num_devices in (1, 2, 3, 6):
-    value = balance_losses.device_balance_loss(sums, k, num_devices)
+    value = losses.device_balance_loss(sums, k, num_devices)
     expected = expected_device_loss(*drawn, k, num_devices)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
-  for normalization in balance_losses.NORMALIZATIONS:
-    value = balance_losses.load_balancing_value(sums, k, normalization)
+  for normalization in losses.NORMALIZATIONS:
+    value = losses.load_balancing_value(sums, k, normalization)
     np.testing.assert_allclose(value, expected_value(*drawn, k, normalization), rtol=1e-6)
 
 
@@ -83,8 +83,8 @@ def test_values_at_balance_and_collapse():
 
   def values(sums):
     return [
-      *[balance_losses.load_balancing_value(sums, 2, n) for n in ('one', 'k', 'gshard')],
-      *[balance_losses.device_balance_loss(sums, 2, d) for d in (1, 2, 4)],
+      *[losses.load_balancing_value(sums, 2, n) for n in ('one', 'k', 'gshard')],
+      *[losses.device_balance_loss(sums, 2, d) for d in (1, 2, 4)],
     ]
 
   np.testing.assert_allclose(values(balanced), [1, 2, 1 / 16, 1, 1, 1], rtol=1e-6)
@@ -95,14 +95,14 @@ def test_values_at_balance_and_collapse():
 def test_parts_may_be_unequal_inside():
   # Expert 0 takes all of the first part's: one by one 4 (1/2 1/2 + 1/2 1/2) = 2, by parts 1.
   sums = sums_with([4], np.array([[2, 0, 0, 2]]), np.array([[2, 0, 0, 2]]))
-  np.testing.assert_allclose(balance_losses.device_balance_loss(sums, 1, 4), 2, rtol=1e-6)
-  np.testing.assert_allclose(balance_losses.device_balance_loss(sums, 1, 2), 1, rtol=1e-6)
+  np.testing.assert_allclose(losses.device_balance_loss(sums, 1, 4), 2, rtol=1e-6)
+  np.testing.assert_allclose(losses.device_balance_loss(sums, 1, 2), 1, rtol=1e-6)
 
 
 LOSSES = {
-  'device': lambda sums: balance_losses.device_balance_loss(sums, 2, 3),
-  'k': lambda sums: balance_losses.load_balancing_value(sums, 2, 'k'),
-  'gshard': lambda sums: balance_losses.load_balancing_value(sums, 2, 'gshard'),
+  'device': lambda sums: losses.device_balance_loss(sums, 2, 3),
+  'k': lambda sums: losses.load_balancing_value(sums, 2, 'k'),
+  'gshard': lambda sums: losses.load_balancing_value(sums, 2, 'gshard'),
 }
 
 
@@ -151,6 +151,6 @@ def test_padding_alone_is_zero():
 def test_names_the_bad_value():
   sums = sums_with(*draw())
   with pytest.raises(ValueError, match='num_devices=4'):
-    balance_losses.device_balance_loss(sums, 2, 4)
+    losses.device_balance_loss(sums, 2, 4)
   with pytest.raises(ValueError, match="normalization='two'"):
-    balance_losses.load_balancing_value(sums, 2, 'two')
+    losses.load_balancing_value(sums, 2, 'two')

@@ -10,8 +10,7 @@ import pytest
 from moe_jax.models.decoder import forward
 from moe_jax.run import divergence
 from moe_jax.train import objective
-from moe_jax.train.router_updates import over_scopes
-from moe_jax.train.state import init_state, state_shardings
+from moe_jax.train.state import init_state, over_scopes, state_shardings
 from moe_jax.train.step import put_batch
 from tests import tiny
 
