@@ -12,7 +12,7 @@ import pytest
 from moe_jax.layers import moe, moe_layer
 from moe_jax.layers.basic import Mlp
 from moe_jax.parallel.mesh import make_mesh
-from moe_jax.routing import groups
+from moe_jax.routing import groups, sizes
 from tests import oracle
 from tests.layers import small_layer
 
@@ -244,7 +244,7 @@ def test_control_capacity_off_by_one_is_noticed(monkeypatch):
   inputs = small_layer.draw(options, batch=4)
   small_layer.check_layer(inputs, make_mesh(1, 2), options)
   original = sizes.expert_capacity
-  monkeypatch.setattr(sizes, 'expert_capacity', lambda *sizes: original(*sizes) - 1)
+  monkeypatch.setattr(sizes, 'expert_capacity', lambda *numbers: original(*numbers) - 1)
   with pytest.raises(AssertionError, match='Not equal to tolerance'):
     small_layer.check_layer(inputs, make_mesh(1, 2), options)
 
