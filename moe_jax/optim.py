@@ -87,25 +87,7 @@ def make_optimizer(
       optax.scale_by_learning_rate(schedule),
     )
   elif optim.name == 'muon':
-    scale = (optim.adam_learning_rate or optim.learning_rate) / optim.learning_rate
-    rule = optax.partition(
-      {
-        'muon': optax.chain(
-          optax.trace(optim.momentum, nesterov=True),
-          _orthogonalize(),
-          optax.add_decayed_weights(optim.weight_decay),
-          optax.scale_by_learning_rate(schedule),
-        ),
-        'adamw': optax.adamw(
-          lambda step: scale * schedule(step),
-          optim.b1,
-          optim.b2,
-          optim.epsilon,
-          weight_decay=0.0,
-        ),
-      },
-      functools.partial(_muon_labels, labeller=labeller),
-    )
+    rule = _muon(optim, schedule, labeller)
   elif optim.name == 'sgd':
     rule = optax.chain(
       optax.add_decayed_weights(optim.weight_decay, mask=decayed),
@@ -125,6 +107,31 @@ def _scale_by_learning_rate(default: float) -> optax.GradientTransformationExtra
     return jax.tree.map(lambda u: u * learning_rate, updates), state
 
   return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def _muon(
+  optim: ml_collections.ConfigDict, schedule: optax.Schedule, labeller: stacks.Labeller
+) -> optax.GradientTransformation:
+  """Returns Muon for matrices, and AdamW with a learning rate of its own for the rest."""
+  scale = (optim.adam_learning_rate or optim.learning_rate) / optim.learning_rate
+  return optax.partition(
+    {
+      'muon': optax.chain(
+        optax.trace(optim.momentum, nesterov=True),
+        _orthogonalize(),
+        optax.add_decayed_weights(optim.weight_decay),
+        optax.scale_by_learning_rate(schedule),
+      ),
+      'adamw': optax.adamw(
+        lambda step: scale * schedule(step),
+        optim.b1,
+        optim.b2,
+        optim.epsilon,
+        weight_decay=0.0,
+      ),
+    },
+    functools.partial(_muon_labels, labeller=labeller),
+  )
 
 
 def _muon_labels(params, labeller: stacks.Labeller):

@@ -103,13 +103,7 @@ def train(
   timer = Timer(listener.on_phase if listener else lambda phase: None, clock)
   mesh = setup.mesh_of(config)
   first = jax.process_index() == 0
-
-  def say(line: str) -> None:
-    if first and listener:
-      listener.say(line)
-    elif first:
-      print_line(line)
-
+  say = (listener.say if listener else print_line) if first else lambda line: None
   try:
     with contextlib.ExitStack() as stack:
       stack.enter_context(device_errors.explained(config))

@@ -241,9 +241,7 @@ def make_train_step(
       average_load=average_load.get('experts'),
       grad_norm=optax.tree.norm(grads),
       learning_rate=jnp.asarray(hyperparameters.learning_rate * schedule(state.step), jnp.float32),
-      router_state_finite=jnp.all(
-        jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(router_state)], bool)
-      ),
+      router_state_finite=_all_finite(router_state),
     )
     new = TrainState(state.step + 1, params, opt_state, router_state, average_load, state.seed)
     return new, metrics
@@ -259,6 +257,10 @@ def make_train_step(
     out_shardings=(shardings, everywhere),
     donate_argnums=0,
   )
+
+
+def _all_finite(tree: Any) -> Bool[Array, '']:
+  return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)], bool))
 
 
 def packed_shardings(shardings: Any) -> Any:

@@ -32,7 +32,7 @@ from moe_jax.benchmark.harness.timing import (
 )
 from moe_jax.errors import UserError
 from moe_jax.layers.moe_layer import moe_layer, sizes_of
-from moe_jax.layers.moe_options import MoeOptions, TokenInfo
+from moe_jax.layers.moe_options import MoeOptions, MoeParams, TokenInfo
 from moe_jax.parallel.mesh import make_mesh
 
 
@@ -98,6 +98,21 @@ def rows(
       yield row
 
 
+def _params(expert_key, router_key, shape: Shape, num_experts: int) -> MoeParams:
+  """Returns the weights of the experts, and of a router as training starts it."""
+  router = jax.random.normal(router_key, (shape.embed_dim, num_experts))
+  return expert_weights(expert_key, shape, num_experts)._replace(
+    router={'router': router * (ROUTER_INIT_SCALE / shape.embed_dim) ** 0.5}
+  )
+
+
+def _slots(options: MoeOptions, num_groups: int, group_size: int) -> int:
+  """Returns the slots of an expert; without capacity those of balanced experts."""
+  if options.capacity_factor is not None:
+    return num_groups * sizes_of(options, group_size).capacity
+  return -(-num_groups * group_size * options.num_selected_experts // options.num_experts)
+
+
 def _row(
   shape: Shape,
   options: MoeOptions,
@@ -112,18 +127,12 @@ def _row(
   num_groups, group_size, embed_dim = x.shape
   num_tokens = num_groups * group_size
   keys = jax.random.split(jax.random.key(seed + 1), 5)
-  router = jax.random.normal(keys[4], (embed_dim, options.num_experts))
-  params = expert_weights(keys[0], shape, options.num_experts)._replace(
-    router={'router': router * (ROUTER_INIT_SCALE / embed_dim) ** 0.5}
-  )
+  params = _params(keys[0], keys[4], shape, options.num_experts)
   dense = dense_weights(keys[1], shape)
   places = jnp.zeros(x.shape[:2], jnp.int32)
   info = TokenInfo(jnp.ones(x.shape[:2], bool), places, places)
   group_keys = jax.random.split(keys[2], num_groups)
-  if options.capacity_factor is None:
-    slots = -(-num_tokens * options.num_selected_experts // options.num_experts)
-  else:
-    slots = num_groups * sizes_of(options, group_size).capacity
+  slots = _slots(options, num_groups, group_size)
   buffers = jax.random.normal(keys[3], (options.num_experts, slots, embed_dim), x.dtype)
 
   def moe(params, x):

@@ -72,26 +72,10 @@ def shares(
     for part in parts.values():
       jax.block_until_ready(part(state.params))
     state, _ = step(state, batch, hyperparameters)
-    seconds: dict[str, list[float]] = {'forward': [], 'gradient': [], 'step': []}
-    for _ in range(rounds):
-      for name, part in parts.items():
-        start = time.perf_counter()
-        jax.block_until_ready(part(state.params))
-        seconds[name].append(time.perf_counter() - start)
-      start = time.perf_counter()
-      state, _ = jax.block_until_ready(step(state, batch, hyperparameters))
-      seconds['step'].append(time.perf_counter() - start)
-    # As in training: one step is always in flight.
-    waited, pending = 0.0, None
-    start = time.perf_counter()
-    for _ in range(steps):
-      batch, seconds_waited = next_batch(batches, task, pending and pending.grad_norm)
-      waited += seconds_waited
-      state, metrics = step(state, batch, hyperparameters)
-      jax.block_until_ready(pending)
-      pending = metrics
-    jax.block_until_ready(pending)
-    total = time.perf_counter() - start
+    seconds, state = _in_turn(parts, step, state, batch, hyperparameters, rounds=rounds)
+    share_waited, state = _share_waited(
+      step, state, batches, hyperparameters, task=task, steps=steps
+    )
     table = _traced(step, state, batch, hyperparameters, profile)
   whole = np.array(seconds['step'])
   forward = float(np.median(np.array(seconds['forward']) / whole))
@@ -100,9 +84,40 @@ def shares(
     'forward': forward,
     'backward': gradient_share - forward,
     'optimizer': 1 - gradient_share,
-    'data_wait': waited / total,
+    'data_wait': share_waited,
     'compilations': step._cache_size(),
   } | table
+
+
+def _in_turn(parts, step, state, batch, hyperparameters, *, rounds: int) -> tuple[Any, Any]:
+  """Returns the seconds of each part and of the step, one after the other in each round."""
+  seconds: dict[str, list[float]] = {'forward': [], 'gradient': [], 'step': []}
+  for _ in range(rounds):
+    for name, part in parts.items():
+      start = time.perf_counter()
+      jax.block_until_ready(part(state.params))
+      seconds[name].append(time.perf_counter() - start)
+    start = time.perf_counter()
+    state, _ = jax.block_until_ready(step(state, batch, hyperparameters))
+    seconds['step'].append(time.perf_counter() - start)
+  return seconds, state
+
+
+def _share_waited(step, state, batches, hyperparameters, *, task, steps: int) -> tuple[float, Any]:
+  """Returns the share of the time of real steps in which devices waited for data, at most.
+
+  As in training: one step is always in flight.
+  """
+  waited, pending = 0.0, None
+  start = time.perf_counter()
+  for _ in range(steps):
+    batch, seconds_waited = next_batch(batches, task, pending and pending.grad_norm)
+    waited += seconds_waited
+    state, metrics = step(state, batch, hyperparameters)
+    jax.block_until_ready(pending)
+    pending = metrics
+  jax.block_until_ready(pending)
+  return waited / (time.perf_counter() - start), state
 
 
 def _traced(step, state, batch, hyperparameters, profile: str) -> dict[str, Any]:
