@@ -1,4 +1,4 @@
-"""What every command shares: flags, the `error:` line and exit codes.
+"""Code that all commands share: flags, the `error:` line and exit codes.
 
 Exit codes: 0 done; 2 the user's input is wrong; 3 a file is damaged and nothing good is left; 130
 and 143 interrupted by SIGINT and SIGTERM, with the state saved; 1 a defect of ours.
@@ -71,7 +71,7 @@ def run(
 
 
 def asks_for_help(words: Sequence[str]) -> bool:
-  """Whether one of the arguments is a flag of help."""
+  """True if one of the arguments is a help flag."""
   return any(word.startswith('-') and word.lstrip('-') in arguments.HELP for word in words)
 
 

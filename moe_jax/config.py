@@ -216,9 +216,9 @@ def router_options(config: ml_collections.ConfigDict) -> 'moe_jax.routing.Router
 
 
 def limits_slots(moe: ml_collections.ConfigDict) -> bool:
-  """Whether an expert has fewer slots than it may be asked for: `dropless` gives it all it needs.
+  """True if an expert may have fewer slots than requests; `dropless` gives it all it needs.
 
-  A router that fills slots needs their number even so, and loses none of what it chooses.
+  A router that fills slots needs their number all the same, and loses none of what it chooses.
   """
   from moe_jax import routing
 
@@ -256,7 +256,7 @@ def why_not_causal(config: ml_collections.ConfigDict) -> str | None:
 
 
 def is_causal(config: ml_collections.ConfigDict) -> bool:
-  """Whether no token's result can depend on later tokens of its own sequence, in training."""
+  """True if, in training, no token's result can depend on later tokens of its own sequence."""
   return why_not_causal(config) is None
 
 

@@ -30,7 +30,7 @@ _REFUSALS = (
 
 
 def is_refusal(error: OSError) -> bool:
-  """Whether the operating system refused what the user can mend, wherever it surfaced."""
+  """True if the operating system refused something that the user can fix, wherever it surfaced."""
   return error.errno in _REFUSALS
 
 
@@ -55,7 +55,7 @@ def refusal_in(error: BaseException | None) -> OSError | None:
 
 
 def is_full(error: BaseException) -> bool:
-  """Whether an error comes of a full disk or quota."""
+  """True if the error is due to a full disk or quota."""
   refusal = refusal_in(error)
   return refusal is not None and refusal.errno in _FULL
 

@@ -66,7 +66,7 @@ def _as_float32(value: float) -> float:
 
 
 def _is_number(value: float) -> bool:
-  """Whether a number is finite in float32, and 0 there only if it is 0."""
+  """True if a number is finite in float32, and 0 there only if it is 0."""
   return math.isfinite(_as_float32(value)) and (_as_float32(value) != 0 or value == 0)
 
 

@@ -62,10 +62,10 @@ def load_run(
 
 @dataclasses.dataclass(frozen=True)
 class TextOutput:
-  """What a model says of one text of T - 1 tokens. All arrays are NumPy's.
+  """Output of a model for one text of T - 1 tokens. All arrays are NumPy's.
 
   Position 0 is the start of the text; position t predicts token t + 1 of `tokens`, the last one the
-  end of the text. L counts the MoE layers alone.
+  end of the text. L counts only the MoE layers.
 
   Attributes:
     text: that was read.
@@ -159,7 +159,7 @@ class Run:
 
   @functools.cached_property
   def dataset(self) -> Dataset:
-    """What it was trained on; prepared again if it is gone.
+    """The dataset it was trained on; prepared again if it is gone.
 
     Raises:
       UserError: if the text is not there, or has changed.

@@ -44,7 +44,7 @@ _INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*? ([a-z][\w\-]*)\(')
 
 
 class Operations(NamedTuple):
-  """What the text of a compiled program says of its operations.
+  """Operations of a compiled program, read from its text.
 
   Attributes:
     part: of `PARTS`, or `OTHER`.
@@ -56,7 +56,7 @@ class Operations(NamedTuple):
 
 
 class Table(NamedTuple):
-  """Where the time of a trace went.
+  """Time of a trace by part of the model.
 
   Attributes:
     seconds: that were traced, by the clock.

@@ -1,4 +1,4 @@
-"""Which matrices and vectors an array of parameters is a stack of, and functions of each of them.
+"""Parameter arrays as stacks of matrices and vectors, and functions of each of these.
 
 `layers` stacks the parameters of all layers in a first dimension, a MoE layer those of all experts
 in a second, and `w_in` of a gated unit holds the columns of gate and value side by side.
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 
 class Stack(NamedTuple):
-  """How an array of parameters is made up.
+  """Structure of an array of parameters.
 
   Attributes:
     rank: dimensions of each matrix or vector, the last ones of the array.

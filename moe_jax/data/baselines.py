@@ -1,4 +1,4 @@
-"""How well ordinary compressors do on the same text: the bar that a language model must clear."""
+"""Ordinary compressors on the same text: the baseline that a language model must beat."""
 
 import lzma
 import zlib

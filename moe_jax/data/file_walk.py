@@ -11,7 +11,7 @@ _MEMORY_DISK = '/dev/shm'
 
 @dataclasses.dataclass
 class Walk:
-  """What was found.
+  """The result of a walk.
 
   Attributes:
     files: path by path relative to the root.
@@ -54,7 +54,7 @@ def walk(root: str, suffixes: Sequence[str], to_error: Callable[[str], Exception
 
 
 class _State:
-  """Where a walk stands."""
+  """State of a walk in progress."""
 
   def __init__(
     self, real_root: str, suffixes: tuple[str, ...], to_error: Callable[[str], Exception]

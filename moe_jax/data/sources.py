@@ -35,7 +35,7 @@ Fractions = tuple[float, float] | None
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """Where documents come from.
+  """A source of documents.
 
   Attributes:
     key: a directory name, one per content and split.

@@ -31,7 +31,7 @@ _BOS, _EOS = '<bos>', '<eos>'
 
 @runtime_checkable
 class Tokenizer(Protocol):
-  """What the data room needs of a tokenizer.
+  """Interface that the data package needs of a tokenizer.
 
   Attributes:
     name: 'bytes' or 'bpe'.

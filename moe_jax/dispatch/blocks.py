@@ -20,7 +20,7 @@ Experts = Callable[..., Array]
 
 
 class Blocks(NamedTuple):
-  """Which rows stand in which block.
+  """Assignment of rows to blocks.
 
   Attributes:
     items: the row in each place of each block; M where there is none.

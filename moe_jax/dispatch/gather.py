@@ -51,7 +51,7 @@ def _take_slots(buffer: Float[Array, 'E G C D'], plan: Plan) -> Float[Array, 'G 
 
 
 def _has_fewer_slots(plan: Plan) -> bool:
-  """Whether E * C slots are fewer than S * K assignments; known when compiling."""
+  """True if E * C slots are fewer than S * K assignments; known at compile time."""
   return plan.source_index[0].size < plan.expert_index[0].size
 
 

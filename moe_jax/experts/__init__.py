@@ -1,4 +1,4 @@
-"""What experts compute: two matmuls with an activation between them. Plain JAX.
+"""Computation of the experts: two matmuls with an activation between them. Plain JAX.
 
 Which implementation runs when (`implementations.py` decides, and nothing else looks at the
 platform):
@@ -6,7 +6,7 @@ platform):
   platform     in          condition                              implementation
   GPU, TPU     training    always                                 `batched`: all experts at once
   CPU          training    weights below `LEAST_WEIGHTS`          `batched`
-  CPU          training    filled rows of each expert are known   `cpu.run_filled`: those rows alone
+  CPU          training    filled rows of each expert are known   `cpu.run_filled`: only those rows
   CPU          training    many experts, few rows                 `cpu.matmul`: one expert at a time
   CPU          training    otherwise                              `batched`
   GPU, TPU     decoding    fewer assignments than experts         `decode`: weights are gathered

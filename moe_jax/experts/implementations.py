@@ -49,12 +49,12 @@ def run_experts(
 def should_pack(
   weights: tuple[Float[Array, 'E D F1'], Float[Array, 'E F D']], platform: str
 ) -> bool:
-  """Whether it pays to move rows so that `run_experts` can be told which of them are filled."""
+  """True if it pays to move rows so that `run_experts` knows which of them are filled."""
   return platform == 'cpu' and cpu_paths_on() and _are_large(weights[0])
 
 
 def cpu_paths_on() -> bool:
-  """Whether CPUs may run code of their own; read when a program is traced.
+  """True if CPUs may run code of their own; read when a program is traced.
 
   Raises:
     UserError: if the environment variable is neither `on` nor `off`.
@@ -66,7 +66,7 @@ def cpu_paths_on() -> bool:
 
 
 def prefers_loop(num_rows: int, weights_shape: tuple[int, ...]) -> bool:
-  """Whether a CPU is faster one expert at a time; other platforms never are.
+  """True if a CPU is faster one expert at a time; other platforms never are.
 
   Args:
     num_rows: C, of each expert.

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 
 class Packing(NamedTuple):
-  """Where rows go; N, of no row, where nothing does.
+  """A permutation that packs rows; N, which is no row, where nothing goes.
 
   Attributes:
     there: the row that stands in each place of the packed rows.

@@ -49,10 +49,10 @@ class DecoderOptions:
 
 
 class DecoderOutput(NamedTuple):
-  """What a forward pass gives back; statistics are values, never side effects.
+  """Output of a forward pass; statistics are values, never side effects.
 
   Attributes:
-    hidden: normalised, in the dtype of the products.
+    hidden: normalised, in the dtype of the matmuls.
     output: the matrix from it to the logits, in the same.
     router_sums: each leaf with a leading dimension of MoE layers; None for a dense model.
     choices: as in `LayerOutput`.
@@ -115,7 +115,7 @@ class _Block(nn.Module):
 
 
 class _Unit(nn.Module):
-  """What the scan repeats: `every` blocks of which the last has experts (none in a dense model)."""
+  """The unit of the scan: `every` blocks, the last with experts (none in a dense model)."""
 
   options: DecoderOptions
   mesh: Mesh

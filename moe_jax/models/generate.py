@@ -21,7 +21,7 @@ _ROUNDING = 1e-6
 
 
 class Sampling(NamedTuple):
-  """How tokens are drawn: see `sample_token`; `eos_id` ends a row."""
+  """Parameters of sampling: see `sample_token`; `eos_id` ends a row."""
 
   temperature: Float[Array, '']
   top_k: Int[Array, '']
@@ -30,7 +30,7 @@ class Sampling(NamedTuple):
 
 
 class Rows(NamedTuple):
-  """Where the continuation of each prompt stands.
+  """State of the continuation of each prompt.
 
   Attributes:
     token: drawn last, not in the cache yet.

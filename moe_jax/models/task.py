@@ -138,7 +138,7 @@ class Task:
 
   @property
   def decode(self) -> DecodeHooks | None:
-    """What samples from the model; None if nothing can."""
+    """The hooks that sample from the model; None if it cannot be sampled from."""
     return None
 
 

@@ -1,4 +1,4 @@
-"""Which process of a run does not answer any more.
+"""Detection of a process of a run that no longer answers.
 
 A process that was stopped, or whose machine is gone, lets all others wait in their next sum. JAX
 ends them with a trace of the one that waits. Here each process counts up a number of its own in
@@ -24,7 +24,7 @@ _KEY = 'moe_jax/alive/'
 
 
 class Watch:
-  """When each of the others was last heard of, by the clock of this process."""
+  """The last sign of life of each other process, by the clock of this one."""
 
   def __init__(self, index: int, count: int, timeout: float, now: float):
     """Begins at a time, in seconds, as if all had just been heard of."""

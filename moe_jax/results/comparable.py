@@ -92,7 +92,7 @@ def check_planned(
 
 
 class _Compared(NamedTuple):
-  """What must agree, unless the study asks for a difference.
+  """A value that must agree, unless the study allows it to differ.
 
   Attributes:
     study: whose `may_differ` names what it asks.

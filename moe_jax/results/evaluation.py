@@ -27,7 +27,7 @@ from moe_jax.train import evaluation_batches, routing_change
 
 
 class Request(NamedTuple):
-  """What of a run is evaluated.
+  """An evaluation of a run as requested.
 
   Attributes:
     workdir: of the run.

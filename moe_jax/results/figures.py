@@ -156,7 +156,7 @@ def _line_keys(study: Study, arms: dict[str, Record]) -> dict[str, str]:
 
 
 class _Positions:
-  """Where values of a field stand on an axis: by size if they are numbers, else in order."""
+  """Positions of the values of a field on an axis: by size if they are numbers, else in order."""
 
   def __init__(self, values: Sequence[Any]):
     self._numeric = all(type(value) in (int, float) for value in values)

@@ -70,7 +70,7 @@ def latex_number(text: str) -> str:
 
 
 def is_plain(char: str) -> bool:
-  """Whether any font of LaTeX has the character, or `LATEX` a command for it."""
+  """True if any font of LaTeX has the character, or `LATEX` a command for it."""
   if ' ' <= char <= '~' or char in LATEX:
     return True
   letter, *accents = list(unicodedata.normalize('NFD', char))

@@ -20,7 +20,7 @@ _FILES = importlib.resources.files('moe_jax.results') / 'page'
 
 
 class Cell(NamedTuple):
-  """What stands in a cell of the table if that is not what it is sorted by.
+  """Content of a table cell that is sorted by something other than its text.
 
   Attributes:
     text: shown.

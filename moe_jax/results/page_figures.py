@@ -1,4 +1,4 @@
-"""What the page's figures show: numbers with intervals and seeds by arm, and loads by rank."""
+"""Data of the page's figures: numbers with intervals and seeds by arm, and loads by rank."""
 
 from collections.abc import Sequence
 from typing import Any

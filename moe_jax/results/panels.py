@@ -1,4 +1,4 @@
-"""What the figures of a study share: colours, panels, labels, and the values of its trials."""
+"""Shared parts of the figures of a study: colours, panels, labels, and the values of its trials."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""Where the numbers of a study come from: commits, devices, texts, configs."""
+"""Provenance of the numbers of a study: commits, devices, texts, configs."""
 
 import dataclasses
 import json
@@ -14,13 +14,13 @@ from moe_jax.results.records import FINISHED, Record
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-  """Where the numbers come from: of finished trials, each value once.
+  """Origin of the numbers: of finished trials, each value once.
 
   Attributes:
     commits: of the checkouts, sorted; 'unknown' for a trial without.
     dates: of these commits, where known: {commit: 'YYYY-MM-DD'}.
     dirty: whether one had uncommitted changes.
-    devices: as 'COUNT x KIND (PLATFORM)', sorted; with the precision of products where it was set.
+    devices: as 'COUNT x KIND (PLATFORM)', sorted; with the precision of matmuls where it was set.
     packs: how many trials trained as one program, each number once; 1 or unknown left out.
     data: name, fingerprint and tokenizer of the texts.
     config: the fields that all trials agree on, as 'model.num_layers', with their values.

@@ -1,4 +1,4 @@
-"""What is known of one trial of a study, as plain values: one line of results.jsonl."""
+"""Record of one trial of a study, as plain values: one line of results.jsonl."""
 
 import dataclasses
 import hashlib

@@ -1,15 +1,15 @@
-"""How the loss falls with the number of experts, in the form of Clark et al. 2022.
+"""Scaling law of the loss in the number of experts, in the form of Clark et al. 2022.
 
 At one model size N the law log L = a log N + b log E^ + c log N log E^ + d is a line over log E^,
 log L = d' + b' log E^, with E^ the number of experts with saturation,
 
   1 / E^ = 1 / (E - 1 + 1 / (1 / E_start - 1 / E_max)) + 1 / E_max.
 
-Source: Clark et al. 2022, arXiv:2202.01169; the formulas are from notes, the text was not to be
-had. Differs: one N, so a and c are not to be found; E_start = 1, so that a dense model has E^ =
+Source: Clark et al. 2022, arXiv:2202.01169; the formulas are from notes, the text was not
+available. Differs: one N, so a and c cannot be found; E_start = 1, so that a dense model has E^ =
 1; E is the expansion, how many times the parameters of a dense layer the experts hold (E / K for
 experts of width F / K), which is the number of experts for K = 1, the source's case; fitted to
-the metric of the study in place of nats per token, which moves d' alone.
+the metric of the study instead of nats per token, which moves d' alone.
 """
 
 import math

@@ -33,7 +33,7 @@ def thin(records: Sequence[Record], metric: str) -> list[Record]:
 
 
 def is_thin(records: Sequence[Record], metric: str) -> bool:
-  """Whether nothing of the records would be left out but points of curves."""
+  """True if only points of curves would be left out of the records."""
   return [_thin(record, metric, *_POINTS[0]) for record in records] == list(records)
 
 

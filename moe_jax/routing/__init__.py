@@ -1,4 +1,4 @@
-"""Who goes where: from tokens to a plan. Plain JAX, one device, no collectives.
+"""Routing: from tokens to a plan. Plain JAX, one device, no collectives.
 
 A router of `routers/` picks experts, `plan.make_plan` applies the capacity, `stats.router_sums`
 counts what happened and `losses` turns the counts into the auxiliary losses. A new way of choosing

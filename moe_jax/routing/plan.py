@@ -20,14 +20,14 @@ CAUSAL_PRIORITIES = ('token',)
 
 
 class Plan(NamedTuple):
-  """Where each assignment of a routing group goes.
+  """Slots of the assignments of a routing group.
 
   Attributes:
     expert_index: the selected expert of each assignment.
     slot_index: rank of the assignment among all of its expert's, in order of priority. It is kept
-      if the rank is below the capacity. 0 for assignments that ask for no slot.
-    asked: whether the assignment asked for a slot: chosen by the router, and not of padding.
-    keep: whether the assignment got a slot.
+      if the rank is below the capacity. 0 for assignments that request no slot.
+    asked: True if the assignment requests a slot: selected by the router, and not of padding.
+    keep: True if the assignment got a slot.
     combine_weights: the gate of a kept assignment, 0 for a dropped one.
     source_index: the assignment in each slot; S * K where the slot is empty.
   """
@@ -168,9 +168,9 @@ def _assign_slots(
 def _count_slots(
   expert_index: Int[Array, 'S E'], asked: Bool[Array, 'S E'], capacity: int
 ) -> tuple[Int[Array, 'S E'], Int[Array, 'E C']]:
-  """What `_assign_slots` gives by position where every token names every expert, without a sort.
+  """Same as `_assign_slots` by position where every token selects every expert, without a sort.
 
-  The slot of an assignment is the number of earlier tokens that ask the same expert: O(S E).
+  The slot of an assignment is the number of earlier tokens that select the same expert: O(S E).
   """
   group_size, num_experts = expert_index.shape
   token = jnp.arange(group_size)[:, None]

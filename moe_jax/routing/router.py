@@ -1,11 +1,11 @@
-"""What a router is: the one interface between ways of choosing experts and everything else.
+"""Interface of a router, between the choice of experts and everything else.
 
 A router looks at the tokens of the routing groups that lie on one device and returns a `Choice`:
-which experts each token asks for, with what weight. Capacity, dispatch, statistics and the common
-losses are the same for all. A new router is one file in `routers/` whose `ROUTER` says what it is
+which experts each token selects, with what weight. Capacity, dispatch, statistics and the common
+losses are the same for all. A new router is one file in `routers/` whose `ROUTER` describes it
 and whose `Options` declare its hyperparameters; the registry and `moe_jax.schema` find them there.
 
-Nothing here communicates. What a router has to know of other devices, it counts in `Choice.sums`;
+Nothing here communicates. What a router must know of other devices, it counts in `Choice.sums`;
 the layer adds them up over all devices, and `Router.loss` and `Router.update` read the totals. So
 losses and states are the same on any mesh.
 """
@@ -25,13 +25,13 @@ State = dict[str, Array]
 
 
 class RouterInputs(NamedTuple):
-  """What a router may look at.
+  """Inputs that a router may read.
 
   Attributes:
-    tokens: float32, jittered if the config asks for it.
+    tokens: float32, jittered if the config says so.
     valid: False for padding.
     token_ids: of the vocabulary; the input tokens of the model.
-    positions: place of the token in its document, the same in training and decoding.
+    positions: of the token in its document, the same in training and decoding.
     keys: one per group, for what a router draws in training. In evaluation they are fixed and a
       router must not draw.
   """
@@ -44,15 +44,15 @@ class RouterInputs(NamedTuple):
 
 
 class Choice(NamedTuple):
-  """What a router decided, before any capacity.
+  """Decision of a router, before any capacity.
 
-  K is the number of assignments of a token, all E where a token may ask for any number of experts.
+  K is the number of assignments of a token, all E where a token may select any number of experts.
 
   Attributes:
-    expert_index: the expert of each assignment, none twice among the chosen ones of a token; best
+    expert_index: the expert of each assignment, none twice among the selected ones of a token; best
       first where the router has an order.
     gates: the weight of each selected expert's output, before any drop. Carries gradient.
-    chosen: whether the assignment asks for a slot at all. What it says of padding is ignored.
+    chosen: True if the assignment requests a slot at all. Its value for padding is ignored.
     router_probs: what losses and statistics read, non-negative, summing to at most 1. Carries
       gradient.
     router_logits: what z-loss and entropy read, before anything bounds them: a weight that is no

@@ -1,4 +1,4 @@
-"""What happened in a router, as float32 sums that add up over groups, devices and micro-batches.
+"""Statistics of a router, as float32 sums that add up over groups, devices and micro-batches.
 
 Losses and metrics are formed from these sums, never from means of means: a sum over valid tokens is
 the same number on any mesh. Nothing here is multiplied by a loss weight.

@@ -1,4 +1,4 @@
-"""What runs do besides their steps: saving, evaluating, what is written and shown."""
+"""Callbacks of a run: saving, evaluating, and what is written and shown."""
 
 import contextlib
 from collections.abc import Callable, Iterator

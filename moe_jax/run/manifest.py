@@ -25,7 +25,7 @@ _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'ten
 
 
 class Pace(NamedTuple):
-  """How often a run logs from some step on; one that goes on may change it.
+  """Logging intervals of a run from some step on; a continued run may change them.
 
   Attributes:
     from_step: the last step before.
@@ -143,7 +143,7 @@ def paces_from(
 
 
 def exists(workdir: str | os.PathLike) -> bool:
-  """Whether a directory holds a run; False also for a path that can't be looked at."""
+  """True if a directory holds a run; False also for a path that cannot be read."""
   try:
     return (pathlib.Path(workdir) / MANIFEST).exists()
   except OSError:
@@ -223,7 +223,7 @@ def config_of(manifest: dict[str, Any], workdir: str | os.PathLike) -> ml_collec
 
 
 def holds_run(workdir: str | os.PathLike) -> bool:
-  """Whether a directory holds a manifest or a checkpoint, from which one can be rebuilt."""
+  """True if a directory holds a manifest, or a checkpoint from which one can be rebuilt."""
   checkpoints = os.path.join(workdir, 'checkpoints')
   # False, too, for a path that no directory can have.
   return exists(workdir) or (

@@ -21,7 +21,7 @@ def print_line(line: str) -> None:
 
 
 def is_number(value: Any) -> bool:
-  """Whether a value of a record is a number."""
+  """True if a value of a record is a number."""
   return isinstance(value, int | float) and not isinstance(value, bool)
 
 

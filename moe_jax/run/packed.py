@@ -53,7 +53,7 @@ class Member(NamedTuple):
 
 
 class PackOutcome(NamedTuple):
-  """How a pack ended.
+  """Outcome of a pack.
 
   Attributes:
     diverged: for each member, what its DivergedError says; '' if it did not.

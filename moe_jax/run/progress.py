@@ -1,4 +1,4 @@
-"""What a run shows while it runs: lines, and a bar with the numbers of the last step."""
+"""Terminal output of a run: lines, and a progress bar with the metrics of the last step."""
 
 import sys
 import time

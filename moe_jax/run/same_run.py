@@ -1,4 +1,4 @@
-"""Whether a run may go on: with the config and data it began with, or more steps of them."""
+"""Checks that a run may continue: same config and data as at its start, or only more steps."""
 
 import hashlib
 import json

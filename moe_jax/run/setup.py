@@ -1,4 +1,4 @@
-"""What a run needs before its first step, and what an earlier call left of it."""
+"""Setup of a run before its first step, with what an earlier call left of it."""
 
 import pathlib
 from collections.abc import Callable

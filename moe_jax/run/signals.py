@@ -38,9 +38,9 @@ class Signals:
     self.received = number
 
   def should_stop(self, step: int, ask_every: int) -> bool:
-    """Whether to stop after this step; the same answer in every process.
+    """True if the run must stop after this step; the same answer in every process.
 
-    Several processes ask each other only every `ask_every` steps: asking waits for the devices.
+    Several processes agree only every `ask_every` steps, because agreeing waits for the devices.
     """
     if jax.process_count() > 1:
       if step % ask_every:

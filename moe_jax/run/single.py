@@ -42,7 +42,7 @@ from moe_jax.train.step import Batch, put_batch
 
 
 class Outcome(NamedTuple):
-  """How a call of `train` ended.
+  """Outcome of a call of `train`.
 
   Attributes:
     step: optimizer steps done.
@@ -56,7 +56,7 @@ class Outcome(NamedTuple):
 
 
 class _Run(NamedTuple):
-  """What a run is made of."""
+  """The parts of a run."""
 
   config: ml_collections.ConfigDict
   workdir: str
@@ -156,7 +156,7 @@ def _finished(run: _Run, old: dict[str, Any]) -> Outcome | None:
 
 
 def _is_intact(run: _Run) -> bool:
-  """Whether the last checkpoint of a finished run is good, or all were taken away on purpose."""
+  """True if the last checkpoint of a finished run is intact, or all were removed on purpose."""
   with jax.set_mesh(run.mesh):
     optimizer = optimizer_of(run.config, run.task)
     checkpoints = Checkpoints(run.workdir, read_only=True)

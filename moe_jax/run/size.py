@@ -1,4 +1,4 @@
-"""Whether a config can fit the machine at all, from its numbers alone and before it is built."""
+"""Check that a config can fit the machine at all, from its values only and before it is built."""
 
 import copy
 import os

@@ -1,4 +1,4 @@
-"""What became of the trials of a study, read from disk: one record for each."""
+"""Records of the trials of a study, read from disk, one for each."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""What is kept of a trial beside its run: how it ended, and its evaluations, under a digest."""
+"""Outcome of a trial, kept next to its run: how it ended, and its evaluations, under a digest."""
 
 import hashlib
 import json
@@ -63,9 +63,9 @@ def _digest(outcome: dict[str, Any]) -> str:
 
 
 def is_done(study: Study, trial: Trial, workdir: str) -> bool:
-  """Whether nothing is left to do; a damaged outcome is made again from the run.
+  """True if nothing is left to do; a damaged outcome is made again from the run.
 
-  So is one of other evaluations than the study asks now.
+  So is one whose evaluations are not those that the study requests now.
   """
   try:
     found = read(workdir, trial.id)

@@ -1,4 +1,4 @@
-"""Which trials a call of the sweep runs."""
+"""Selection of the trials that a call of the sweep runs."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -19,10 +19,10 @@ from moe_jax.sweep.trials import load_study, trials_of
 
 
 class Report(NamedTuple):
-  """What was written.
+  """The report as written.
 
   Attributes:
-    summary: what tables are made of.
+    summary: source of the tables.
     left_out: keys of the columns that table.tex has no room for.
     figures: width in inches of each figure that was drawn, by its name.
     url: of the software in cite.bib; '' if none is known.

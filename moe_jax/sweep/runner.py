@@ -41,7 +41,7 @@ class Interrupted(Exception):  # noqa: N818
 
 
 class Counts(NamedTuple):
-  """How many trials of a sweep are in which state when it ends."""
+  """Numbers of trials of a sweep by state when it ends."""
 
   finished: int
   diverged: int

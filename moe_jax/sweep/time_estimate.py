@@ -54,7 +54,7 @@ Measurements = Mapping[tuple[str, str], Sequence[Measured]]
 
 
 class Work(NamedTuple):
-  """What one trial runs of one program.
+  """Work that one trial gives to one program.
 
   Attributes:
     part: training or evaluation.

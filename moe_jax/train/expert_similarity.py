@@ -1,4 +1,4 @@
-"""How much alike the weights of experts are."""
+"""Similarity of the weights of experts."""
 
 import functools
 from typing import Any

@@ -26,7 +26,7 @@ HYPERPARAMETER_FIELDS = (
 
 
 class Hyperparameters(NamedTuple):
-  """What a step is told beside state and batch.
+  """Hyperparameters that a step receives besides state and batch.
 
   Attributes:
     learning_rate: the peak of the schedule.

@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Callback:
-  """What a run does besides its steps; nothing by default."""
+  """Actions of a run besides its steps; none by default."""
 
   def on_start(self, step: int, state: Any) -> None:
     """Called before the first step of this call, after `step` steps of the run."""

@@ -1,6 +1,6 @@
-"""How many of the experts that tokens ask for change between two checkpoints of a run.
+"""Routing change: how many selected experts differ between two checkpoints of a run.
 
-Or between two ways of computing the same one.
+Or between two computations of the same one, as with another router dtype.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from moe_jax.train.state import params_shardings
 
 
 class Weights(NamedTuple):
-  """What a checkpoint says of routing: parameters, and the state of the routers."""
+  """Weights of a checkpoint that routing reads: parameters, and the state of the routers."""
 
   params: Any
   router_state: Any

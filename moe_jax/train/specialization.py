@@ -1,10 +1,10 @@
-"""How far experts specialise, in numbers: pure functions of counts, in NumPy.
+"""Measures of how far experts specialise: pure functions of counts, in NumPy.
 
 One-letter dimensions: L MoE layers, E experts, V token ids, R labels (domains, or token ids).
 
-What is measured is who was asked for, before any drop, over valid tokens (`RoutingCounts` says what
-an assignment is for each kind of router). Where every token goes to every expert (dense mixture,
-Soft MoE) nobody is chosen, and only the similarity of weights is given.
+The counts are of the experts selected, before any drop, over valid tokens (`RoutingCounts` says
+what an assignment is for each kind of router). Where every token goes to every expert (dense
+mixture, Soft MoE) there is no selection, and only the similarity of weights is given.
 
 Mutual information of finitely many tokens is above 0 even where experts know nothing of the label:
 by about (R - 1)(E - 1) / 2 nats over the number of assignments, which is much where labels are

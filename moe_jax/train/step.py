@@ -28,7 +28,7 @@ MicroBatches = dict[str, Int[Array, 'A b T']]
 
 
 class StepMetrics(NamedTuple):
-  """What a step reports; sums and unweighted losses, over the whole batch.
+  """Metrics of a step; sums and unweighted losses, over the whole batch.
 
   Attributes:
     tokens: valid tokens.
@@ -39,7 +39,7 @@ class StepMetrics(NamedTuple):
     average_load: of the state after the step; None for a dense model.
     grad_norm: global norm before clipping.
     learning_rate: of this step.
-    router_state_finite: whether all numbers are that the routers carry on.
+    router_state_finite: True if all numbers of the routers' state are finite.
   """
 
   tokens: Float[Array, '']
@@ -54,7 +54,7 @@ class StepMetrics(NamedTuple):
 
 
 class _Parts(NamedTuple):
-  """What adds up over micro-batches."""
+  """Sums over micro-batches."""
 
   cross_entropy: Float[Array, '']
   objective: Float[Array, '']
