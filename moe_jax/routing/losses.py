@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from moe_jax.routing.router import squared_variation
 from moe_jax.routing.stats import RouterSums
 
 # Scales of the load-balancing loss that codebases use, see `load_balancing_value`.
@@ -109,17 +110,11 @@ def router_z_loss(sums: RouterSums) -> Float[Array, '*layers']:
 def importance_loss(sums: RouterSums) -> Float[Array, '*layers']:
   """Returns the squared coefficient of variation of the summed router probabilities; 0 at balance.
 
-  Population variance over squared mean, never through a standard deviation, whose gradient is NaN
-  at perfect balance.
-
   Source: Shazeer et al. 2017, arXiv:1701.06538, eq. 6-7, on the softmax over all experts as in
   Riquelme et al. 2021, arXiv:2106.05974, app. A (Shazeer sums the gates after selection).
   """
   mean_prob = sums.prob_sum / _at_least_one(sums.tokens)[..., None]
-  mean = jnp.mean(mean_prob, axis=-1, keepdims=True)
-  variance = jnp.mean(jnp.square(mean_prob - mean), axis=-1)
-  per_scope = variance / jnp.maximum(jnp.square(mean[..., 0]), 1e-10)
-  return _mean_over_scopes(per_scope, sums.tokens)
+  return _mean_over_scopes(squared_variation(mean_prob), sums.tokens)
 
 
 def entropy_loss(sums: RouterSums) -> Float[Array, '*layers']:

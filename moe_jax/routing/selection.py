@@ -77,3 +77,15 @@ def _kth_largest(
   shape = (key.shape[0], 1, key.shape[2])
   kth = router_lib.varying_like(jnp.full(shape, start, jnp.int32), key)
   return jax.lax.fori_loop(0, num_bits, set_bit, kth)
+
+
+def smallest_selected(
+  values: Float[Array, 'G S E'], expert_index: Int[Array, 'G S K']
+) -> Float[Array, 'G S 1']:
+  """Returns the smallest of the values that a token selected: the K-th largest.
+
+  Never as a slice of the top-k, here or in a router: XLA on CPUs then no longer recognises the
+  top-k and sorts whole rows instead.
+  """
+  selected = jnp.take_along_axis(values, expert_index, axis=-1)
+  return jnp.min(selected, axis=-1, keepdims=True)

@@ -10,8 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
-import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from moe_jax import routing
 from moe_jax.layers.moe_options import MoeOptions
@@ -58,14 +57,6 @@ def loss_weights(config: ml_collections.ConfigDict) -> LossWeights:
       )
     )
   )
-
-
-def cross_entropy_sum(
-  logits: Float[Array, 'B T V'], targets: Int[Array, 'B T'], segment_ids: Int[Array, 'B T']
-) -> Float[Array, '']:
-  """Returns the cross-entropy in nats, summed over tokens that are not padding."""
-  per_token = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-  return jnp.sum(jnp.where(segment_ids > 0, per_token, 0.0))
 
 
 def auxiliary_losses(

@@ -7,7 +7,7 @@ import pytest
 
 from moe_jax.layers.cross_entropy import cross_entropy_sum, logits
 from moe_jax.parallel.mesh import make_mesh
-from moe_jax.train import objective
+from tests import tiny
 
 VOCAB = 23
 
@@ -22,7 +22,7 @@ def draw(batch=8, length=5, width=6, vocab=VOCAB, dtype=jnp.float32):
 
 
 def whole(hidden, output, targets, segments):
-  return objective.cross_entropy_sum(logits(hidden, output), targets, segments)
+  return tiny.cross_entropy_sum(logits(hidden, output), targets, segments)
 
 
 def by_parts(mesh, num_logits):
@@ -33,6 +33,16 @@ def both(function, arrays):
   """A multiple of the sum, so that the factor of the gradient is seen, with its gradients."""
   scaled = lambda hidden, output: -0.3 * function(hidden, output, *arrays[2:])  # noqa: E731
   return jax.jit(jax.value_and_grad(scaled, argnums=(0, 1)))(*arrays[:2])
+
+
+def test_the_oracle_against_numpy():
+  hidden, output, targets, segments = draw()
+  scores = np.asarray(logits(hidden, output), np.float64)
+  probs = np.exp(scores - scores.max(-1, keepdims=True))
+  probs /= probs.sum(-1, keepdims=True)
+  picked = np.take_along_axis(probs, np.asarray(targets)[..., None], -1)[..., 0]
+  expected = -np.log(picked[np.asarray(segments) > 0]).sum()
+  np.testing.assert_allclose(whole(hidden, output, targets, segments), expected, rtol=1e-5)
 
 
 # One token at a time, parts that do not divide the tokens, all at once.

@@ -79,7 +79,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
       lambda key: jax.random.uniform(key, inputs.valid.shape[1:]), inputs.keys
     )
     second = draw < choice.gates[..., 1] / limit
-  # Not a slice of the top-k: XLA on CPUs then sorts whole rows instead.
+  # Not a slice of the top-k: see `selection.smallest_selected`.
   first = jnp.argmax(choice.router_logits, axis=-1)
   first_choices = jax.nn.one_hot(first, options.num_experts)
   return choice._replace(

@@ -13,6 +13,7 @@ from moe_jax.router_options import (
   SoftmaxOrderOptions,
 )
 from moe_jax.routing import router as router_lib
+from moe_jax.routing import selection as selection_lib
 from moe_jax.routing.router import Choice, Params, RouterInputs, State, Weight
 from moe_jax.routing.routers import top_k
 from moe_jax.routing.stats import RouterSums
@@ -113,9 +114,7 @@ def selection_probability(
   deviation: Float[Array, 'G S E'],
 ) -> Float[Array, 'G S E']:
   """Returns P(expert is selected), its own noise drawn anew, all other noise as it is; K < E."""
-  # Not a slice of the top-k: XLA on CPUs then sorts whole rows instead.
-  chosen = jnp.take_along_axis(selection, choice.expert_index, axis=-1)
-  last_in = jnp.min(chosen, axis=-1, keepdims=True)
+  last_in = selection_lib.smallest_selected(selection, choice.expert_index)
   first_out = jnp.max(jnp.where(selected > 0, -jnp.inf, selection), axis=-1, keepdims=True)
   threshold = jnp.where(selected > 0, first_out, last_in)
   return jax.scipy.special.ndtr(

@@ -73,7 +73,7 @@ def to_beat(
 ) -> Float[Array, 'G S 1']:
   """Returns the (K+1)-th largest of each token, from its K largest; the K-th with K = E."""
   key = selection.to_key(biased)
-  # Not a slice of a top-k: XLA on CPUs then sorts whole rows instead.
+  # Not a slice of the top-k: see `selection.smallest_selected`.
   if expert_index.shape[-1] == biased.shape[-1]:
     return selection.from_key(jnp.min(key, axis=-1, keepdims=True))
   experts = jnp.arange(biased.shape[-1])[None, None, None, :]

@@ -14,6 +14,7 @@ from moe_jax.router_options import (
   hyperparameter,
 )
 from moe_jax.routing import router as router_lib
+from moe_jax.routing import selection as selection_lib
 from moe_jax.routing.router import Choice, Params, RouterInputs, State
 from moe_jax.routing.routers import noisy_top_k, top_k
 from moe_jax.routing.stats import RouterSums
@@ -65,9 +66,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
     gate_scale=options.gate_scale,
   )
   if noisy:
-    # Not a slice of the top-k: XLA on CPUs then sorts whole rows instead.
-    chosen = jnp.take_along_axis(selection, choice.expert_index, axis=-1)
-    last_in = jnp.min(chosen, axis=-1, keepdims=True)
+    last_in = selection_lib.smallest_selected(selection, choice.expert_index)
     load = probability_above(last_in, router_logits, options.noise_scale / num_experts)
   else:
     load = noisy_top_k.spread(choice.expert_index, jnp.ones_like(choice.gates), num_experts)
