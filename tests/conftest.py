@@ -3,6 +3,7 @@
 import gc
 import importlib.metadata
 import os
+import signal
 import tempfile
 
 NUM_DEVICES = 8
@@ -93,6 +94,20 @@ def forget_programs():
   yield
   jax.clear_caches()
   gc.collect()
+
+
+@pytest.fixture
+def no_hang():
+  """Fails a test that would never end, as one that reads a pipe into which nobody writes."""
+
+  def end(number, frame):
+    raise AssertionError('not ended after 60 s')
+
+  before = signal.signal(signal.SIGALRM, end)
+  signal.alarm(60)
+  yield
+  signal.alarm(0)
+  signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(scope='session')

@@ -75,6 +75,7 @@ def listed(folder):
   return {run.pop('run'): run for run in json.loads(result.out)}
 
 
+@pytest.mark.usefixtures('no_hang')
 def test_every_run_is_listed_with_what_its_files_say(folder):
   found = listed(folder)
   bad = {f'bad/{name}' for name in ('cut', 'list', 'shape', 'deep', 'binary', 'lost')}

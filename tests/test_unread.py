@@ -252,7 +252,7 @@ def test_a_router_says_whether_it_looks_at_its_group(name):
   options = schema.router_options(config)
   one, two = (_chosen(router, options, size) for size in (1, 2))
   same = all(np.allclose(a, b, atol=1e-5) for a, b in zip(one, two, strict=True))
-  assert same == (not router.by_group)
+  assert same == (not router.by_group), f'{name}: by_group must be {not same}'
 
 
 def test_everything_here_may_begin():

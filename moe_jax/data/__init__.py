@@ -11,6 +11,7 @@ from moe_jax.data.baselines import compression_baselines
 from moe_jax.data.dataset import Dataset
 from moe_jax.data.documents import SPLITS, Document
 from moe_jax.data.evaluation import EVALUATION_SPLIT, evaluation_dataset
+from moe_jax.data.examine import Examined, examine
 from moe_jax.data.iterators import eval_batches, train_iterator
 from moe_jax.data.prepare import open_dataset, open_if_prepared
 from moe_jax.data.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer, load_tokenizer
@@ -23,12 +24,14 @@ __all__ = [
   'ByteTokenizer',
   'Dataset',
   'Document',
+  'Examined',
   'Example',
   'PackedWindows',
   'Tokenizer',
   'compression_baselines',
   'eval_batches',
   'evaluation_dataset',
+  'examine',
   'load_tokenizer',
   'open_dataset',
   'open_if_prepared',

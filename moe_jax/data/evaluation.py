@@ -42,7 +42,7 @@ def evaluation_dataset(
   data_dir = os.path.abspath(sources.expand('data.data_dir', data_dir, data_dir))
   try:
     found = sources.find_source(source, data_dir, None)
-    kind = f'{tokenizer.name}-{tokenizer.fingerprint[:16]}'
+    kind = prepare.kind_of(tokenizer)
     return prepare.open_prepared(source, found, data_dir, kind, lambda read: tokenizer)
   except errors.UserError as error:
     if error.field != 'data.name':

@@ -23,6 +23,8 @@ from moe_jax.data import tokenizer as tokenizer_lib
 # (what reads the documents to train on) -> tokenizer.
 MakeTokenizer = Callable[[sources.Reader], tokenizer_lib.Tokenizer]
 
+# Digits of a tokenizer's fingerprint in the name of a store; a vocabulary's size has fewer.
+_HASH = 16
 # What reading a TFDS data set raises when its files are cut short or changed.
 _READ_ERRORS = (OSError, RuntimeError, ValueError, IndexError, KeyError)
 
@@ -61,7 +63,7 @@ def open_dataset(
   fractions = (valid_fraction, test_fraction)
   source, data_dir, kind = _locate(name, data_dir, tokenizer, vocab_size, fractions)
   if given_tokenizer is not None and tokenizer != 'bytes':
-    kind = f'{given_tokenizer.name}-{given_tokenizer.fingerprint[:16]}'
+    kind = kind_of(given_tokenizer)
     return open_prepared(name, source, data_dir, kind, lambda read: given_tokenizer)
 
   def make(read: sources.Reader) -> tokenizer_lib.Tokenizer:
@@ -126,6 +128,11 @@ def _locate(
   return source, data_dir, tokenizer if tokenizer == 'bytes' else f'{tokenizer}-{vocab_size}'
 
 
+def kind_of(tokenizer: tokenizer_lib.Tokenizer) -> str:
+  """Returns the kind of store that a tokenizer of another text makes."""
+  return f'{tokenizer.name}-{tokenizer.fingerprint[:_HASH]}'
+
+
 def open_prepared(
   name: str, source: sources.Source, data_dir: str, kind: str, make_tokenizer: MakeTokenizer
 ) -> dataset_lib.Dataset:
@@ -158,7 +165,7 @@ def open_prepared(
     except (FileNotFoundError, errors.DamagedError):
       pass
     try:
-      _prepare(name, source, directory, make_tokenizer)
+      _prepare(name, source, directory, kind, make_tokenizer)
     except errors.UserError as error:
       if damage is None:
         raise
@@ -191,20 +198,35 @@ def _open_store(directory: str, source: sources.Source, kind: str) -> token_stor
     errors.DamagedError: if it is not whole, or one of another text or tokenizer under this name.
   """
   store = token_store.open_store(directory)
-  found = store.meta['identity'], store.tokenizer.name
-  for is_there, expected in zip(found, (source.key, kind.partition('-')[0]), strict=True):
-    if is_there != expected:
-      raise errors.DamagedError(f'{directory} is a copy of another store, of {is_there}')
+  identity = store.meta['identity']
+  if identity != source.key:
+    raise errors.DamagedError(f'{directory} is a copy of another store, of {identity}')
+  # Stores from before it was written down have none.
+  recorded = store.meta.get('kind', '')
+  if (recorded and recorded != kind) or not _may_be(store.tokenizer, kind):
+    made = recorded or f'{store.tokenizer.name}, {store.tokenizer.vocab_size} tokens'
+    raise errors.DamagedError(f'{directory} is a copy of another store, of {made}')
   return store
 
 
+def _may_be(tokenizer: tokenizer_lib.Tokenizer, kind: str) -> bool:
+  """Tells if a tokenizer may be of a kind: 'bytes', 'bpe-SIZE' or, of another text, 'NAME-HASH'."""
+  name, _, rest = kind.partition('-')
+  if tokenizer.name != name:
+    return False
+  if len(rest) == _HASH:
+    return tokenizer.fingerprint[:_HASH] == rest
+  # A text with few pairs that repeat gives fewer tokens than asked.
+  return not rest or tokenizer.vocab_size <= int(rest)
+
+
 def _prepare(
-  name: str, source: sources.Source, directory: str, make_tokenizer: MakeTokenizer
+  name: str, source: sources.Source, directory: str, kind: str, make_tokenizer: MakeTokenizer
 ) -> None:
   for rebuild in (False, True):
     try:
       readers, provenance = source.open(rebuild)
-      _tokenize(name, source, directory, make_tokenizer, readers, provenance)
+      _tokenize(name, source, directory, kind, make_tokenizer, readers, provenance)
       return
     except (errors.UserError, errors.DamagedError):
       raise
@@ -224,6 +246,7 @@ def _tokenize(
   name: str,
   source: sources.Source,
   directory: str,
+  kind: str,
   make_tokenizer: MakeTokenizer,
   readers: dict[str, sources.Reader],
   provenance: dict[str, Any],
@@ -240,6 +263,7 @@ def _tokenize(
       encoder,
       identity=source.key,
       provenance={**provenance, 'numpy': np.__version__},
+      kind=kind,
       skip_short=source.skip_short,
     )
     if num_skipped:

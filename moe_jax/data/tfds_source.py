@@ -27,6 +27,7 @@ VALID_NAMES = ('valid', 'validation')
 # Written last by TFDS.
 _INFO = 'dataset_info.json'
 
+_UNKNOWN = 'must be a name that TFDS knows'
 # What a builder of somebody else may raise for want of a network, a disk, TensorFlow or a file.
 _PREPARE_ERRORS = (OSError, ImportError, ValueError, RuntimeError, AssertionError, AttributeError)
 
@@ -118,6 +119,25 @@ def build(
   return builder
 
 
+def check_name(name: str) -> None:
+  """Checks that TFDS has code or files of a data set, without a network.
+
+  Args:
+    name: the user's `data.name`, 'tfds:NAME[/CONFIG][:VERSION]'.
+
+  Raises:
+    errors.UserError: if it has not.
+  """
+  spec = name.removeprefix('tfds:')
+  try:
+    tfds.builder_cls(re.split('[/:]', spec)[0])
+  except tfds.core.DatasetNotFoundError:
+    try:
+      tfds.builder(spec, try_gcs=False)
+    except tfds.core.DatasetNotFoundError as error:
+      raise errors.UserError('data.name', name, _UNKNOWN) from error
+
+
 def open_named(name: str, data_dir: str) -> Any:
   """Returns the prepared builder of a TFDS data set, downloading it if need be.
 
@@ -141,7 +161,7 @@ def open_named(name: str, data_dir: str) -> Any:
   except _DescriptionError as error:
     raise errors.DamagedError(f'{error}; remove its folder to have it downloaded again') from error
   except tfds.core.DatasetNotFoundError as error:
-    raise errors.UserError('data.name', name, 'must be a name that TFDS knows') from (error)
+    raise errors.UserError('data.name', name, _UNKNOWN) from error
   except _PREPARE_ERRORS as error:
     reason = _one_line(error)
     raise errors.UserError('data.name', name, f'TFDS cannot open it: {reason}') from error

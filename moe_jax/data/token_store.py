@@ -177,6 +177,7 @@ def write(
   *,
   identity: str,
   provenance: dict[str, Any],
+  kind: str = '',
   skip_short: bool = False,
 ) -> int:
   """Writes a whole store into an empty directory.
@@ -187,6 +188,7 @@ def write(
     tokenizer: encodes them.
     identity: what the documents are said to be, part of the fingerprint.
     provenance: JSON-able facts to keep in meta.json.
+    kind: which tokenizer was asked for; a small text may give one of fewer tokens.
     skip_short: leave out documents of fewer than two tokens instead of raising.
 
   Returns:
@@ -220,6 +222,7 @@ def write(
     'provenance': provenance,
     'files': listing,
     'vocab_size': tokenizer.vocab_size,
+    'kind': kind,
   }
   meta[_DIGEST] = _meta_digest(meta)
   write_atomically(os.path.join(directory, META), json.dumps(meta, indent=1))

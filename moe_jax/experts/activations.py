@@ -45,6 +45,7 @@ def activate(hidden: Float[Array, '*any F1'], activation: str) -> Float[Array, '
     return _PLAIN[activation](hidden)
   if activation not in _GATED:
     raise ValueError(f'activation={activation!r}: must be one of {", ".join(ACTIVATIONS)}')
+  # [.. 2F] -> two of [.. F], the gates first: imported weights must have that order, too.
   gate, value = jnp.split(hidden, 2, axis=-1)
   return _GATED[activation](gate) * value
 

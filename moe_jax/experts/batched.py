@@ -38,6 +38,8 @@ def forward(
   w_out: Float[Array, 'E F D'],
 ) -> tuple[Float[Array, 'E C D'], Float[Array, 'E C F1']]:
   """Returns the outputs of all experts, and their hidden layers before the activation."""
+  # [E C D] -> [E C F1]. The layer before its activation is what the backward pass needs: it has the
+  # slope, and the active units follow from it element by element.
   hidden = matmul(rows, w_in)
   return matmul(activate(hidden, activation), w_out), hidden
 
@@ -51,6 +53,7 @@ def backward(
   w_out: Float[Array, 'E F D'],
 ) -> tuple[Float[Array, 'E C D'], Float[Array, 'E D F1'], Float[Array, 'E F D']]:
   """Returns the gradients of rows, w_in and w_out."""
+  # [E C F], formed again with its slope, rather than kept next to `hidden`.
   active, pull = jax.vjp(functools.partial(activate, activation=activation), hidden)
   (d_hidden,) = pull(rows_gradient(d_y, w_out))
   d_rows = rows_gradient(d_hidden, w_in)

@@ -57,6 +57,7 @@ def _rounded(size: float) -> int:
   return MULTIPLE * math.ceil(size / MULTIPLE)
 
 
+# A custom gradient: reverse mode cannot pass a loop whose number of turns depends on the data.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def run_filled(
   activation: str,
@@ -111,11 +112,14 @@ def _looped_forward(activation, keeps_hidden, rows, filled, w_in, w_out):
   num_experts, capacity, _ = rows.shape
 
   def body(size, expert, results):
+    # Rows from `filled` to `size` are zero and stay zero: every activation maps 0 to 0. One that
+    # does not would leave outputs in slots that nobody holds.
     hidden = _first(rows, expert, size) @ _of(w_in, expert)
     y = activate(hidden, activation) @ _of(w_out, expert)
     return tuple(map(functools.partial(_put, expert), results, (y, hidden)))
 
   y, hidden = jnp.zeros_like(rows), jnp.zeros((num_experts, capacity, w_in.shape[2]), rows.dtype)
+  # Without a gradient to come, the hidden units never leave the cache.
   results = (y, hidden) if keeps_hidden else (y,)
   results = _for_each_expert(body, filled, capacity, varying_like(results, rows))
   return results if keeps_hidden else (*results, None)
@@ -140,10 +144,12 @@ def _looped_backward(activation, d_y, rows, filled, hidden, w_in, w_out):
   else:
     shape = (num_experts, capacity, w_out.shape[1])
     others = (jnp.zeros_like(hidden), jnp.zeros(shape, hidden.dtype))
+  # A loop must start from what it goes on with: values that differ between devices.
   results = varying_like((jnp.zeros_like(rows), *others), rows)
   d_rows, *others = _for_each_expert(body, filled, capacity, results)
   if weights_in_loop:
     return d_rows, *others
+  # [E C F1] and [E C F]. Experts without rows left zeros, which add nothing below.
   d_hidden, active = others
   return d_rows, *filled_gradients(filled, ((rows, d_hidden), (active, d_y)))
 
@@ -186,6 +192,7 @@ def _for_each_expert(
   order = jnp.argsort(rank).astype(jnp.int32)
   # ends[i] to ends[i + 1]: the experts of sizes[i] in that order.
   ends = count(rank[order], jnp.arange(len(sizes) + 1), side='right').astype(jnp.int32)
+  # One loop for each size: how many turns it takes is data, the shape of a turn is static.
   for i, size in enumerate(sizes):
     one = functools.partial(lambda size, j, results: body(size, order[j], results), size)
     results = jax.lax.fori_loop(ends[i], ends[i + 1], one, results)

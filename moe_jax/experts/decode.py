@@ -70,6 +70,8 @@ def run_blocks(
 
 
 def _gathered(blocks: Blocks, weights, activation: str, layer) -> Float[Array, 'N b D']:
+  # [*L E D F1] -> [N D F1], a copy of the expert of each block. The layer is part of the index:
+  # weights[layer][expert] would copy all experts of the layer first.
   index = blocks.expert if layer is None else (layer, blocks.expert)
   w_in, w_out = (w[index].astype(blocks.rows.dtype) for w in weights)
   hidden = activate(jnp.einsum('nbd,ndf->nbf', blocks.rows, w_in), activation)
@@ -82,15 +84,19 @@ def _looped(blocks: Blocks, weights, activation: str, layer) -> Float[Array, 'N 
     rows = jax.lax.dynamic_index_in_dim(blocks.rows, i, keepdims=False)
     expert = jax.lax.dynamic_index_in_dim(blocks.expert, i, keepdims=False)
     at = (expert,) if layer is None else (layer, expert)
+    # Cast here, one expert at a time: a cast of all weights would read every one of them.
     w_in, w_out = (_one_expert(w, at).astype(rows.dtype) for w in weights)
     new = activate(rows @ w_in, activation) @ w_out
     return i + 1, jax.lax.dynamic_update_index_in_dim(outputs, new, i, axis=0)
 
+  # Blocks without a token keep the zeros that they start from.
   start = varying_like((jnp.int32(0), jnp.zeros_like(blocks.rows)), blocks.rows)
+  # A while loop, because only the data says how many blocks there are. Reverse mode cannot pass it.
   return jax.lax.while_loop(lambda carry: carry[0] < blocks.num_filled, run_one, start)[1]
 
 
 def _one_expert(weights: Float[Array, '*L E A B'], at: tuple[Array, ...]) -> Float[Array, 'A B']:
+  # [*L E A B] -> [A B] by one slice, so that nothing but this expert is read.
   shape = weights.shape[len(at) :]
   start = (*at, jnp.int32(0), jnp.int32(0))
   return jax.lax.dynamic_slice(weights, start, (*(1 for _ in at), *shape)).reshape(shape)

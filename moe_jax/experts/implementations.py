@@ -40,6 +40,8 @@ def run_experts(
   """
   w_in, w_out = (w.astype(rows.dtype) for w in weights)
   if filled is not None and _are_large(w_in) and cpu_paths_on():
+    # The custom gradient is each device's own. Marked as varying, the weights get the sum of those
+    # of all devices that hold the expert.
     w_in, w_out = varying_like((w_in, w_out), rows)
     return cpu.run_filled(activation, rows, varying_like(filled, rows), w_in, w_out)
   hidden = activate(_matmul(rows, w_in), activation)

@@ -41,8 +41,10 @@ def packing_of(counts: Int[Array, 'E P'], capacity: int) -> Packing:
   slot = jnp.arange(capacity, dtype=jnp.int32)[None, None, :]
   # Part p of an expert begins behind the filled rows of the parts before it.
   starts = jnp.cumsum(counts, axis=1) - counts
+  # [E P C]: the packed place of each slot, N for an empty one.
   back = jnp.where(slot < counts[..., None], starts[..., None] + slot, num_rows)
   back = back.reshape(num_experts, num_rows).astype(jnp.int32)
+  # The same the other way around. Empty slots all name place N, which is past the end: dropped.
   there = jnp.full_like(back, num_rows)
   expert = jnp.arange(num_experts)[:, None]
   there = there.at[expert, back].set(jnp.arange(num_rows, dtype=jnp.int32), mode='drop')
@@ -59,10 +61,13 @@ def unpack(rows: Float[Array, 'E N D'], packing: Packing) -> Float[Array, 'E N D
   return _move(rows, packing.back, packing.there)
 
 
+# JAX's own gradient of a gather is a scatter-add. Each index undoes the other here, so that a
+# gather along the other one is the gradient.
 @jax.custom_vjp
 def _move(rows, index, inverse):
   """A gather, whose gradient is one, too."""
   del inverse
+  # Clipped, then zeroed: an index in bounds is cheaper than a padded copy of the rows.
   taken = jnp.take_along_axis(rows, jnp.minimum(index, rows.shape[1] - 1)[..., None], axis=1)
   return jnp.where((index < rows.shape[1])[..., None], taken, 0)
 

@@ -31,18 +31,24 @@ def rotate(
   # Angles grow with the position and fall with the dimension: theta ** (-i / (H / 2)).
   half = x.shape[-1] // 2
   frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  # [B T 1 H/2], one angle for each pair and the same for all heads. In float32: bfloat16 does not
+  # tell position 257 from 256.
   angle = positions[..., None, None].astype(jnp.float32) * frequency[None, None, None]
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   cos, sin = jnp.cos(angle), jnp.sin(angle)
+  # Each pair is a point of the plane, turned by its angle. Weights of a codebase that pairs 2i with
+  # 2i + 1 need the columns of each head permuted.
   rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
   return rotated.astype(x.dtype)
 
 
 def packed_causal_mask(segment_ids: Int[Array, 'B T']) -> Bool[Array, 'B 1 T T']:
   """True where query t may see key t': t' <= t in the same document. Padding sees itself."""
+  # Order in the packed sequence, not in the document: the second condition sees to documents.
   position = jnp.arange(segment_ids.shape[-1])
   causal = position[:, None] >= position[None, :]
   same_document = segment_ids[:, :, None] == segment_ids[:, None, :]
+  # [B 1 T T], 1 for all heads. The diagonal is True, so no softmax is over nothing.
   return (causal[None] & same_document)[:, None]
 
 
@@ -90,6 +96,8 @@ class Attention(nn.Module):
       )
       return (x @ kernel.astype(x.dtype)).reshape(*x.shape[:2], heads, self.head_dim)
 
+    # Rotated before they are cached: the dot product of two rotated vectors depends on the
+    # difference of their positions alone, so a cached key stays valid.
     query = rotate(project('query', self.num_heads, 'heads'), positions, self.rope_theta)
     key = rotate(project('key', self.num_kv_heads, 'kv_heads'), positions, self.rope_theta)
     value = project('value', self.num_kv_heads, 'kv_heads')
@@ -102,6 +110,8 @@ class Attention(nn.Module):
       key, value = (
         jax.lax.dynamic_index_in_dim(cells, layer, axis=1, keepdims=False) for cells in cache
       )
+    # [B T N H] queries, [B M KV H] keys and values: query head n reads head n // (N / KV) of them.
+    # Logits are divided by sqrt(H).
     attended = jax.nn.dot_product_attention(
       query, key.astype(query.dtype), value.astype(query.dtype), mask=mask
     )
@@ -117,6 +127,8 @@ def _write(
   layer: Int[Array, ''] | int,
   start: Int[Array, 'B'],
 ) -> Float[Array, 'B L M KV H']:
+  # Each row of the batch is at a position of its own. A start beyond M - T would be moved back
+  # without a word, and overwrite earlier cells.
   write_row = jax.vmap(
     lambda row, x, at: jax.lax.dynamic_update_slice(row, x[None], (layer, at, 0, 0))
   )

@@ -33,7 +33,9 @@ class RMSNorm(nn.Module):
   def __call__(self, x: Float[Array, '*any D']) -> Float[Array, '*any D']:
     """Returns the normalised array in the dtype of the input."""
     scale = self.param('scale', logical(nn.initializers.ones, 'embed'), (x.shape[-1],))
+    # [D] -> [1 .. 1 D], spelt out: tests forbid that arrays of different rank are broadcast.
     scale = jnp.expand_dims(scale, range(x.ndim - 1))
+    # Squares of bfloat16 numbers, summed over D in bfloat16, would lose the small ones.
     x_fp32 = x.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(x_fp32), axis=-1, keepdims=True)
     return (x_fp32 * jax.lax.rsqrt(mean_square + self.epsilon) * scale).astype(x.dtype)

@@ -55,6 +55,7 @@ def cross_entropy_sum(
     output = jax.lax.pcast(output, BATCH_AXES, to='varying')
     rows = hidden.reshape(-1, hidden.shape[-1])
     parts = _parts(rows, targets.ravel(), valid.ravel(), rows_in_part)
+    # Every device holds other sequences, over both axes; their sum is the same everywhere.
     return jax.lax.psum(_nats(*parts, output), BATCH_AXES)
 
   by_sequence = spec('batch')
@@ -74,6 +75,7 @@ def _parts(
   rows_in_part: int,
 ) -> tuple[Float[Array, 'P R D'], Int[Array, 'P R'], Bool[Array, 'P R']]:
   """Cuts tokens into equal parts, the last one filled up with padding."""
+  # As few parts as the limit allows, and these of equal size: padding is less than one row a part.
   num_parts = -(-rows.shape[0] // rows_in_part)
   rows_in_part = -(-rows.shape[0] // num_parts)
   missing = num_parts * rows_in_part - rows.shape[0]
@@ -84,6 +86,8 @@ def _parts(
   )
 
 
+# A custom gradient: reverse mode through the scan would keep the logits of all parts, which is what
+# this module avoids.
 @jax.custom_vjp
 def _nats(rows, targets, valid, output):
   """Sum over all parts."""
@@ -100,12 +104,14 @@ def _nats_fwd(rows, targets, valid, output):
     total, grad_output = carry
     rows, targets, valid = part
     nats, probs = _of_part(rows, targets, valid, output)
+    # The gradient of -log softmax(logits)[target] is softmax - one-hot; [R V].
     grad = probs - jax.nn.one_hot(targets, output.shape[-1], dtype=probs.dtype)
     grad = jnp.where(valid[:, None], grad, 0).astype(output.dtype)
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     grad_output += product('rd,rv->dv', rows, grad)
     return (total + nats, grad_output), product('rv,dv->rd', grad, output).astype(rows.dtype)
 
+  # The [D V] gradient is one float32 sum over parts; the rows' gradients are stacked to [P R D].
   empty = jnp.zeros(output.shape, jnp.float32) + _zero(rows)
   (total, grad_output), grad_rows = jax.lax.scan(add, (_zero(rows), empty), (rows, targets, valid))
   return total, (grad_rows, grad_output.astype(output.dtype))
@@ -113,6 +119,7 @@ def _nats_fwd(rows, targets, valid, output):
 
 def _nats_bwd(residuals, grad):
   grad_rows, grad_output = residuals
+  # The loss is one number, so its gradient is one, too, and scales what was left.
   rows, output = ((x * grad).astype(x.dtype) for x in (grad_rows, grad_output))
   return rows, None, None, output
 
@@ -123,6 +130,8 @@ _nats.defvjp(_nats_fwd, _nats_bwd)
 def _of_part(rows, targets, valid, output):
   """Returns the nats of a part, and its probabilities [R V]."""
   of_rows = logits(rows, output)
+  # The largest logit is taken out, lest exp overflow, and put back after the logarithm. The powers
+  # serve loss and probabilities alike.
   largest = jnp.max(of_rows, axis=-1, keepdims=True)
   powers = jnp.exp(of_rows - largest)
   total = jnp.sum(powers, axis=-1, keepdims=True)
@@ -133,4 +142,5 @@ def _of_part(rows, targets, valid, output):
 
 def _zero(rows: Float[Array, 'P R D']) -> Float[Array, '']:
   """0, marked as differing between devices like the rows: what a sum of theirs starts from."""
+  # Not 0 * x, which is NaN for an infinite x.
   return jnp.where(True, 0.0, rows[0, 0, 0].astype(jnp.float32))

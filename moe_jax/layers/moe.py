@@ -63,6 +63,7 @@ class Moe(nn.Module):
         name: self.param(name, self._router_init(weight), weight.shape, jnp.float32)
         for name, weight in router.params(options.choice, embed_dim).items()
       },
+      # [E D F1] and [E F D]; each expert starts with the variance of its own fan-in.
       w_in=self.param(
         'w_in',
         basic.logical(basic.experts_init, 'expert', 'embed', 'mlp'),
@@ -74,6 +75,7 @@ class Moe(nn.Module):
         (num_experts, options.mlp_dim, embed_dim),
       ),
     )
+    # Unless it decodes, a layer reads its own weights, which have no dimension L to index.
     if of_all_layers is None:
       layer = None
     else:
@@ -81,6 +83,7 @@ class Moe(nn.Module):
     # Evaluation needs no key: what a policy draws there is drawn from a fixed one, so that the same
     # text always gives the same number.
     key = jax.random.key(0) if deterministic else self.make_rng('routing')
+    # One key per group, split before the batch is: what a group draws does not depend on the mesh.
     keys = jax.random.split(key, x.shape[0] // options.group_size)
 
     def new_state() -> dict[str, Array]:

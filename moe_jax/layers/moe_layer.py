@@ -74,6 +74,8 @@ def moe_layer(
     platform=platform,
   )
 
+  # Tokens are split over both axes, experts over `expert` alone, router and state are copied. The
+  # sums leave as copies because `_sum_over_devices` summed them over both axes.
   by_token: Any = spec('batch')
   copied: Any = spec()
   by_expert: Any = expert_spec(mesh, has_layers=layer is not None)
@@ -84,6 +86,8 @@ def moe_layer(
     mesh=mesh,
     in_specs=(by_token, by_token, params_specs, copied, by_token, copied),
     out_specs=output_specs,
+    # Never False: JAX would no longer know which values differ between devices, and the gradients
+    # of what enters copied would be scaled silently.
     check_vma=True,
   )(x, info, params, state, keys, layer)
 
@@ -102,10 +106,13 @@ def _local_layer(
   platform: str,
 ) -> LayerOutput:
   """Runs the layer on one device: its tokens, its experts."""
+  # [b T D] -> [g S D]. A group lies whole on one device, so that routing needs no communication.
   tokens_GSD = to_groups(x, options.group_size)
+  # [b T] -> [g S], by way of a last dimension of 1.
   info_GS = TokenInfo(*(to_groups(a[..., None], options.group_size)[..., 0] for a in info))
   router = routing.ROUTERS[options.router]
   sizes = sizes_of(options, tokens_GSD.shape[1])
+  # What a router may read of the mode and the capacity is filled in here, and nowhere else.
   choice_options = dataclasses.replace(
     options.choice, capacity=sizes.capacity, training=not deterministic
   )
@@ -115,6 +122,7 @@ def _local_layer(
   with jax.named_scope('router'):
     # In float32 whatever the model's dtype: a rounded logit selects another expert.
     router_input = tokens_GSD.astype(jnp.float32)
+    # The experts read `tokens_GSD`, without this noise.
     if options.jitter and not deterministic:
       router_input = routing.jitter(router_input, noise_keys, options.jitter)
     inputs = routing.RouterInputs(router_input, *info_GS, choice_keys)
@@ -149,7 +157,8 @@ def _local_layer(
     sums = routing.router_sums(choice, plan, info_GS.valid, scope, options.balance_scopes)
     # Without a capacity no slot is set aside, so none can be empty.
     if options.capacity_factor is None:
-      sums = sums._replace(slots=jnp.sum(sums.kept_per_expert))  # none is set aside
+      sums = sums._replace(slots=jnp.sum(sums.kept_per_expert))
+    # Before this line a device knows its own groups; losses and updates of state read totals.
     sums = _sum_over_devices(sums)
 
   y = from_groups(y_GSD, options.group_size)
@@ -172,6 +181,7 @@ def _run_experts(
   if mixture is not None:
     with jax.named_scope('dispatch'):
       slots = mix_tokens(mixture, tokens)
+    # All slots are filled and cross the mesh; there is no plan to follow and nothing to drop.
     outputs = dispatch_lib.through_experts(slots, weights, experts, axis_name=EXPERT_AXIS)
     with jax.named_scope('combine'):
       return mix_slots(mixture, outputs)
@@ -247,6 +257,8 @@ def _balance_scopes(local_groups: int, num_groups: int, num_scopes: int) -> Int[
   A scope holds whole groups, or, where there are as many scopes as sequences, a group has several
   parts, each in a scope of its own. Scopes are numbered over the whole batch.
   """
+  # One part a group, unless scopes are sequences: then as many as a group has. Parts that follow
+  # one another share a scope.
   device = jax.lax.axis_index(BATCH_AXES)
   parts = -(-num_scopes // num_groups)
   part = device * local_groups * parts + jnp.arange(local_groups * parts)
@@ -255,6 +267,8 @@ def _balance_scopes(local_groups: int, num_groups: int, num_scopes: int) -> Int[
 
 def _sum_over_devices(sums: routing.RouterSums) -> routing.RouterSums:
   """Sums over all devices by one psum, the largest logit, too: each device has an entry."""
+  # A pmax would be a second collective. Here the maximum travels with the sums, each device's in
+  # an entry of its own, [devices].
   own = jnp.arange(jax.lax.axis_size(BATCH_AXES)) == jax.lax.axis_index(BATCH_AXES)
   largest = jnp.where(own, sums.logsumexp_max, 0.0)
   total, largest = jax.lax.psum((sums, largest), BATCH_AXES)

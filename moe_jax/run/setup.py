@@ -8,7 +8,15 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
-from moe_jax.data import Dataset, Tokenizer, load_tokenizer, open_dataset, open_if_prepared
+from moe_jax.data import (
+  Dataset,
+  Examined,
+  Tokenizer,
+  examine,
+  load_tokenizer,
+  open_dataset,
+  open_if_prepared,
+)
 from moe_jax.dispatch import why_not
 from moe_jax.errors import DamagedError, UserError
 from moe_jax.parallel.mesh import make_mesh
@@ -68,6 +76,13 @@ def prepared_dataset_of(config: ml_collections.ConfigDict) -> Dataset | None:
   return open_if_prepared(config.data.name, **_how(config))
 
 
+def examined_text_of(config: ml_collections.ConfigDict) -> Examined:
+  """Returns what is known of the text of a config before it is prepared."""
+  how = _how(config)
+  del how['tokenizer'], how['vocab_size']
+  return examine(config.data.name, **how)
+
+
 def _how(config: ml_collections.ConfigDict) -> dict[str, Any]:
   data = config.data
   return {
@@ -109,6 +124,15 @@ def read_old(workdir: str, say: Callable[[str], None]) -> dict[str, Any] | None:
 def check_splits(config: ml_collections.ConfigDict, dataset: Dataset) -> None:
   """Checks before the first step what would fail later."""
   check_size(config, dataset.tokenizer.vocab_size)
+  check_validation(config, dataset)
+
+
+def check_validation(config: ml_collections.ConfigDict, dataset: Dataset | Examined) -> None:
+  """Checks that there is a text for the evaluations during training.
+
+  Raises:
+    UserError: if there are to be some and no document is held out for them.
+  """
   if config.train.eval_every and not dataset.num_documents('valid'):
     raise UserError(
       'train.eval_every',

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import ml_collections
 
 from moe_jax.arguments import near_fields
-from moe_jax.data import SPLITS, Dataset, documents
+from moe_jax.data import SPLITS, Dataset, Examined, documents
 from moe_jax.errors import UserError
 from moe_jax.field_names import split_field
 from moe_jax.schema import SCHEMA
@@ -233,8 +233,8 @@ def _check_comparisons(study: Study) -> None:
     seen.add(frozenset(comparison))
 
 
-def check_dataset(study: Study, dataset: Dataset) -> None:
-  """Checks that prepared data has the documents that a study evaluates.
+def check_dataset(study: Study, dataset: Dataset | Examined) -> None:
+  """Checks that data has the documents that a study evaluates.
 
   Raises:
     UserError: for an empty split, or a domain of the deciding metric that has no document in it.

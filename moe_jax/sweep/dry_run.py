@@ -1,11 +1,13 @@
 """Says what a sweep would do: its trials, what stands in their way, and the time they take."""
 
+import functools
 import json
 import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from moe_jax.data import Dataset, Examined
 from moe_jax.errors import DamagedError, UserError
 from moe_jax.run import setup
 from moe_jax.study import Study, labels_of
@@ -26,6 +28,7 @@ class Plan(NamedTuple):
     problems: what a trial would fail of here, the first of each kind.
     estimate: of the trials that are not done, one after the other.
     unprepared: whether the data of some of them is still to be prepared.
+    notes: what is known of that data, a line for each.
   """
 
   study: Study
@@ -33,6 +36,7 @@ class Plan(NamedTuple):
   problems: list[UserError]
   estimate: Estimate
   unprepared: bool
+  notes: list[str]
 
 
 def make_plan(study: Study, trials: Sequence[Trial], workdir: str | None, probes: bool) -> Plan:
@@ -44,7 +48,7 @@ def make_plan(study: Study, trials: Sequence[Trial], workdir: str | None, probes
     workdir: of the sweep, whose finished trials are done and say how long they took; may be None.
     probes: whether a few steps and batches of each program are run first.
   """
-  found = problems(study, trials)
+  found, notes = _looked_at(study, trials)
   batches = _num_batches(study, trials)
   work = {t.id: time_estimate.work_of(study, t, batches.get(t.id)) for t in trials}
   measured: dict[tuple[str, str], list[Measured]] = {}
@@ -64,7 +68,8 @@ def make_plan(study: Study, trials: Sequence[Trial], workdir: str | None, probes
   rows = [_row(study, trial, None if trial.id in done else work[trial.id], measured, rate)
           for trial in trials]  # fmt: skip
   estimate = time_estimate.estimate([work[t.id] for t in left], measured, rate)
-  return Plan(study, rows, found, estimate, any(t.id not in batches for t in left))
+  unprepared = any(t.id not in batches for t in left)
+  return Plan(study, rows, found, estimate, unprepared, notes if unprepared else [])
 
 
 def _outcome(trial: Trial, workdir: str) -> dict[str, Any]:
@@ -93,27 +98,37 @@ def _row(
 
 def problems(study: Study, trials: Sequence[Trial]) -> list[UserError]:
   """Returns what a trial would fail of on this machine: devices, directories and texts."""
+  return _looked_at(study, trials)[0]
+
+
+def _looked_at(study: Study, trials: Sequence[Trial]) -> tuple[list[UserError], list[str]]:
+  """Returns `problems`, and what is known of texts that are not prepared."""
   found: dict[str, UserError] = {}
-  every: tuple[Callable[[Study, Trial], None], ...] = (_check_mesh, _check_data_dir, _check_text)
+  texts: dict[str, Dataset | Examined | UserError | DamagedError] = {}
+  every: tuple[Callable[[], None], ...]
   for trial in trials:
+    every = (
+      functools.partial(_check_mesh, trial),
+      functools.partial(_check_data_dir, trial),
+      functools.partial(_check_text, study, trial, texts),
+    )
     for check in every:
       try:
-        check(study, trial)
+        check()
       except UserError as error:
         found.setdefault(str(error), error)
       except DamagedError as error:
         found.setdefault(str(error), UserError(str(error)))
-  return list(found.values())
+  notes = {f'{text.name} {text.note}' for text in texts.values() if isinstance(text, Examined)}
+  return list(found.values()), sorted(notes)
 
 
-def _check_mesh(study: Study, trial: Trial) -> None:
-  del study
+def _check_mesh(trial: Trial) -> None:
   setup.mesh_of(trial.config)
 
 
-def _check_data_dir(study: Study, trial: Trial) -> None:
+def _check_data_dir(trial: Trial) -> None:
   """Checks that the directory of the data can be written, or made where it is not yet."""
-  del study
   path = os.path.abspath(os.path.expanduser(trial.config.data.data_dir))
   while not os.path.lexists(path):
     path = os.path.dirname(path)
@@ -123,11 +138,36 @@ def _check_data_dir(study: Study, trial: Trial) -> None:
     )
 
 
-def _check_text(study: Study, trial: Trial) -> None:
-  """Checks that a text is there; other data sets are fetched when they are needed."""
-  dataset = setup.prepared_dataset_of(trial.config)
-  if dataset is not None:
-    checks.check_dataset(study, dataset)
+def _check_text(
+  study: Study,
+  trial: Trial,
+  texts: dict[str, Dataset | Examined | UserError | DamagedError],
+) -> None:
+  """Checks that a text has what is evaluated; of one to be fetched, that there may be such a text.
+
+  Args:
+    study: of the trial.
+    trial: to be run.
+    texts: those looked at so far, which grow here; each is read once.
+
+  Raises:
+    UserError: if it is not there, can't be read, or lacks a split or domain.
+    DamagedError: if what is prepared is damaged.
+  """
+  config = trial.config
+  key = json.dumps([config.data.to_dict(), bool(config.train.init_from)], sort_keys=True)
+  if key not in texts:
+    try:
+      texts[key] = setup.prepared_dataset_of(config) or setup.examined_text_of(config)
+    except (UserError, DamagedError) as error:
+      texts[key] = error
+  text = texts[key]
+  if isinstance(text, Exception):
+    raise text
+  if isinstance(text, Examined) and text.counts is None:
+    return
+  checks.check_dataset(study, text)
+  setup.check_validation(config, text)
 
 
 def _num_batches(study: Study, trials: Sequence[Trial]) -> dict[str, int]:
@@ -169,6 +209,7 @@ def text(plan: Plan) -> str:
       f'{row["tokens"]:>13,}{row["flops"]:>10.1e}{about:>8}  {row["arm"]}, {row["seed"]}'
     )
   lines += [f'{"dropped":<14}{arm.name}: {arm.dropped}' for arm in study.arms if arm.dropped]
+  lines += [f'{"not prepared":<14}{note}' for note in plan.notes]
   # The command ends with the first as its error.
   lines += [f'{"problem, too":<14}{problem}' for problem in plan.problems[1:]]
   done = sum(row['seconds'] is None for row in plan.rows)
@@ -219,6 +260,7 @@ def as_json(plan: Plan) -> str:
       'basis': estimate.basis,
       'not_counted': estimate.unknown,
       'data_to_prepare': plan.unprepared,
+      'unprepared': plan.notes,
     }
   )
 

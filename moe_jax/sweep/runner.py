@@ -96,17 +96,30 @@ def run(
 
 
 def _check_data(study: Study, trials: list[Trial], workdir: str) -> None:
-  """Checks before the first step what would fail after the last one."""
+  """Checks before the first step what would fail after the last one.
+
+  Raises:
+    UserError: if what is there lacks what the study evaluates, or there is no data for any trial.
+    DamagedError: if none of it can be read.
+  """
   seen = set()
+  first: UserError | DamagedError | None = None
+  found = False
   for trial in trials:
     key = json.dumps(trial.config.data.to_dict(), sort_keys=True)
-    if key not in seen and not is_done(study, trial, workdir):
+    if is_done(study, trial, workdir):
+      found = True
+    elif key not in seen:
       seen.add(key)
       try:
         dataset = dataset_of(trial.config)
-      except (UserError, DamagedError):
-        continue  # Its trials fail, each with this reason, and others run.
+      except (UserError, DamagedError) as error:
+        first = first or error
+        continue  # Its trials fail, each with this reason, if others run.
+      found = True
       check_dataset(study, dataset)
+  if first and not found:
+    raise first
 
 
 def _status(trial: Trial, workdir: str) -> str:

@@ -126,6 +126,7 @@ DAMAGED = {
 }
 
 
+@pytest.mark.usefixtures('no_hang')
 @pytest.mark.parametrize(('change', 'message'), DAMAGED.values(), ids=DAMAGED)
 def test_bad_text_names_the_file_and_leaves_no_store(folder, tmp_path, change, message):
   change(folder)

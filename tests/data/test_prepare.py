@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from moe_jax import data, errors
-from moe_jax.data import sources, token_store
+from moe_jax.data import sources, token_store, tokenizer
 
 from . import conftest
 
@@ -274,11 +274,59 @@ def test_a_store_of_another_text_or_tokenizer_is_made_again(corpus, tmp_path, ca
   assert 'bpe-512 is a copy of another store' in capsys.readouterr().err
 
 
+def _as_before(store):
+  """Makes a store one from before its kind was written down."""
+  path = store / 'meta.json'
+  meta = json.loads(path.read_text())
+  del meta['kind']
+  path.write_text(json.dumps(meta | {'meta_sha256': token_store._meta_digest(meta)}))
+
+
+@pytest.mark.parametrize('old', [False, True])
+def test_a_store_of_another_vocabulary_is_made_again(corpus, tmp_path, capsys, old):
+  # Pairs enough for all of these sizes.
+  for file in (corpus / 'letters').iterdir():
+    file.write_text(conftest.prose(file.name, 100))
+  open_bpe = lambda size: open_text(corpus, tmp_path, tokenizer='bpe', vocab_size=size)  # noqa: E731
+  large = open_bpe(530)
+  store = _store_file(tmp_path, 'tokens/*/bpe-530/meta.json').parent
+  shutil.copytree(store, store.with_name('bpe-520'))
+  if old:
+    _as_before(store.with_name('bpe-520'))
+  capsys.readouterr()
+  assert open_bpe(520).tokenizer.vocab_size == 520
+  made = 'bpe, 530 tokens' if old else 'bpe-530'
+  assert f'bpe-520 is a copy of another store, of {made}; making' in capsys.readouterr().err
+  # One that is smaller than its name may be that of a small text, unless its kind is recorded.
+  shutil.copytree(store, store.with_name('bpe-540'))
+  if old:
+    _as_before(store.with_name('bpe-540'))
+  assert open_bpe(540).tokenizer.vocab_size == (530 if old else 540)
+  # And of another text's tokenizer, whose hash is in the name.
+  name, data_dir = f'text:{corpus}', str(tmp_path / 'data')
+  mine = data.evaluation_dataset(name, large.tokenizer, data_dir).tokenizer.fingerprint
+  other = tokenizer.train_bpe(['abcabc'], 512)
+  (whole,) = store.parents[1].glob('*-whole/bpe-*')
+  copy = whole.with_name(f'bpe-{other.fingerprint[:16]}')
+  shutil.copytree(whole, copy)
+  if old:
+    _as_before(copy)
+  found = data.evaluation_dataset(name, other, data_dir).tokenizer.fingerprint
+  assert found == other.fingerprint != mine
+
+
+def test_a_small_text_keeps_its_small_vocabulary(corpus, tmp_path, capsys):
+  for _ in range(2):
+    found = open_text(corpus, tmp_path, tokenizer='bpe', vocab_size=60_000)
+    assert found.tokenizer.vocab_size < 60_000
+  assert capsys.readouterr().err.count('encoding (') == 1
+
+
 def test_a_store_from_before_the_digest_opens_with_a_note(corpus, tmp_path, capsys):
   before = open_text(corpus, tmp_path)
   path = _store_file(tmp_path, 'tokens/*/bytes/meta.json')
   meta = json.loads(path.read_text())
-  del meta['meta_sha256'], meta['vocab_size']
+  del meta['meta_sha256'], meta['vocab_size'], meta['kind']
   path.write_text(json.dumps(meta))
   capsys.readouterr()
   assert open_text(corpus, tmp_path).fingerprint == before.fingerprint

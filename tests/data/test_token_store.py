@@ -157,7 +157,7 @@ VISIBLE = {
 def _without_digest(meta):
   """Returns meta.json as it was written before it had a digest."""
   meta = dict(meta)
-  del meta['meta_sha256'], meta['vocab_size']
+  del meta['meta_sha256'], meta['vocab_size'], meta['kind']
   return meta
 
 

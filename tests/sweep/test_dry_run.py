@@ -5,8 +5,11 @@ import json
 
 import pytest
 
+from moe_jax.data import SPLITS
+from moe_jax.errors import UserError
+from moe_jax.run import setup
 from moe_jax.study import Metric, Study, point, product
-from moe_jax.sweep import dry_run, probe, time_estimate, trials
+from moe_jax.sweep import dry_run, probe, runner, time_estimate, trials
 from moe_jax.sweep.stopwatch import Pace, Stopwatch
 from moe_jax.sweep.time_estimate import EVALUATION, TRAINING, Measured, Work
 from moe_jax.train import accounting
@@ -119,6 +122,88 @@ def test_what_stands_in_the_way_is_said_of_each_kind(text, tmp_path):
   metric = Metric('dropless/domains/drama/loss')
   (found,) = problems(make_study(text, metric=metric))
   assert found.startswith("study.metric='dropless/domains/drama/loss'") and 'prose, verse' in found
+
+
+@pytest.fixture
+def new_text(tmp_path):
+  """A text that is not prepared, and config overrides that name it."""
+  folder = tiny.write_text(tmp_path / 'new')
+  changes = {'data.name': f'text:{folder}', 'data.data_dir': str(tmp_path / 'data')}
+  return folder, changes
+
+
+@pytest.mark.parametrize(
+  ('name', 'content', 'words'),
+  [
+    ('prose/0.txt', b'caf\xe9', '0.txt is not UTF-8 text (byte 3)'),
+    ('prose/0.txt', b' ', '0.txt is empty'),
+    ('verse/more.jsonl', b'{"text": 7}', 'more.jsonl:1 is not an object with a string "text"'),
+  ],
+)
+def test_a_text_that_is_not_prepared_is_read(new_text, name, content, words):
+  folder, changes = new_text
+  (folder / name).write_bytes(content)
+  (found,) = problems(make_study(changes))
+  assert found.startswith("data.name='text:") and words in found
+  assert not (folder.parent / 'data').exists()
+
+
+@pytest.mark.parametrize(
+  ('changes', 'more', 'words'),
+  [
+    ({'data.test_fraction': 0.0}, {}, "study.split='test': "),
+    ({'data.valid_fraction': 0.0, 'train.eval_every': 2}, {}, 'train.eval_every=2: must be 0'),
+    ({'data.valid_fraction': 0.0}, {'split': 'valid'}, "study.split='valid': "),
+    ({}, {'metric': Metric('dropless/domains/drama/loss')}, 'it has prose, verse'),
+    ({'data.name': 'tfds:moe_jax_no_such_name'}, {}, 'must be a name that TFDS knows'),
+    ({'data.name': 'tfds:moe_jax_no_such_name/a:1.0.0'}, {}, 'must be a name that TFDS knows'),
+  ],
+)
+def test_a_text_that_is_not_prepared_is_divided_as_it_will_be(new_text, changes, more, words):
+  folder, given = new_text
+  (found,) = problems(make_study({**given, **changes}, **more))
+  assert words in found
+  assert not (folder.parent / 'data').exists()
+  if 'data.name' in changes:
+    return
+  # And so says the sweep, which prepares it.
+  study = make_study({**given, **changes}, **more)
+  with pytest.raises(UserError) as error:
+    made = trials.trials_of(study)
+    if 'eval_every' in words:
+      setup.check_splits(made[0].config, setup.dataset_of(made[0].config))
+    runner.run(study, made, str(folder.parent / 'sweep'), print)
+  assert str(error.value) == found
+
+
+def test_what_is_not_known_before_it_is_prepared_is_said(new_text, tmp_path):
+  _, changes = new_text
+  for name, words in (
+    (changes['data.name'], 'was read, documents: 4 train, 4 valid, 4 test; its tokens are counted'),
+    ('tier2', 'is fetched, and checked, when it is prepared'),
+    ('tfds:mnist', 'is known to TFDS; what it holds is checked when it is prepared'),
+  ):
+    study = make_study({**changes, 'data.name': name})
+    plan = dry_run.make_plan(study, trials.trials_of(study), None, probes=False)
+    assert not plan.problems and plan.notes == [f'{name} {plan.notes[0].split(" ", 1)[1]}']
+    assert words in plan.notes[0]
+    assert f'not prepared  {plan.notes[0]}' in dry_run.text(plan)
+    assert json.loads(dry_run.as_json(plan))['unprepared'] == plan.notes
+  assert not (tmp_path / 'data').exists()
+  config = tiny.config(changes)
+  known, prepared = setup.examined_text_of(config), setup.dataset_of(config)
+  assert known.domains == prepared.domains
+  for split in SPLITS:
+    for domain in (None, *prepared.domains):
+      assert known.num_documents(split, domain) == prepared.num_documents(split, domain)
+
+
+def test_a_sweep_without_any_data_is_refused_once(tmp_path):
+  study = make_study({'data.name': 'text:/nowhere', 'data.data_dir': str(tmp_path / 'data')})
+  with pytest.raises(UserError, match="data.name='text:/nowhere': .* does not exist"):
+    runner.run(study, trials.trials_of(study), str(tmp_path / 'sweep'), print)
+  assert not (tmp_path / 'sweep' / 'outcomes').exists()
+  assert not list(tmp_path.rglob('logs'))
 
 
 def test_time_is_one_sentence_that_leaves_out_only_what_is_not_known(text):
