@@ -352,8 +352,8 @@ def test_capacity_of_training_is_that_of_the_layer(changes, capacity):
   config = schema.get_config()
   config.moe.update(changes)
   assert schema.training_capacity(config) == capacity
-  model = build_task(config, make_mesh(1, 1), tiny.VOCAB_SIZE, 'train', 4)
-  assert moe_layer.sizes_of(model.options.moe, config.data.sequence_length).capacity == capacity
+  task = build_task(config, make_mesh(1, 1), tiny.VOCAB_SIZE, 'train', 4)
+  assert moe_layer.sizes_of(task.moe, config.data.sequence_length).capacity == capacity
 
 
 @pytest.mark.parametrize(
