@@ -104,9 +104,10 @@ def test_is_the_same_on_any_mesh_and_zero_for_the_same_weights(dataset, router):
 def test_what_a_rounded_product_of_the_router_changes(dataset):
   """A few assignments: those whose logits are close."""
   model, weights = model_and_weights((2, 4))
-  choice = dataclasses.replace(model.options.moe.choice, router_dtype='bfloat16')
-  moe = dataclasses.replace(model.options.moe, choice=choice)
-  narrow = Decoder(dataclasses.replace(model.options, moe=moe), model.mesh)
+  choice = dataclasses.replace(model.moe.choice, router_dtype='bfloat16')
+  moe = dataclasses.replace(model.moe, choice=choice)
+  options = dataclasses.replace(model.network.options, moe=moe)
+  narrow = dataclasses.replace(model, network=Decoder(options, model.mesh))
   step = routing_change.make_overlap_step(model, narrow)
   with jax.set_mesh(model.mesh):
     result = routing_change.churn(
