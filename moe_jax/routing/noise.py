@@ -15,6 +15,7 @@ def jitter(
   Source: Fedus et al. 2021, arXiv:2101.03961, app. C, and multiplicative_jitter of Mesh TensorFlow
   (da90793), on the router's input alone and in training alone.
   """
+  # [S D] for each group: a factor for each element, not one for a token.
   draw = jax.vmap(
     lambda key: jax.random.uniform(
       key, tokens.shape[1:], tokens.dtype, minval=1.0 - epsilon, maxval=1.0 + epsilon

@@ -84,6 +84,7 @@ def make_plan(
       f'group_size={group_size}: group_size * num_selected_experts must stay below 2**31'
     )
 
+  # One group at a time: groups share no slots. vmap adds the dimension G to all of it.
   def plan_group(expert_index, router_probs, asked, key):
     if priority == 'token' and num_selected == num_experts:
       return _count_slots(expert_index, asked, capacity)
@@ -94,6 +95,7 @@ def make_plan(
   slot_index, source_index = jax.vmap(plan_group)(
     choice.expert_index, choice.router_probs, asked, keys
   )
+  # Here alone an assignment is dropped: its rank among its expert's is not below C.
   keep = (slot_index < capacity) & asked
   combine_weights = jnp.where(keep, choice.gates, 0)
   if renormalize == 'after_drop':
@@ -119,6 +121,7 @@ def _priority_rank(
     order = jnp.argsort(-jnp.max(router_probs, axis=-1), stable=True)
     token_rank = jnp.argsort(order).astype(jnp.int32)[:, None]
     return choice * group_size + token_rank
+  # Over all S K assignments: the choices of a token stand apart in the queue.
   order = jax.random.permutation(key, group_size * num_selected)
   return order.astype(jnp.int32).reshape(group_size, num_selected)
 
@@ -149,6 +152,7 @@ def _assign_slots(
   experts = jnp.arange(num_experts + 1, dtype=jnp.int32)
   starts = jnp.searchsorted(sorted_queue, experts).astype(jnp.int32)
   sorted_slot = jnp.where(sorted_queue < num_experts, assignment - starts[sorted_queue], 0)
+  # From sorted order back to [S K]. Each assignment occurs once, so no two writes meet.
   slot_index = (
     jnp.zeros_like(sorted_slot)
     .at[sorted_assignment]

@@ -128,10 +128,13 @@ def product(
   --compare_router_dtype` says of a run.
   """
   if options.router_dtype == 'bfloat16':
+    # The custom gradient is each device's own; this mark makes JAX add them up.
     return _narrow_product(tokens, varying_like(matrix, tokens))
+  # [G S D] -> [G S N]. Without `highest` GPUs and TPUs round float32 factors to TF32 or bfloat16.
   return jnp.einsum('gsd,dn->gsn', tokens, matrix, precision='highest')
 
 
+# A custom gradient, so that both matmuls of the backward pass take bfloat16 factors, too.
 @jax.custom_vjp
 def _narrow_product(tokens, matrix):
   return _summed_wide('gsd,dn->gsn', tokens, matrix)
@@ -143,6 +146,7 @@ def _summed_wide(spec: str, *factors: Array) -> Array:
 
 
 def _narrow_product_fwd(tokens, matrix):
+  # The tokens are kept as the backward pass reads them, at half the size.
   return _narrow_product(tokens, matrix), (tokens.astype(jnp.bfloat16), matrix)
 
 
@@ -236,6 +240,7 @@ def masked_sum(
   values: Float[Array, 'G S *rest'], valid: Bool[Array, 'G S']
 ) -> Float[Array, 'G *rest']:
   """Sums over the valid tokens of each group, in float32."""
+  # [G S] -> [G S 1 ..]. A where, not a product: padding may be infinite, and 0 * inf is NaN.
   mask = valid.reshape(*valid.shape, *(1,) * (values.ndim - 2))
   return jnp.sum(jnp.where(mask, values.astype(jnp.float32), 0), axis=1)
 
@@ -259,6 +264,7 @@ def varying_like(values: Any, reference: Array) -> Any:
   """
 
   def mark(value):
+    # The axes along which the reference differs and the value does not; none outside a shard_map.
     missing = jax.typeof(reference).mat.varying - jax.typeof(value).mat.varying
     return jax.lax.pcast(value, tuple(sorted(missing)), to='varying') if missing else value
 
@@ -267,4 +273,5 @@ def varying_like(values: Any, reference: Array) -> Any:
 
 def per_group(function: Callable, *arrays: Any) -> Any:
   """Maps a function of one group over all groups."""
+  # A group is routed as if it were alone, so it does not matter which device holds it.
   return jax.vmap(function)(*arrays)

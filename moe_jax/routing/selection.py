@@ -25,6 +25,8 @@ def to_key(values: Float[Array, '*shape']) -> Int[Array, '*shape']:
   """
   if values.dtype != jnp.float32:
     raise ValueError(f'values.dtype={values.dtype}: must be float32')
+  # The bits of floats that are not negative are in their order already. Those of negative ones are
+  # in the reverse order: all bits but the sign are flipped.
   return _flip_negative(jax.lax.bitcast_convert_type(values, jnp.int32))
 
 
@@ -54,6 +56,7 @@ def k_largest(
   """
   key = to_key(values)
   kth = _kth_largest(key, k, SMALLEST, 32)
+  # Fewer than k are above the k-th; equal ones make up for the rest.
   above, equal = key > kth, key == kth
   # How many of the equal ones: the uppermost, whose places from the end are the largest.
   wanted = k - jnp.sum(above, axis=1, keepdims=True, dtype=jnp.int32)
@@ -74,6 +77,7 @@ def _kth_largest(
     reach = jnp.sum(key >= higher, axis=1, keepdims=True, dtype=jnp.int32)
     return jnp.where(reach >= k, higher, kth)
 
+  # Bisection: a step decides one bit of the answer, the highest first, for all columns at once.
   shape = (key.shape[0], 1, key.shape[2])
   kth = router_lib.varying_like(jnp.full(shape, start, jnp.int32), key)
   return jax.lax.fori_loop(0, num_bits, set_bit, kth)

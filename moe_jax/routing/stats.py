@@ -67,10 +67,13 @@ def router_sums(
   """
   router_logits, router_probs = choice.router_logits, choice.router_probs
   num_experts = router_logits.shape[-1]
+  # Before the drop: what the router wanted, which losses read. After it: `kept` and `lost`, for
+  # metrics alone.
   mask = valid.astype(jnp.float32)
   # Counts go through an int32 segment sum: a float32 sum of ones stops at 2**24.
   groups, group_size, _ = plan.expert_index.shape
   parts = scope_index.shape[1]
+  # [G S]: the part that each token counts for, numbered over all groups.
   part = jnp.arange(groups)[:, None] * parts + (jnp.arange(group_size) % parts)[None]
   selected = _count(
     part[..., None] * num_experts + plan.expert_index, plan.asked, groups * parts * num_experts
@@ -79,6 +82,7 @@ def router_sums(
 
   def to_parts(per_token: Float[Array, 'G S *rest']) -> Float[Array, 'parts *rest']:
     rest = per_token.shape[2:]
+    # Token s is of part s % n: [G S] -> [G S/n n] -> [G n].
     summed = jnp.sum(per_token.reshape(groups, group_size // parts, parts, *rest), axis=1)
     return summed.reshape(groups * parts, *rest)
 
@@ -101,6 +105,7 @@ def router_sums(
     tokens_all_dropped=jnp.sum(lost.astype(jnp.float32)),
     logsumexp_squared=jnp.sum(jnp.square(logsumexp) * mask),
     entropy=jnp.sum(entropy * mask),
+    # Metrics alone: without gradient.
     top_prob=jax.lax.stop_gradient(jnp.sum(jnp.max(router_probs, axis=-1) * mask)),
     logsumexp_max=jax.lax.stop_gradient(jnp.max(jnp.where(valid, logsumexp, -jnp.inf))),
     slots=jnp.float32(plan.source_index.size),
@@ -111,6 +116,7 @@ def router_sums(
 def add_sums(one: RouterSums, other: RouterSums) -> RouterSums:
   """Adds up two parts of a batch; NumPy arrays too."""
   total = jax.tree.map(operator.add, one, other)
+  # All are sums but this maximum.
   is_larger = one.logsumexp_max > other.logsumexp_max
   return total._replace(logsumexp_max=jnp.where(is_larger, one.logsumexp_max, other.logsumexp_max))
 

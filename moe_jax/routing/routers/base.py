@@ -111,6 +111,8 @@ def _assign_group(scores: Float[Array, 'P E'], capacity: int, max_rounds: int) -
     rounds=jnp.int32(0),
     done=jnp.bool_(False),
   )
+  # A round: all tokens without a place bid, and each expert keeps its C highest bids. A phase is
+  # rounds until no token waits; a smaller epsilon then starts over, from the prices reached.
   auction = jax.lax.while_loop(
     lambda state: ~state.done & (state.rounds < max_rounds),
     lambda state: _end_phase(_bid(state, scores, capacity), last_epsilon),
@@ -128,8 +130,11 @@ def _bid(auction: _Auction, scores: Float[Array, 'P E'], capacity: int) -> _Auct
   waiting = auction.expert == num_experts
   values = scores - auction.price[None, :]
   favourite = jnp.argmax(values, axis=-1).astype(jnp.int32)
+  # [P E] without the favourite: the largest that is left is the value of the second.
   others = jnp.where(jnp.arange(num_experts)[None, :] == favourite[:, None], -jnp.inf, values)
   lead = jnp.max(values, axis=-1) - jnp.max(others, axis=-1)
+  # Without epsilon two tokens that like the same two experts equally could bid the same price
+  # forever. With it every bid is above the price, so a phase ends.
   offer = auction.price[favourite] + lead + auction.epsilon
   expert = jnp.where(waiting, favourite, auction.expert)
   bid = jnp.where(waiting, offer, auction.bid)
@@ -199,11 +204,14 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   """
   del state
   router_logits = router_lib.logits(params, inputs.tokens, options)
+  # The assignment weighs tokens against later ones, so evaluation must do without it.
   if options.training:
     expert_index = balanced_assignment(jax.lax.stop_gradient(router_logits), inputs.valid)
   else:
     expert_index = jnp.argmax(router_logits, axis=-1).astype(jnp.int32)
   expert_index = expert_index[..., None]
+  # Not a softmax: the gate says how much this expert helps the token, whether or not the token
+  # would rather have another.
   gates = jax.nn.sigmoid(jnp.take_along_axis(router_logits, expert_index, axis=-1))
   return Choice(
     expert_index=expert_index,

@@ -36,6 +36,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   del state
   router_logits = router_lib.logits(params, inputs.tokens, options)
   router_probs = jax.nn.softmax(router_logits, axis=-1)
+  # [1 1 E] -> [G S E]: assignment e is expert e.
   experts = jnp.arange(options.num_experts, dtype=jnp.int32)[None, None, :]
   return Choice(
     expert_index=jnp.broadcast_to(experts, router_logits.shape),

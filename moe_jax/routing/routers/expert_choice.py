@@ -55,6 +55,8 @@ def take_best(
   # Below any score, so that padding comes last.
   masked = jnp.where(valid[..., None], scores, -1)
   best, last = selection.k_largest(masked, capacity)
+  # With fewer valid tokens than C padding is among the best: it is not taken, and -1, its score, is
+  # no threshold. [G 1 E] -> [G E].
   return best & valid[..., None], jnp.maximum(last[:, 0], 0)
 
 
@@ -63,6 +65,7 @@ def best_experts(
 ) -> Bool[Array, 'G S E']:
   """Returns which experts are among the K best of each token; of equals the lower index."""
   num_experts = router_logits.shape[-1]
+  # [G S K] -> [G S K E] -> [G S E].
   expert_index = jax.lax.top_k(router_logits, num_selected_experts)[1]
   return jnp.any(expert_index[..., None] == jnp.arange(num_experts)[None, None, None, :], axis=2)
 
@@ -91,6 +94,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   scores = jax.nn.softmax(router_logits, axis=-1)
   num_experts = scores.shape[-1]
   valid = inputs.valid
+  # Experts choose tokens, eq. 1: the order is along S, for each column.
   taken, threshold = take_best(jax.lax.stop_gradient(scores), valid, options.capacity)
   chosen = taken
   if not options.training and options.evaluation == 'token_choice':
@@ -100,6 +104,8 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   # Groups of padding alone count for nothing in the mean of the thresholds.
   has_tokens = jnp.any(valid, axis=-1)
   return Choice(
+    # Any number of experts may take a token, so each token has E assignments, one for each
+    # expert; `chosen` says which exist.
     expert_index=jnp.broadcast_to(jnp.arange(num_experts, dtype=jnp.int32), scores.shape),
     gates=scores * options.gate_scale,
     chosen=chosen,

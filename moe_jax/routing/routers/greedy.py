@@ -80,6 +80,8 @@ def greedy_assignment(
   key = jnp.where(jnp.isnan(scores), _REJECTED + 1, key)
   key = jnp.where(valid[..., None], key, _REJECTED)
 
+  # Deferred acceptance (Gale & Shapley 1962): an expert holds proposals without promising anything
+  # and may reject them later, when better ones come; what it rejects is rejected for good.
   play = functools.partial(_round, num_selected_experts=num_selected_experts, capacity=capacity)
   start = _Matching(key, router_lib.varying_like(jnp.bool_(True), key))
   last = jax.lax.while_loop(lambda matching: matching.changed, play, start)
@@ -128,6 +130,7 @@ def _best_experts(
   shape = (*key.shape[:2], 1)
   start = jnp.full(shape, selection.LARGEST, jnp.int32), jnp.full(shape, -1, jnp.int32)
   start = router_lib.varying_like(start, key)
+  # K passes over the row, each for the largest that is left: K E comparisons, no sort.
   best, expert_index = jax.lax.scan(find, start, None, length=num_selected_experts)[1]
   return jnp.moveaxis(best, 0, -1), jnp.moveaxis(expert_index, 0, -1)
 
@@ -151,6 +154,8 @@ def taken_gates(
   logits = jnp.take_along_axis(router_logits, expert_index, axis=-1)
   top = jnp.max(jnp.where(chosen, logits, -jnp.inf), axis=-1, keepdims=True)
   # Where nothing is chosen, top is -inf; no gradient may pass through what comes of it.
+  # Two wheres: the inner one keeps exp of what is not chosen finite. Its NaN would reach the
+  # gradient through the outer one, as 0 * NaN.
   weights = jnp.where(chosen, jnp.exp(jnp.where(chosen, logits - jax.lax.stop_gradient(top), 0)), 0)
   total = jnp.sum(weights, axis=-1, keepdims=True)
   return weights / jnp.where(total > 0, total, 1)

@@ -67,6 +67,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
     raise ValueError(f'second_choice={options.second_choice!r}: must be one of {SECOND_CHOICES}')
   if options.num_selected_experts != 2:
     raise ValueError(f'num_selected_experts={options.num_selected_experts!r}: must be 2')
+  # Divided by their sum here, before the draw: a first choice left alone keeps its gate below 1.
   choice = top_k.choose_top_k(
     router_lib.logits(params, inputs.tokens, options),
     num_selected_experts=2,
@@ -75,12 +76,15 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   second: Bool[Array, 'G S'] = jnp.ones(inputs.valid.shape, bool)
   if options.training and options.second_choice != 'all':
     limit = 0.5 if options.second_choice == 'random' else SECOND_GATE_THRESHOLD
+    # The second choice asks with probability min(1, g_2 / limit): one number per token, drawn from
+    # the key of its group.
     draw = router_lib.per_group(
       lambda key: jax.random.uniform(key, inputs.valid.shape[1:]), inputs.keys
     )
     second = draw < choice.gates[..., 1] / limit
   # Not a slice of the top-k: see `selection.smallest_selected`.
   first = jnp.argmax(choice.router_logits, axis=-1)
+  # [G S E]. Counted apart: `tokens_per_expert` has second choices in it.
   first_choices = jax.nn.one_hot(first, options.num_experts)
   return choice._replace(
     gates=choice.gates * options.gate_scale,
@@ -101,6 +105,7 @@ def loss(sums: RouterSums, state: State, options: Options) -> Float[Array, '']:
   del state
   num_experts = options.num_experts
   tokens = jnp.maximum(jnp.sum(sums.tokens), 1)
+  # c_e / S and m_e of algorithm 1.
   first_share = jax.lax.stop_gradient(sums.own['first_choices']) / tokens
   mean_prob = jnp.sum(sums.prob_sum.reshape(-1, num_experts), axis=0) / tokens
   return num_experts * jnp.sum(first_share * mean_prob)

@@ -37,6 +37,7 @@ def new_state(options: Options, embed_dim: int, vocab_size: int) -> State:
     options.num_experts,
     options.num_selected_experts,
   )
+  # State is float32, in which expert numbers are exact up to 2**24.
   return {'table': table.astype(jnp.float32)}
 
 
@@ -51,12 +52,16 @@ def from_counts(state: State, counts: Num[Array | np.ndarray, 'V'], options: Opt
   if options.hash_table != 'balanced':
     return state
   table = np.array(state['table'])
+  # int64: the tokens of a text, summed for an expert, may leave int32.
   counts = np.asarray(counts).astype(np.int64)
+  # A heap of (load, expert), of equal loads the lower expert first; sorted, so a heap already.
   lightest = [(0, expert) for expert in range(options.num_experts)]
   for token_id in np.argsort(-counts, kind='stable'):
     count = int(counts[token_id])
     if not count:
+      # In descending order: all ids from here on never occur.
       break
+    # All K are taken before any is put back, so they are distinct.
     taken = [heapq.heappop(lightest) for _ in range(options.num_selected_experts)]
     for choice, (load, expert) in enumerate(taken):
       table[token_id, choice] = expert

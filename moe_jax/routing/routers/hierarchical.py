@@ -72,6 +72,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   level = {'router': params['router_primary'], 'noise': params['noise_primary']}
   primary = router_lib.logits(level, inputs.tokens, options)
   secondary = router_lib.logits(params, inputs.tokens, options)
+  # A key for each level, or both would draw their noise from the same bits.
   keys = router_lib.per_group(jax.random.split, inputs.keys)
   deviation = noisy_top_k.noise_deviation(level, inputs.tokens, options)
   groups, group_probability = _select(primary, deviation, keys[:, 0], kept, options.training)
@@ -87,6 +88,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   gates = _gates(groups, experts, options)
 
   router_probs, router_logits = _probs_and_logits(primary, secondary)
+  # [G S K] -> [G S E].
   importance = noisy_top_k.spread(expert_index, gates, options.num_experts)
   return Choice(
     expert_index=expert_index,
@@ -108,6 +110,7 @@ def _in_groups(
   values: Float[Array, 'G S E'], selected_groups: Int[Array, 'G S K'], size: int
 ) -> Float[Array, 'G Q {size}']:
   """Returns one row for each selected group of each token, Q = S * groups."""
+  # [G S E] -> [G S groups size] -> [G S selected size] -> [G Q size].
   rows = values.reshape(*values.shape[:2], -1, size)
   rows = jnp.take_along_axis(rows, selected_groups[..., None], axis=2)
   return rows.reshape(len(values), -1, size)
@@ -127,14 +130,17 @@ def _gates(groups: Choice, experts: Choice, options: Options) -> Float[Array, 'G
   """
   kept = options.num_selected_groups
   num_tokens = groups.expert_index.shape[:2]
+  # `after`: each softmax over the selected alone, as in app. B. [G S kept 1] * [G S kept K/kept].
   if options.softmax_order == 'after':
     gates = groups.gates[..., None] * experts.gates.reshape(*num_tokens, kept, -1)
     return gates.reshape(*num_tokens, -1)
   # `before`: the product of both levels' softmax over all candidates, read at the selected ones.
   size = experts.router_probs.shape[-1]
   of_group = jnp.take_along_axis(groups.router_probs, groups.expert_index, axis=-1)
+  # [G S kept 1] * [G S kept size]: every candidate of the selected groups.
   products = of_group[..., None] * experts.router_probs.reshape(*num_tokens, kept, size)
   index_in_group = experts.expert_index.reshape(*num_tokens, kept, -1)
+  # The selected ones in such a row of kept * size candidates.
   place = jnp.arange(kept)[None, None, :, None] * size + index_in_group
   return top_k.gates_of(
     products.reshape(*num_tokens, -1), place.reshape(*num_tokens, -1), options.renormalize
@@ -150,6 +156,7 @@ def _probs_and_logits(
   secondary logit; both are without noise. The softmax of these sums is not the products, but z-loss
   holds both levels small.
   """
+  # P(group) P(expert | group), which sums to 1 over all E.
   within = jax.nn.softmax(secondary.reshape(*primary.shape, -1), axis=-1)
   probs = jax.nn.softmax(primary, axis=-1)[..., None] * within
   logits = primary[..., None] + secondary.reshape(probs.shape)
@@ -180,6 +187,7 @@ def _sums(
   return {
     'importance': router_lib.masked_sum(importance, valid),
     'load_primary': router_lib.masked_sum(group_probability, valid),
+    # Each selected group adds its experts' loads to its own row: [G groups size].
     'load_secondary': jnp.einsum('gskn,gskz->gnz', in_group, in_load, precision='highest'),
     'group_tokens': jnp.sum(in_group, axis=(1, 2)),
   }
@@ -199,6 +207,7 @@ def _select(
   choice = top_k.choose_top_k(selection, num_selected_experts=num_selected, softmax_order='after')
   num_candidates = router_logits.shape[-1]
   selected = noisy_top_k.spread(choice.expert_index, jnp.ones_like(choice.gates), num_candidates)
+  # Where all are selected no threshold exists, and without noise nothing is random.
   if not training or num_selected == num_candidates:
     return choice, selected
   return choice, noisy_top_k.selection_probability(
@@ -217,6 +226,7 @@ def loss(sums: RouterSums, state: State, options: Options) -> Float[Array, '']:
   """
   del state, options
   own = sums.own
+  # App. B: Load_primary_i * Load_i(X_i)_j / |X_i|, X_i the tokens that selected group i.
   share = own['load_primary'] / jnp.maximum(own['group_tokens'], 1)
   load = jnp.ravel(share[:, None] * own['load_secondary'])
   importance = router_lib.squared_variation(own['importance'])

@@ -16,6 +16,7 @@ UPDATES = ('ema', 'minibatch')
 LAYER_NORM_EPSILON = 1e-6
 # How far from the fullest centroid an empty one is put, both of length 1.
 RESEED_DISTANCE = 0.1
+# Constants: every device, and every run, draws the same directions.
 START_SEED, RESEED_SEED = 0, 1
 
 
@@ -125,6 +126,7 @@ def update(state: State, sums: Any, options: Options) -> State:
   if options.kmeans_update == 'ema':
     rate = jnp.full(count.shape, 1 - options.kmeans_decay, jnp.float32)
   else:
+    # Sculley: a step of 1 / (tokens so far) for each token makes the mean of all of them.
     rate = count / jnp.maximum(counts, 1)
   old = state['centroids']
   moved = _to_unit_length(old + rate[:, None] * (mean - old), old)
@@ -135,6 +137,7 @@ def update(state: State, sums: Any, options: Options) -> State:
   empty_steps = jnp.where(count > 0, 0, state['empty_steps'] + is_step)
   reseed = (empty_steps >= options.kmeans_reseed_after) & is_step
   fullest = centroids[jnp.argmax(count)][None, :]
+  # A direction for each expert, so that two put down in one step do not coincide.
   offset = RESEED_DISTANCE * _unit_directions(RESEED_SEED, *old.shape)
   seeds = _to_unit_length(fullest + offset, old)
   return {

@@ -59,6 +59,7 @@ def biased_scores(
   """Returns what the selection reads. Carries no gradient."""
   if bias_update not in BIAS_UPDATES:
     raise ValueError(f'bias_update={bias_update!r}: must be one of {BIAS_UPDATES}')
+  # The bias is state: nothing but `update` moves it.
   scores, bias = jax.lax.stop_gradient((scores, bias[None, None, :]))
   return scores * bias if bias_update == 'multiplicative' else scores + bias
 
@@ -89,13 +90,18 @@ def update(state: State, sums: RouterSums, options: BiasOptions) -> State:
   A batch without tokens moves nothing.
   """
   bias, rate = state['bias'], options.bias_rate
+  # [N E] -> [E], of all devices and micro-batches.
   counts = jnp.sum(sums.tokens_per_expert.reshape(-1, options.num_experts), axis=0)
+  # Above 0 where an expert had less than the mean: its bias rises.
   error = jnp.mean(counts) - counts
   if options.bias_update == 'proportional':
     # Below one assignment there is none, and the error is 0 too.
     new_bias = bias + rate * error / jnp.maximum(jnp.mean(counts), 1 / options.num_experts)
   elif options.bias_update == 'multiplicative':
+    # A factor, so the bias stays above 0 as long as the rate is below 1.
     new_bias = bias * (1 + rate * jnp.sign(error))
+  # The sign alone: a step does not grow with the batch. What all biases share selects
+  # nobody, so `centred` may take it away.
   elif options.bias_update in ('sign', 'centred'):
     step = rate * jnp.sign(error)
     new_bias = bias + (step - jnp.mean(step) if options.bias_update == 'centred' else step)

@@ -63,14 +63,17 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   router_logits = router_lib.logits(params, inputs.tokens, options)
   selection = router_logits
   if options.training:
+    # Eq. 4: logits plus normal noise, whose deviation each expert learns.
     deviation = noise_deviation(params, inputs.tokens, options)
     selection = router_logits + deviation * normal(inputs.keys, router_logits.shape[1:])
+  # Eq. 3 and 5: the softmax over the K largest, as if all others were -inf.
   choice = top_k.choose_top_k(
     selection, num_selected_experts=options.num_selected_experts, softmax_order='after'
   )
   selected = spread(choice.expert_index, jnp.ones_like(choice.gates), num_experts)
   load = selected
   if options.training and options.num_selected_experts < num_experts:
+    # App. A: counts have no gradient, the probability of being counted has one.
     load = selection_probability(router_logits, selection, selected, choice, deviation)
   return choice._replace(
     gates=choice.gates * options.gate_scale,
@@ -116,6 +119,8 @@ def selection_probability(
   """Returns P(expert is selected), its own noise drawn anew, all other noise as it is; K < E."""
   last_in = selection_lib.smallest_selected(selection, choice.expert_index)
   first_out = jnp.max(jnp.where(selected > 0, -jnp.inf, selection), axis=-1, keepdims=True)
+  # What an expert must beat if its noise is drawn again: kth_excluding of app. A, the K-th largest
+  # of all other experts.
   threshold = jnp.where(selected > 0, first_out, last_in)
   return jax.scipy.special.ndtr(
     (router_logits - threshold) / jnp.maximum(deviation, SMALLEST_DEVIATION)

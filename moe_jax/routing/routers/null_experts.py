@@ -75,11 +75,13 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
     renormalize=options.renormalize,
     gate_scale=options.gate_scale,
   )
+  # The plan never sees a null expert: `chosen` is False there, and expert 0 an index in bounds.
   real = choice.expert_index < num_experts
   return Choice(
     expert_index=jnp.where(real, choice.expert_index, 0),
     gates=jnp.where(real, choice.gates, 0),
     chosen=real,
+    # [G S E+N] -> [G S E].
     router_probs=choice.router_probs[..., :num_experts],
     router_logits=choice.router_logits[..., :num_experts],
     sums={'null': router_lib.masked_sum(jnp.sum(~real, axis=-1).astype(jnp.float32), inputs.valid)},
@@ -110,8 +112,10 @@ def loss(sums: RouterSums, state: State, options: Options) -> Float[Array, '']:
   assignments = options.num_selected_experts * tokens
   counts = jnp.sum(sums.tokens_per_expert.reshape(-1, num_experts), axis=0)
   prob_sum = jnp.sum(sums.prob_sum.reshape(-1, num_experts), axis=0)
+  # A token's probabilities sum to 1: what the real experts lack, null experts have.
   null_prob_sum = jnp.sum(sums.tokens) - jnp.sum(prob_sum)
   real = jnp.sum(jax.lax.stop_gradient(counts) * prob_sum)
+  # N equal terms, (f_null / N) (P_null / N) each.
   null = jax.lax.stop_gradient(sums.own['null']) * null_prob_sum / max(num_null, 1)
   return (num_experts + num_null / weight) * (real + weight * null) / (assignments * tokens)
 

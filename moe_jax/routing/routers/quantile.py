@@ -78,6 +78,7 @@ def to_beat(
     return selection.from_key(jnp.min(key, axis=-1, keepdims=True))
   experts = jnp.arange(biased.shape[-1])[None, None, None, :]
   selected = jnp.any(expert_index[..., None] == experts, axis=2)
+  # With the K largest out of the way the largest is the (K+1)-th.
   left_out = jnp.where(selected, selection.SMALLEST, key)
   return selection.from_key(jnp.max(left_out, axis=-1, keepdims=True))
 
@@ -97,6 +98,8 @@ def group_threshold(
   tokens = jnp.sum(valid, axis=-1, dtype=jnp.int32)[:, None]
   # K n / E tokens are an expert's share; the (q + 1)-th margin separates these from the others.
   quota = jnp.clip(tokens * num_selected_experts // num_experts, 0, jnp.maximum(tokens - 1, 0))
+  # `jax.lax.top_k` wants a k that is known when compiling. This quota is data, and differs between
+  # groups; the k-th largest is found by counting.
   masked = jnp.where(valid[..., None], margin, -jnp.inf)
   beta = selection.kth_largest(masked, quota[..., None] + 1)[:, 0]
   return jnp.where(tokens > 0, tokens * beta, 0).astype(jnp.float32)
@@ -104,6 +107,7 @@ def group_threshold(
 
 def update(state: State, sums: RouterSums, options: Options) -> State:
   """Moves the bias by -bias_rate times the mean of beta; not at all in a batch without tokens."""
+  # Each group came in times its valid tokens; this is their weighted mean.
   mean = sums.own['threshold'] / jnp.maximum(jnp.sum(sums.tokens), 1)
   return {'bias': state['bias'] - options.bias_rate * mean}
 

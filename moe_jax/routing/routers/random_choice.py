@@ -43,6 +43,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
     )
   else:
     key = jax.random.key(EVALUATION_SEED)
+    # A key for each position, so that decoding, which sees one at a time, draws the same.
     at_position = jax.vmap(
       lambda position: distinct_experts(jax.random.fold_in(key, position), 1, *experts)[0]
     )

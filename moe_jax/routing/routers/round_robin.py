@@ -16,6 +16,7 @@ def fixed_choice(expert_index: Int[Array, 'G S K'], num_experts: int) -> Choice:
   num_groups, num_tokens, num_selected = expert_index.shape
   gates = jnp.full(expert_index.shape, 1 / num_selected, jnp.float32)
   experts = jnp.arange(num_experts, dtype=expert_index.dtype)[None, None, None, :]
+  # [G S K E]; the K experts are distinct, so the sum over K is 0 or 1.
   is_chosen = (expert_index[..., None] == experts).astype(jnp.float32)
   return Choice(
     expert_index=expert_index,

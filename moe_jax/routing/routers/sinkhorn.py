@@ -90,6 +90,7 @@ def sinkhorn(
     change = jnp.mean(jnp.abs(scaled - columns) / jnp.maximum(scaled, 1))
     return _Iteration(Scales(rows, scaled), change, state.rounds + 1)
 
+  # Columns are all that a step reads; the rows here are never used.
   start = Scales(jnp.zeros(cost.shape[:1]), jnp.ones(cost.shape[1:]))
   return jax.lax.while_loop(
     lambda state: (state.change > tolerance) & (state.rounds < max_rounds),
@@ -131,6 +132,8 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
     selection += router_lib.per_group(log_columns, selection, inputs.valid)[:, None, :]
   expert_index = jax.lax.top_k(selection, num_selected)[1].astype(jnp.int32)
   chosen = jnp.ones(expert_index.shape, bool)
+  # Gates come from logits. The plan depends on the other tokens of the group, and in evaluation
+  # there is none.
   if num_selected == 1:
     gates = jax.nn.sigmoid(jnp.take_along_axis(router_logits, expert_index, axis=-1))
   else:

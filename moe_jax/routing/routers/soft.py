@@ -60,6 +60,7 @@ def mix(params: Params, state: State, inputs: RouterInputs, options: Options) ->
   del state
   logits = _slot_logits(params, inputs, options)
   valid = inputs.valid[:, :, None, None]
+  # One set of logits, two softmaxes: along S for each slot, along E P for each token.
   over_tokens = jax.nn.softmax(jnp.where(valid, logits, LEAST_LOGIT), axis=1)
   flat = logits.reshape(*logits.shape[:2], -1)
   over_slots = jax.nn.softmax(flat, axis=-1).reshape(logits.shape)
@@ -75,6 +76,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   """
   combine = mix(params, state, inputs, options).combine
   router_probs = jnp.sum(combine, axis=-1)
+  # [G S E P] -> [G S E].
   router_logits = jax.nn.logsumexp(_slot_logits(params, inputs, options), axis=-1)
   experts = jnp.arange(options.num_experts, dtype=jnp.int32)[None, None, :]
   return Choice(
@@ -90,6 +92,8 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
 def _slot_logits(params: Params, inputs: RouterInputs, options: Options) -> Float[Array, 'G S E P']:
   # Padding may hold anything; its logits are those of a zero token.
   tokens = _to_unit_length(jnp.where(inputs.valid[..., None], inputs.tokens, 0), axis=-1)
+  # Both factors have length 1, so logits lie within the scale: one number for how sharp all the
+  # mixtures are.
   phi = params['scale'][:, None] * _to_unit_length(params['phi'], axis=0)
   logits = router_lib.product(tokens, phi, options)
   return logits.reshape(*logits.shape[:2], options.num_experts, options.slots_per_expert)

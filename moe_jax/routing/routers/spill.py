@@ -43,10 +43,14 @@ def spill_assignment(
   def serve(
     count: Int[Array, 'E'], token: tuple[Float[Array, 'E'], Bool[Array, '']]
   ) -> tuple[Int[Array, 'E'], tuple[Int[Array, 'K'], Bool[Array, 'K']]]:
+    # A token sees the loads that those before it left, and nothing of those after it: causal, but
+    # S steps that cannot run at once.
     logits, is_valid = token
     has_room = count < capacity
     _, expert_index = jax.lax.top_k(jnp.where(has_room, logits, -jnp.inf), num_selected_experts)
+    # Fewer than K with room: top-k goes on with full ones, which are not chosen.
     chosen = has_room[expert_index]
+    # Padding chooses like any token, but takes no place.
     count = count.at[expert_index].add((chosen & is_valid).astype(jnp.int32), unique_indices=True)
     return count, (expert_index.astype(jnp.int32), chosen)
 

@@ -65,6 +65,8 @@ def choose_top_k(
   # Select on the logits in all cases: two logits can share a rounded score, never an order.
   top_logits, expert_index = jax.lax.top_k(router_logits, num_selected_experts)
   scores, router_probs = scores_and_probs(router_logits, score)
+  # `after` is `before` divided by the sum over the selected, exact where those probabilities
+  # underflow.
   if softmax_order == 'after':
     gates = jax.nn.softmax(top_logits, axis=-1)
   else:

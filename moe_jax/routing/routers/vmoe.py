@@ -56,6 +56,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   noisy = options.training and options.noise_scale > 0
   selection = router_logits
   if noisy:
+    # Of fixed size: nothing about the noise is learned.
     noise = noisy_top_k.normal(inputs.keys, router_logits.shape[1:])
     selection = router_logits + noise * (options.noise_scale / num_experts)
   choice = top_k.choose_top_k(
@@ -96,6 +97,7 @@ def loss(sums: RouterSums, state: State, options: Options) -> Float[Array, '']:
   """
   del state
   importance = jnp.sum(sums.prob_sum.reshape(-1, options.num_experts), axis=0)
+  # App. A: the mean of importance loss and load loss.
   variation = router_lib.squared_variation(importance)
   return (variation + router_lib.squared_variation(sums.own['load'])) / 2
 
