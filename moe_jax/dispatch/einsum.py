@@ -1,4 +1,4 @@
-"""The oracle: dispatch and combine as products with one-hot tensors [G S E C].
+"""The oracle: dispatch and combine as matmuls with one-hot tensors [G S E C].
 
 Its cost grows with S * E * C, so it is for checking, not for training.
 

@@ -107,13 +107,13 @@ def run_decode(
     plan: of these tokens, with enough slots: what it drops stays out.
     weights: `w_in` and `w_out` of this device's experts; with `layer`, of all layers.
     activation: between the two matmuls.
-    layer: whose weights are meant. Given apart, because a slice of one layer would be a copy of all
-      its experts.
+    layer: index of the layer. Passed separately, because a slice of one layer would be a copy of
+      all its experts.
     axis_name: of the mesh, over whose devices the experts are spread: every device then gets the
       tokens of all, and adds up its own experts' part of the outputs.
     platform: of the device.
-    which: of `experts.decode.IMPLEMENTATIONS`; None for the one that suits.
-    num_rows: b; 0 for the number that suits.
+    which: of `experts.decode.IMPLEMENTATIONS`; None for the best one.
+    num_rows: b; 0 for the best number.
   """
   experts = weights[0].shape[-3]
   size = 1 if axis_name is None else jax.lax.axis_size(axis_name)
@@ -199,7 +199,7 @@ def _ways(
   shape: tuple[int, ...],
   axis_name: str,
 ) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
-  """Returns how a buffer [E G C D] gets to the experts, and how their outputs come back.
+  """Returns two functions: a buffer [E G C D] to the experts, and their outputs back.
 
   Args:
     slots: filled here, and of each device for the experts here, where only these are sent.
