@@ -14,8 +14,7 @@ from moe_jax.experts.activations import activate
 from moe_jax.routing.router import varying_like
 
 # A loop over experts pays from this many experts on, up to this many rows of each, and only where
-# an expert's matrix is not small: a turn of the loop costs about as much as copying it into the
-# cache.
+# an expert's matrix is not small: an iteration costs about as much as copying it into the cache.
 LEAST_EXPERTS = 64
 MOST_ROWS = 256
 LEAST_WEIGHTS = 2**17

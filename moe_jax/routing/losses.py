@@ -1,7 +1,7 @@
 """Auxiliary losses of a router, formed from `RouterSums`. None is multiplied by its weight here.
 
 Each takes the sums of one layer (leading dimensions broadcast) and averages over the balance
-scopes, weighted by their valid tokens, so that a scope of padding alone counts for nothing.
+scopes, weighted by their valid tokens, so that a scope of only padding counts for nothing.
 """
 
 import jax
@@ -31,7 +31,7 @@ def load_balancing_loss(sums: RouterSums, num_selected_experts: int) -> Float[Ar
 
   Scope `global`: Qiu et al. 2025, arXiv:2501.11873, if train.accumulation_scope is `batch` or there
   is one micro-batch. With `running` it is their buffer (algorithm 1): all but the last micro-batch
-  see partial counts. With `microbatch` each micro-batch is balanced for itself.
+  see partial counts. With `microbatch` each micro-batch is balanced by itself.
   """
   num_experts = sums.prob_sum.shape[-1]
   tokens = _at_least_one(sums.tokens)[..., None]
@@ -129,8 +129,8 @@ def importance_loss(sums: RouterSums) -> Float[Array, '*layers']:
 def entropy_loss(sums: RouterSums) -> Float[Array, '*layers']:
   """Returns the mean over tokens of the entropy of the router probabilities, in nats.
 
-  Log E for a router that does not know, 0 for one that is sure. A positive weight makes routers
-  surer, a negative one keeps them undecided.
+  Log E for a uniform router, 0 for one that is certain. A positive weight makes routers more
+  certain, a negative one less.
   """
   return sums.entropy / _at_least_one(jnp.sum(sums.tokens, axis=-1))
 

@@ -13,7 +13,7 @@ def jitter(
   only; the experts see the tokens without noise.
 
   Source: Fedus et al. 2021, arXiv:2101.03961, app. C, and multiplicative_jitter of Mesh TensorFlow
-  (da90793), on the router's input alone and in training alone.
+  (da90793), only on the router's input and only in training.
   """
   # [S D] for each group: a factor for each element, not one for a token.
   draw = jax.vmap(

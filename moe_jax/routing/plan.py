@@ -13,8 +13,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from moe_jax.routing.router import Choice
 from moe_jax.routing.routers.top_k import RENORMALIZATIONS
 
-# Who gets a slot when an expert has fewer slots than assignments. Only `token` is causal in a
-# decoder language model: with the others, a later token can take the slot of an earlier one.
+# Which assignments get a slot when an expert has fewer slots than assignments. Only `token` is
+# causal in a decoder language model: with the others, a later token can take the slot of an earlier
+# one.
 PRIORITIES = ('token', 'choice', 'priority', 'random')
 CAUSAL_PRIORITIES = ('token',)
 
@@ -64,8 +65,8 @@ def make_plan(
     renormalize: `after_drop` divides the kept gates of a token by their sum.
 
   Raises:
-    ValueError: for an unknown `priority` or `renormalize`, capacity < 1, or a group of so many
-      assignments that their numbers leave int32.
+    ValueError: for an unknown `priority` or `renormalize`, capacity < 1, or a group of more
+      assignments than int32 can number.
 
   Source: `choice`: Lepikhin et al. 2020, arXiv:2006.16668, algorithm 1. `priority`: Riquelme et al.
   2021, arXiv:2106.05974, sec. 4.1 (batch-prioritized routing) within a group. `random`: DeepSpeed's
@@ -108,7 +109,7 @@ def make_plan(
 def _priority_rank(
   priority: str, router_probs: Float[Array, 'S E'], num_selected: int, key: Key[Array, '']
 ) -> Int[Array, 'S K']:
-  """Returns the place of each assignment in the queue, 0 first; a permutation of 0..S*K-1."""
+  """Returns the rank of each assignment in the queue, from 0; a permutation of 0..S*K-1."""
   group_size = router_probs.shape[0]
   token = jnp.arange(group_size, dtype=jnp.int32)[:, None]
   choice = jnp.arange(num_selected, dtype=jnp.int32)[None, :]
@@ -135,8 +136,8 @@ def _assign_slots(
 ) -> tuple[Int[Array, 'S K'], Int[Array, 'E C']]:
   """Ranks the assignments within each expert by one sort: O(S K log(S K)), no one-hot."""
   num_assignments = expert_index.size
-  # Sort by (expert, priority): an assignment's slot is its place among its expert's. Those without
-  # a slot queue for an expert E, behind all others.
+  # Sort by (expert, priority): an assignment's slot is its position among its expert's. Those
+  # without a slot queue for an expert E, behind all others.
   queue = jnp.where(asked, expert_index, num_experts)
   assignment = jnp.arange(num_assignments, dtype=jnp.int32)
   if (num_experts + 1) * num_assignments < 2**31:
@@ -147,7 +148,7 @@ def _assign_slots(
   else:
     keys = (queue.ravel(), rank.ravel(), assignment)
     sorted_queue, _, sorted_assignment = jax.lax.sort(keys, num_keys=2)
-  # starts[e]: where expert e begins in the sorted order; starts[E]: where those that ask for no
+  # starts[e]: where expert e begins in the sorted order; starts[E]: where those that request no
   # slot begin.
   experts = jnp.arange(num_experts + 1, dtype=jnp.int32)
   starts = jnp.searchsorted(sorted_queue, experts).astype(jnp.int32)
@@ -178,12 +179,12 @@ def _count_slots(
   """
   group_size, num_experts = expert_index.shape
   token = jnp.arange(group_size)[:, None]
-  # Added, not set: an expert may also be named by an assignment that asks for no slot.
+  # Added, not set: an expert may also be named by an assignment that requests no slot.
   by_expert = jnp.zeros(asked.shape, jnp.int32).at[token, expert_index].add(asked)
   before = jnp.cumsum(by_expert, axis=0) - by_expert
   slot_index = jnp.where(asked, jnp.take_along_axis(before, expert_index, axis=1), 0)
   assignment = jnp.arange(asked.size, dtype=jnp.int32).reshape(asked.shape)
-  # What got no slot goes one past the last, which is cut off.
+  # Assignments without a slot go one past the last, which is cut off.
   slot = jnp.where(asked, jnp.minimum(slot_index, capacity), capacity)
   source_index = jnp.full((num_experts, capacity + 1), asked.size, jnp.int32)
   source_index = source_index.at[expert_index, slot].set(assignment)[:, :capacity]

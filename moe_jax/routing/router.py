@@ -120,12 +120,12 @@ def logits(
 def product(
   tokens: Float[Array, 'G S D'], matrix: Float[Array, 'D N'], options: MatrixOptions
 ) -> Float[Array, 'G S N']:
-  """Multiplies tokens with what a router chooses by, in float32.
+  """Multiplies tokens with the matrix of a router, in float32.
 
-  At full precision by `router_dtype`: a rounded logit picks another expert. As `bfloat16`, tokens,
-  matrix and the gradient that comes back are rounded to it and products are summed in float32,
-  as the matrix units of GPUs and TPUs do. How many assignments differ, `evaluate
-  --compare_router_dtype` says of a run.
+  At full precision by `router_dtype`: a rounded logit selects another expert. As `bfloat16`,
+  tokens, matrix and the incoming gradient are rounded to it, and the matmul sums in float32,
+  as the matrix units of GPUs and TPUs do. `evaluate --compare_router_dtype` measures how many
+  assignments of a run differ.
   """
   if options.router_dtype == 'bfloat16':
     # The custom gradient is each device's own; this mark makes JAX add them up.
@@ -160,23 +160,23 @@ _narrow_product.defvjp(_narrow_product_fwd, _narrow_product_bwd)
 
 @dataclasses.dataclass(frozen=True)
 class Router:
-  """A way of choosing experts.
+  """A router: how experts are chosen, and what follows from it.
 
   Attributes:
     name: value of `moe.router`.
     paper: where it comes from, with arXiv number.
     summary: one line for the table.
     choose: (params, state, inputs, options) -> Choice.
-    causal: whether no token's choice depends on later tokens of its group, in training.
+    causal: True if no token's choice depends on later tokens of its group, in training.
     learns: whether the language-model loss reaches its parameters.
     balance: what keeps the experts balanced: `loss`, `state`, `assignment`, `fixed` or `none`.
-    cost: per token, beside the experts; for the table.
+    cost: per token, besides the experts; for the table.
     options: the class of its options, declared in its file: `RouterOptions` and what else its
       functions read. Presets must set these fields, and no config may change another router's.
-    reads_tokens: whether it looks at the tokens' vectors, not at their ids and positions alone.
+    reads_tokens: whether it looks at the tokens' vectors, not only at their ids and positions.
     by_group: whether what it chooses, draws or counts for a token depends on its routing group.
-    always: what it amounts to in a field that decides nothing in it, where that is not the
-      default: so much a config may say. `allowed` may read it, if the options have it.
+    always: its effective value of a field that it does not read, where that is not the default: the
+      one other value that a config may give. `allowed` may read it, if the options have it.
     params: (options, embed_dim) -> arrays trained by gradient.
     state: (options, embed_dim, vocab_size) -> float32 arrays that are not trained by gradient, as
       they start. Part of the training state, checkpointed, the same on every device.
@@ -187,11 +187,11 @@ class Router:
     loss: (sums, state, options) -> unweighted auxiliary loss of one layer, weighted by
       moe.router_loss_weight. None without one.
     mix: (params, state, inputs, options) -> `Mixture`, where slots are mixtures of tokens instead
-      of single tokens; `choose` then serves the statistics alone. None for all but Soft MoE.
-    slots: how many an expert has. `limited`: those of the capacity factor; assignments beyond them
-      are dropped. `filled`: as many, and the router chooses by them (`options.capacity`), for no
-      more. `all`: one for every token, whatever the capacity factor.
-    allowed: options -> what is wrong with them as (field, what is allowed), None if nothing.
+      of single tokens; `choose` then serves only the statistics. None for all but Soft MoE.
+    slots: number of slots of an expert. `limited`: those of the capacity factor; assignments beyond
+      them are dropped. `filled`: as many, and the router never selects more tokens than that
+      (`options.capacity`). `all`: one for every token, whatever the capacity factor.
+    allowed: options -> the first error in them as (field, what is allowed), None if there is none.
   """
 
   name: str
@@ -227,7 +227,7 @@ class Router:
 
   @property
   def fills_slots(self) -> bool:
-    """True if it chooses by the capacity, and for no more than the slots there are."""
+    """True if it reads the capacity and never selects more tokens than there are slots."""
     return self.slots == 'filled'
 
   @property
@@ -258,9 +258,9 @@ def squared_variation(values: Float[Array, '*any E']) -> Float[Array, '*any']:
 def varying_like(values: Any, reference: Array) -> Any:
   """Returns a tree of arrays marked as differing between devices where a reference does.
 
-  Inside `shard_map`, a loop that starts from constants and goes on with data of the device needs
-  this for what it starts from, and so does a gradient of our own for weights that are the same on
-  several devices: marking sums their gradient over these. Outside it changes nothing.
+  Inside `shard_map`, a loop that starts from constants and continues with data of the device needs
+  this for its start, and so does a gradient of our own for weights that are the same on several
+  devices: marking sums their gradient over these. Outside it changes nothing.
   """
 
   def mark(value):

@@ -2,8 +2,8 @@
 
 Numbers are compared as `jax.lax.top_k` compares them, in the total order of IEEE 754: -NaN < -inf <
 ... < -0 < +0 < ... < inf < NaN. Floats in that order are integers in theirs. The k-th largest
-integer is found bit by bit: for each of the 32 it is counted how many are at least so large. So the
-result is exact, and the cost 32 S E comparisons whatever k is: on CPUs a fraction of a sort.
+integer is found bit by bit: for each of the 32 it is counted how many are at least that large. So
+the result is exact, and the cost 32 S E comparisons whatever k is: on CPUs a fraction of a sort.
 """
 
 import jax
@@ -36,7 +36,7 @@ def from_key(key: Int[Array, '*shape']) -> Float[Array, '*shape']:
 
 
 def _flip_negative(bits: Int[Array, '*shape']) -> Int[Array, '*shape']:
-  """Turns the order of the negative numbers around; twice is nothing."""
+  """Reverses the order of the negative numbers; its own inverse."""
   return jnp.where(bits < 0, bits ^ LARGEST, bits)
 
 
@@ -58,7 +58,7 @@ def k_largest(
   kth = _kth_largest(key, k, SMALLEST, 32)
   # Fewer than k are above the k-th; equal ones make up for the rest.
   above, equal = key > kth, key == kth
-  # How many of the equal ones: the uppermost, whose places from the end are the largest.
+  # How many of the equal ones: the uppermost, whose positions from the end are the largest.
   wanted = k - jnp.sum(above, axis=1, keepdims=True, dtype=jnp.int32)
   num_rows = values.shape[1]
   from_end = jnp.where(equal, jnp.arange(num_rows, 0, -1, dtype=jnp.int32)[None, :, None], 0)

@@ -1,4 +1,4 @@
-"""Static sizes of a routing group: capacity, and what follows from it and the router."""
+"""Static sizes of a routing group: capacity, and the sizes that follow from it and the router."""
 
 import fractions
 import math
@@ -73,7 +73,7 @@ def group_sizes(
   """Returns the sizes of a routing group.
 
   Args:
-    router: its `slots` say what the capacity factor means.
+    router: its `slots` define the meaning of the capacity factor.
     tokens_in_group: S.
     num_experts: E.
     num_selected_experts: K.

@@ -30,8 +30,8 @@ class RouterSums(NamedTuple):
     entropy: sum of the entropy of the router probabilities, in nats. Carries gradient.
     top_prob: sum of the largest router probability of each token.
     logsumexp_max: the largest log-partition of a token's logits; -inf without a valid token.
-    slots: that there were, E * C for each group.
-    own: what the router counted for itself, over all scopes. May carry gradient.
+    slots: in total, E * C for each group.
+    own: sums of the router itself, over all scopes. May carry gradient.
   """
 
   tokens: Float[Array, 'N']
@@ -58,7 +58,7 @@ def router_sums(
 
   Args:
     choice: of the router.
-    plan: what became of its assignments.
+    plan: of its assignments.
     valid: False for padding.
     scope_index: the balance scope, 0..N-1, of each of the n parts of a group: token s belongs to
       part s % n. n = 1 where a group lies in one scope; where a scope is a sequence, n is the

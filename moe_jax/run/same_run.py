@@ -17,12 +17,12 @@ from moe_jax.schema import FREE_FIELDS, LATER_FIELDS, LATER_FIELDS_IN_IDS
 def check_same_config(
   workdir: str, manifest: dict[str, Any], config: ml_collections.ConfigDict, step: int = 0
 ) -> None:
-  """Checks that a run goes on with the config it was started with.
+  """Checks that a run continues with the config it was started with.
 
   Args:
     workdir: of the run.
     manifest: of the run.
-    config: that it is to go on with.
+    config: that it is to continue with.
     step: of its newest checkpoint.
 
   Raises:
@@ -64,18 +64,18 @@ def _check_lengthening(
 
 
 def lengthens(old: dict[str, Any], config: ml_collections.ConfigDict) -> bool:
-  """Returns whether a config has more steps than the run that it goes on with."""
+  """Returns True if a config has more steps than the run that it continues."""
   return bool(_value(old['config'], 'train.num_steps') != config.train.num_steps)
 
 
 def lengthened(
   old: dict[str, Any] | None, config: ml_collections.ConfigDict, step: int
 ) -> dict[str, Any]:
-  """Returns what the manifest of a run says of its lengthenings; {} if there were none.
+  """Returns the entry of the manifest on lengthenings of a run; {} if there were none.
 
   Args:
     old: its manifest before; None if it begins.
-    config: that it goes on with.
+    config: that it continues with.
     step: that it goes on from.
   """
   before = (old or {}).get('lengthened', [])

@@ -17,9 +17,9 @@ What differs, and what is silent in code of this kind:
   (`options.renormalize`).
 - The sequence loss counts the K largest scores WITHOUT bias and without limit to groups. Sequences
   are averaged with weight of their valid tokens, so that it adds up over devices; the source
-  averages over sequences of equal length, for which the two are the same. Sequences of padding
-  alone count for nothing. At perfect balance the loss is 1, whatever K and E. It agrees with the
-  paper and with Megatron-LM.
+  averages over sequences of equal length, for which the two are the same. Sequences of only padding
+  count for nothing. At perfect balance the loss is 1, whatever K and E. It agrees with the paper
+  and with Megatron-LM.
 - The bias moves by the counts of the experts selected with it, before any drop.
 """
 
@@ -96,7 +96,7 @@ def sequence_balance(
   """Returns the sum over the sequences of a group of n * sum_e f_e P_e.
 
   n is the number of valid tokens of the sequence, f_e = E / (K n) times the number of them whose K
-  largest scores have e, P_e their mean router probability. Carries gradient through P alone.
+  largest scores have e, P_e their mean router probability. Carries gradient only through P.
   """
   num_experts, num_selected = options.num_experts, options.num_selected_experts
   # Source, eq. 17-20. f: who would be selected without bias and groups.

@@ -1,4 +1,4 @@
-"""Hash layer: a fixed table says which experts a token id goes to."""
+"""Hash layer: a fixed table gives the experts of each token id."""
 
 import dataclasses
 import heapq
@@ -42,7 +42,7 @@ def new_state(options: Options, embed_dim: int, vocab_size: int) -> State:
 
 
 def from_counts(state: State, counts: Num[Array | np.ndarray, 'V'], options: Options) -> State:
-  """Returns the balanced table if the options ask for it. Runs once, on the host.
+  """Returns the balanced table if the options select it. Runs once, on the host.
 
   Ids in descending order of count, equal counts by lower id; each takes the K distinct experts with
   the fewest tokens so far, the lightest first, equal ones by lower index, and each of the K is

@@ -51,7 +51,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   At both levels h = x W_r + N(0, 1) * (softplus(x W_n) + noise_floor), with matrices of their own.
   In evaluation there is no noise and nothing is drawn. Group i holds the experts i E / n ..
   (i + 1) E / n - 1, n = `num_expert_groups`. In each of the `num_selected_groups` groups a token
-  selects equally many experts; its other groups are not looked at, however good their experts.
+  selects equally many experts; its other groups are not considered, however good their experts.
   Equal h go to the lower group and the lower expert. Assignments stand by group, best group first,
   and within it best expert first: not by descending gate.
 
@@ -61,7 +61,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   Source: Shazeer et al. 2017, arXiv:1701.06538, app. B; eq. 3-5 (noise), app. A (probability).
   Differs: the matrices of the logits do not start at zero, only those of the noise. `noise_floor`
   is 0 as in the paper; Tensor2Tensor adds 1e-2. The paper has no `before`; without it, though, one
-  group alone or one expert of each could not be selected.
+  single group, or one expert of each, could not be selected.
   """
   del state
   kept = options.num_selected_groups
@@ -150,7 +150,7 @@ def _gates(groups: Choice, experts: Choice, options: Options) -> Float[Array, 'G
 def _probs_and_logits(
   primary: Float[Array, 'G S groups'], secondary: Float[Array, 'G S E']
 ) -> tuple[Float[Array, 'G S E'], Float[Array, 'G S E']]:
-  """Returns what losses and statistics read of every expert, in a selected group or not.
+  """Returns probabilities and logits for losses, of every expert, in a selected group or not.
 
   The probabilities are products of both levels' softmax over all, the logits sums of primary and
   secondary logit; both are without noise. The softmax of these sums is not the products, but z-loss
@@ -171,7 +171,7 @@ def _sums(
   selected_groups: Int[Array, 'G S K'],
   valid: Bool[Array, 'G S'],
 ) -> dict[str, Float[Array, 'G ...']]:
-  """Returns what `loss` reads, over the valid tokens of each routing group.
+  """Returns the sums that `loss` reads, over the valid tokens of each routing group.
 
   `importance` sums the gates of each expert, before `gate_scale`. `load_primary` sums, for each
   group, the probability that it would be selected if its own noise were drawn again and that of the
@@ -200,7 +200,7 @@ def _select(
   num_selected: int,
   training: bool,
 ) -> tuple[Choice, Float[Array, 'G Q N']]:
-  """Returns the noisy top-k, gates over the selected alone, and the probabilities of selection."""
+  """Returns the noisy top-k, gates over only the selected, and the probabilities of selection."""
   selection = router_logits
   if training:
     selection = router_logits + deviation * noisy_top_k.normal(keys, router_logits.shape[1:])

@@ -52,9 +52,9 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
 
   x_hat is the token after layer normalisation without scale and bias (epsilon 1e-6), of length
   sqrt(D); mu_e has length 1, so the largest product is the nearest centroid. The gates are the
-  softmax over the K chosen products divided by `kmeans_temperature`, 1 with K = 1; `router_logits`
-  are the products divided by it, `router_probs` their softmax over all E. Gradients reach the
-  token, never the centroids: those are state, which `update` moves.
+  softmax over the K selected products divided by `kmeans_temperature`, 1 with K = 1;
+  `router_logits` are the products divided by it, `router_probs` their softmax over all E. Gradients
+  reach the token, never the centroids: those are state, which `update` moves.
 
   Source: Roy et al. 2021, arXiv:2003.05997 (k-means with moving averages, for sparse attention),
   checked in google-research's routing_transformer (0c1bbe5). Differs: it routes tokens to experts,
@@ -110,14 +110,14 @@ def update(state: State, sums: Any, options: Options) -> State:
 
   A centroid without a token in `kmeans_reseed_after` steps on end is put next to the one with the
   most tokens in the batch (equal ones: the lower index), off it by 0.1 in a direction of its own,
-  and counts its tokens from 0. A batch of padding alone is not a step.
+  and counts its tokens from 0. A batch of only padding is not a step.
 
   Source: `ema`: Roy et al. 2021, arXiv:2003.05997; google-research's routing_transformer (0c1bbe5)
   keeps moving averages of the sum and of the count apart and takes their ratio, here the means of
   the batches are averaged. `minibatch`: Sculley 2010 (Web-scale k-means), who moves token by token;
   as assignments are cached there, the batch mean is the same. Differs: unit length; the re-seeding,
-  which is ours: the token farthest from its centroid would have to be looked for over all devices,
-  which no sum can do.
+  which is ours: the token farthest from its centroid would have to be found over all devices, which
+  no sum can do.
   """
   batch_sum, count = sums.own['centroid_sum'], sums.own['centroid_count']
   counts = state['counts'] + count
@@ -167,7 +167,7 @@ def _to_unit_length(
 
 
 def allowed(options: Options) -> tuple[str, str] | None:
-  """Rejects numbers with which nothing moves, or moves away."""
+  """Rejects values with which nothing moves, or moves away."""
   if options.kmeans_update not in UPDATES:
     return 'kmeans_update', f'must be one of {UPDATES}'
   if not 0 <= options.kmeans_decay < 1:

@@ -1,12 +1,12 @@
 """Balance without a loss: a bias per expert that moves against the load, read in selection only.
 
 Source: Wang et al. 2024, arXiv:2408.15664, read in a copy of its LaTeX: select the K largest of
-score + bias, weigh with the score alone, and after each step add bias_rate * sign(mean load - load)
+score + bias, weigh with only the score, and after each step add bias_rate * sign(mean load - load)
 to the bias. Megatron-LM (d98e8a6) and torchtitan (b5bcd76) agree.
 
 What differs, and what is silent in code of this kind:
 - Counts are those of the whole batch (all devices and micro-batches), before any drop. They move
-  the bias after the step, so a token is routed by the counts of earlier batches alone: causal.
+  the bias after the step, so a token is routed only by the counts of earlier batches: causal.
 - Equal biased scores go to the lower expert index. Selection is on float32 scores, not on logits:
   two logits so large that their scores round to the same number are a tie.
 - `options.score` may be any; the source's is `sigmoid`; with softmax it steps by bias_rate * (mean
@@ -56,7 +56,7 @@ def state(options: BiasOptions, embed_dim: int, vocab_size: int) -> State:
 def biased_scores(
   scores: Float[Array, 'G S E'], bias: Float[Array, 'E'], bias_update: str
 ) -> Float[Array, 'G S E']:
-  """Returns what the selection reads. Carries no gradient."""
+  """Returns the scores that the selection reads. Carries no gradient."""
   if bias_update not in BIAS_UPDATES:
     raise ValueError(f'bias_update={bias_update!r}: must be one of {BIAS_UPDATES}')
   # The bias is state: nothing but `update` moves it.

@@ -18,7 +18,7 @@ from moe_jax.routing.router import Choice, Params, RouterInputs, State, Weight
 from moe_jax.routing.routers import top_k
 from moe_jax.routing.stats import RouterSums
 
-# What the load estimator divides by is never smaller, so that its gradient stays finite when the
+# Lower bound of the divisor in the load estimator, so that its gradient stays finite when the
 # learned deviation has gone to 0.
 SMALLEST_DEVIATION = 1e-6
 
@@ -43,7 +43,7 @@ def params(options: Options, embed_dim: int) -> dict[str, Weight]:
 def choose(params: Params, state: State, inputs: RouterInputs, options: Options) -> Choice:
   """Selects the K largest of h = x W_r + N(0, 1) * (softplus(x W_n) + noise_floor).
 
-  Gates are the softmax over the K selected h alone, so K must be at least 2. `router_probs` and
+  Gates are the softmax over only the K selected h, so K must be at least 2. `router_probs` and
   `router_logits` are those of the logits without noise. In evaluation there is no noise and nothing
   is drawn. Equal h go to the lower expert index: before the first step, when both matrices are
   zero, evaluation sends every token to experts 0..K-1.
@@ -116,7 +116,7 @@ def selection_probability(
   choice: Choice,
   deviation: Float[Array, 'G S E'],
 ) -> Float[Array, 'G S E']:
-  """Returns P(expert is selected), its own noise drawn anew, all other noise as it is; K < E."""
+  """Returns P(expert is selected), its own noise drawn again, all other noise as it is; K < E."""
   last_in = selection_lib.smallest_selected(selection, choice.expert_index)
   first_out = jnp.max(jnp.where(selected > 0, -jnp.inf, selection), axis=-1, keepdims=True)
   # What an expert must beat if its noise is drawn again: kth_excluding of app. A, the K-th largest

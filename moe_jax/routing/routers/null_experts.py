@@ -45,7 +45,7 @@ def params(options: Options, embed_dim: int) -> dict[str, Weight]:
 def choose(params: Params, state: State, inputs: RouterInputs, options: Options) -> Choice:
   """Selects the K largest logits of E real and N null experts.
 
-  A null expert's output is 0: an assignment to one asks for no slot (`chosen` False, expert 0, gate
+  A null expert's output is 0: an assignment to one requests no slot (`chosen` False, expert 0, gate
   0), is not counted as load and cannot be dropped. So a token pays for the real experts it selected
   and no more; one that selected none gets 0 from the layer. Equal logits go to the lower index,
   real experts before null ones.
@@ -97,8 +97,8 @@ def loss(sums: RouterSums, state: State, options: Options) -> Float[Array, '']:
   f are shares of all K T assignments, without gradient, P mean router probabilities. The N null
   experts compute the same, so only their common share f_null = 1 - sum_e f_e, and P_null, count.
 
-  The common load-balancing loss sees real experts alone: it is smallest where every token goes to
-  null experts. Use this one in its place.
+  The common load-balancing loss sees only real experts: it is smallest where every token goes to
+  null experts. Use this one instead.
 
   Source: the code of AdaMoE (180f122), experiment 1, where each null expert has their mean f: the
   same value, with tau = 1. Jin et al. 2024, arXiv:2410.07348 (MoE++), eq. 7, for tau. Differs from

@@ -18,7 +18,7 @@ What differs, and what is silent in code of this kind:
   mean 0.
 - r = bias_rate; 1 in the source's practical form, 0.1 in its part 7, an exponential moving average
   with 0.9.
-- The bias moves after the step: a token is routed by earlier batches alone, so it is causal.
+- The bias moves after the step: a token is routed only by earlier batches, so it is causal.
 - Equal biased scores go to the lower expert index. Gates are the scores without the bias.
 - Nothing is measured in evaluation.
 """
@@ -50,7 +50,7 @@ def state(options: Options, embed_dim: int, vocab_size: int) -> State:
 
 
 def choose(params: Params, state: State, inputs: RouterInputs, options: Options) -> Choice:
-  """Selects the K largest of score + bias and, in training, measures how far the bias is off."""
+  """Selects the K largest of score + bias and, in training, measures the error of the bias."""
   router_logits = router_lib.logits(params, inputs.tokens, options)
   scores, router_probs = scores_and_probs(router_logits, options.score)
   biased = loss_free.biased_scores(scores, state['bias'], 'sign')
@@ -58,8 +58,8 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   expert_index = jax.lax.top_k(biased, num_selected)[1]
   gates = gates_of(scores, expert_index, options.renormalize) * options.gate_scale
   if options.training:
-    # By how much an expert is above (or below) being selected; its quota-th largest is what the
-    # bias is off by.
+    # By how much an expert is above (or below) being selected; its quota-th largest is the error of
+    # the bias.
     margin = biased - to_beat(biased, expert_index)
     threshold = group_threshold(margin, inputs.valid, num_selected)
   else:

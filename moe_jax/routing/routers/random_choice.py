@@ -7,7 +7,7 @@ from moe_jax.routing import router as router_lib
 from moe_jax.routing.router import Choice, Params, RouterInputs, RouterOptions, State
 from moe_jax.routing.routers.round_robin import fixed_choice
 
-# What evaluation draws from, whatever the run's seed.
+# The key of evaluation, whatever the run's seed.
 EVALUATION_SEED = 0
 
 
@@ -26,9 +26,9 @@ def distinct_experts(
 def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOptions) -> Choice:
   """Draws K distinct experts for each token, gate 1 / K each.
 
-  In training from the key of the group, anew in every step. In evaluation from the token's position
-  in its document and a constant alone: all tokens at one position, of whatever sequence, group or
-  layer, go to the same experts, today and tomorrow, in training's evaluation and in decoding.
+  In training from the key of the group, again in every step. In evaluation only from the token's
+  position in its document and a constant: all tokens at one position, of whatever sequence, group
+  or layer, go to the same experts every time, in training's evaluation and in decoding.
 
   A control, of no paper; random routing that never changes for a token id is `hash`. Nearest is
   apply_random_logits of Megatron-LM (005742f); THOR draws one expert for all tokens of a layer's

@@ -116,7 +116,7 @@ def _tokens_and_active(sums: Any, options: Options) -> tuple[Float[Array, ''], F
 
 
 def allowed(options: Options) -> tuple[str, str] | None:
-  """Rejects what would stop the coefficient, or make of the ReLU gates something else."""
+  """Rejects options that would stop the coefficient, or change the ReLU gates."""
   if options.sparsity_factor <= 1:
     return 'sparsity_factor', 'must be above 1'
   if not SMALLEST_COEFFICIENT <= options.sparsity_start <= LARGEST_COEFFICIENT:

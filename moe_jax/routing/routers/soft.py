@@ -1,6 +1,6 @@
 """Soft MoE: experts read mixtures of tokens and tokens read mixtures of experts; no choice at all.
 
-`mix` has the weights of both mixtures, `choose` what statistics and losses read of them.
+`mix` returns the weights of both mixtures, `choose` what statistics and losses read of them.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from moe_jax.routing.router import (
 )
 
 NORM_EPSILON = 1e-6
-# Not -inf: the softmax of a group of padding alone would be NaN before it is masked.
+# Not -inf: the softmax of a group of only padding would be NaN before it is masked.
 LEAST_LOGIT = -1e30
 
 
@@ -68,11 +68,11 @@ def mix(params: Params, state: State, inputs: RouterInputs, options: Options) ->
 
 
 def choose(params: Params, state: State, inputs: RouterInputs, options: Options) -> Choice:
-  """Returns what a token gets of each expert: its combine weights, summed over the expert's slots.
+  """Returns each expert's weight in a token: its combine weights, summed over the expert's slots.
 
   `router_logits` are the logsumexp over an expert's slots, so their softmax over experts is
-  `router_probs`, which are 0 for padding. Every assignment is chosen; it takes no slot of its own.
-  `num_selected_experts`, `score`, `renormalize` and `gate_scale` are not read.
+  `router_probs`, which are 0 for padding. Every assignment is selected; it takes no slot of its
+  own. `num_selected_experts`, `score`, `renormalize` and `gate_scale` are not read.
   """
   combine = mix(params, state, inputs, options).combine
   router_probs = jnp.sum(combine, axis=-1)

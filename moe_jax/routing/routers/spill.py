@@ -1,4 +1,4 @@
-"""Spill-over: tokens in order of position, each takes its best experts that still have room."""
+"""Spill-over: tokens in order of position, each takes its best experts that are not full."""
 
 import dataclasses
 
@@ -28,11 +28,11 @@ def spill_assignment(
 
   Each takes the K experts with the largest logits among those that have fewer than C tokens so far;
   all of them if they are fewer than K. Equal logits go to the lower expert index. Padding takes no
-  place.
+  slot.
 
   Returns:
     expert_index: the experts of each token, best first.
-    chosen: False for what a token did not get.
+    chosen: False for the experts that a token did not get.
   """
   num_tokens, num_experts = router_logits.shape[1:]
   if capacity >= num_tokens:
@@ -68,7 +68,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   the sum over the experts the token got. No gradient passes through the assignment.
 
   A choice depends on the tokens before it in the group. With group_size 1 these are the earlier
-  tokens of its sequence. With more, the other sequences of the group take places too: by position
+  tokens of its sequence. With more, the other sequences of the group take slots, too: by position
   first, so earlier and equal positions only, but a sequence then depends on its neighbours.
   Decoding step by step starts each step with empty experts.
 

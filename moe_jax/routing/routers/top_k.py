@@ -36,10 +36,10 @@ def choose_top_k(
       `sqrt_softplus`, the square root of softplus of each logit. All rise with the logit, so the
       selection is the same. `router_probs` are the scores divided by their sum over all experts.
     softmax_order: `before` reads the gates from the scores of all E experts; `after` takes the
-      softmax over the K selected logits alone (gates sum to 1); only with `softmax`.
+      softmax over only the K selected logits (gates sum to 1); only with `softmax`.
     renormalize: `none`; `before_drop` divides the K gates by their sum; `after_drop` leaves that to
       `make_plan`, which divides by the sum over the experts that kept the token.
-    gate_scale: multiplies the gates at last (with `after_drop`, before the division).
+    gate_scale: multiplies the gates last (with `after_drop`, before the division).
 
   Raises:
     ValueError: for an unknown name, K outside 1..E, or logits that are not float32.
@@ -103,7 +103,7 @@ def gates_of(
 
 
 def _at_least(total: Float[Array, 'G S 1']) -> Float[Array, 'G S 1']:
-  """Keeps a divisor so far from 0 that its square, in the gradient, does not underflow."""
+  """Bounds a divisor away from 0, so that its square, in the gradient, does not underflow."""
   return jnp.maximum(total, 1e-12)
 
 

@@ -33,7 +33,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   """Selects the K largest of h = x W_r + N(0, (noise_scale / E)^2).
 
   Gates are the softmax of h over all experts, at the selected ones; V-MoE has `renormalize` none,
-  any other value (and `softmax_order`) does what it does in `top_k`. `router_probs` and
+  any other value (and `softmax_order`) acts as in `top_k`. `router_probs` and
   `router_logits` are those of the logits without noise: the importance loss reads them, and so does
   `moe.priority`. In evaluation there is no noise and nothing is drawn. Equal h go to the lower
   expert index.
