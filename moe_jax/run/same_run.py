@@ -76,7 +76,7 @@ def lengthened(
   Args:
     old: its manifest before; None if it begins.
     config: that it continues with.
-    step: that it goes on from.
+    step: that it continues from.
   """
   before = (old or {}).get('lengthened', [])
   if old and lengthens(old, config):
@@ -124,9 +124,10 @@ def with_way_on(error: UserError, workdir: str) -> UserError:
 def check_same_data(
   workdir: str, manifest: dict[str, Any], config: ml_collections.ConfigDict, fingerprint: str
 ) -> None:
-  """Checks that a run goes on with the data it was started with.
+  """Checks that a run continues with the data it was started with.
 
-  A stand-in knows no fingerprint; then restoring the position in the data finds a difference.
+  A replaced manifest has no fingerprint; then restoring the position in the data finds a
+  difference.
 
   Raises:
     UserError: if text, splits or tokenizer are others.
