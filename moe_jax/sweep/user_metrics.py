@@ -21,7 +21,7 @@ from moe_jax.sweep.metric_paths import USER
 
 
 def values_of(study: Study, trial: FinishedTrial) -> tuple[dict[str, float], dict[str, str]]:
-  """Returns the study's own metrics of a trial by 'user/NAME', and reasons of those without a value."""
+  """Returns a study's own metrics of a trial by 'user/NAME', and why others have no value."""
   values, errors = {}, {}
   for name, function in study.metrics.items():
     try:

@@ -1,4 +1,4 @@
-"""The compiled step of a config, shared by runs of one process that differ only in its arguments."""
+"""The compiled step of a config, shared by runs in one process that differ only in arguments."""
 
 import copy
 import functools
