@@ -3,6 +3,8 @@
 The number of blocks is found when the program runs: a loop over ceil(n_e / b) blocks of b rows for
 an expert with n_e rows, so that work is that of the rows and at most one block more per expert.
 Memory is that of one block. Backward passes add to the experts' gradients in place.
+
+One-letter dimensions: N blocks, B rows of a block, M rows, T tokens, D embed, E experts.
 """
 
 from collections.abc import Callable

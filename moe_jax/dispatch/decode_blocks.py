@@ -11,6 +11,9 @@ says; a step that goes through only these reads no weights of an expert that no 
   expert     0     0     2     3     .     .
 
 Source: Gale et al. 2022, arXiv:2211.15841 (blocks of one expert each). Differs: forward only.
+
+One-letter dimensions: G routing groups, S tokens of a group, K assignments of a token, D embed, N
+blocks, b rows of a block.
 """
 
 import math

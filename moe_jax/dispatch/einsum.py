@@ -3,6 +3,9 @@
 Its cost grows with S * E * C, so it is for checking, not for training.
 
 Source: Lepikhin et al. 2020, arXiv:2006.16668, algorithm 2.
+
+One-letter dimensions: G routing groups, S tokens of a group, E experts, K assignments of a token, C
+slots of an expert, D embed.
 """
 
 import jax

@@ -15,6 +15,9 @@ A buffer crosses by one of two exchanges, with the same result bit for bit:
 
 When decoding, tokens are fewer than slots would be: `to_everyone` gives each device the tokens of
 all, and `sum_of_parts` adds up what the devices' experts made of each token.
+
+One-letter dimensions: E experts, G routing groups, S tokens of a group, C slots of an expert, D
+embed, R devices of the axis, N rows of a buffer, K = E G slices, X rows for each device.
 """
 
 import functools

@@ -6,6 +6,9 @@ gather too.
 
 Where a token may select any number of experts (K = E) there are far more assignments than slots:
 then tokens sum over the slots instead, with a scatter-add, so that the cost is that of the fewer.
+
+One-letter dimensions: G routing groups, S tokens of a group, E experts, K assignments of a token, C
+slots of an expert, D embed.
 """
 
 import jax

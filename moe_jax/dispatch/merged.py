@@ -1,4 +1,8 @@
-"""One routing group instead of several: kept assignments stay kept, and slots are renumbered."""
+"""One routing group instead of several: kept assignments stay kept, and slots are renumbered.
+
+One-letter dimensions: G routing groups, S tokens of a group, E experts, K assignments of a token, N
+= G S tokens.
+"""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int

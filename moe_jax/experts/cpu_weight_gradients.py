@@ -4,6 +4,9 @@ One batched matmul writes each gradient once, where a loop over the experts writ
 gradient into the cache, and from there to memory. But a batched matmul has equally many rows
 for all. So as many rows are multiplied for all experts as most of them have, and what the fullest
 have beyond is added in a loop over these. How many is chosen when the program runs, by least cost.
+
+One-letter dimensions: E experts, C rows of each, D columns that went into a matrix, n rows beyond
+those of all experts, N sizes.
 """
 
 import functools

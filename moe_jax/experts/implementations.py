@@ -1,6 +1,9 @@
 """The choice between implementations of the experts, by shape and platform.
 
 The bounds are measured on CPUs (experiments/LOG.md); the table is in the docstring of the package.
+
+One-letter dimensions: E experts, C rows of each, D embed, F hidden units, F1 columns of the first
+matrix.
 """
 
 import math

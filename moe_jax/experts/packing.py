@@ -6,6 +6,9 @@ come last:
 
   slots at an expert, of devices 0 and 1     a b . .  c . . .
   packed                                     a b c .  . . . .
+
+One-letter dimensions: E experts, P parts of its rows, one for each group of each device, C slots of
+a part, N = P C rows, D embed.
 """
 
 from typing import NamedTuple

@@ -2,6 +2,8 @@
 
 Each takes the sums of one layer (leading dimensions broadcast) and averages over the balance
 scopes, weighted by their valid tokens, so that a scope of only padding counts for nothing.
+
+One-letter dimensions: N balance scopes, E experts.
 """
 
 import jax

@@ -1,4 +1,7 @@
-"""Noise on the router's input, for any router."""
+"""Noise on the router's input, for any router.
+
+One-letter dimensions: G routing groups, S tokens of a group, D embed.
+"""
 
 import jax
 from jaxtyping import Array, Float, Key

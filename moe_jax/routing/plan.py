@@ -2,6 +2,9 @@
 
 An *assignment* is a pair (token s, choice k) with flat index s * K + k. A plan is data: any router
 makes one and any dispatcher runs it, so a routing experiment cannot change performance code.
+
+One-letter dimensions: G routing groups, S tokens of a group, E experts, K assignments of a token, C
+slots of an expert.
 """
 
 from typing import NamedTuple

@@ -8,6 +8,9 @@ and whose `Options` declare its hyperparameters; the registry and `moe_jax.schem
 Nothing here communicates. What a router must know of other devices, it counts in `Choice.sums`;
 the layer adds them up over all devices, and `Router.loss` and `Router.update` read the totals. So
 losses and states are the same on any mesh.
+
+One-letter dimensions: G routing groups, S tokens of a group, D embed, E experts, K assignments of a
+token, P slots of an expert, N columns of a matrix.
 """
 
 import dataclasses

@@ -2,6 +2,9 @@
 
 Losses and metrics are formed from these sums, never from means of means: a sum over valid tokens is
 the same number on any mesh. Nothing here is multiplied by a loss weight.
+
+One-letter dimensions: G routing groups, S tokens of a group, E experts, K assignments of a token, N
+balance scopes, n parts of a group.
 """
 
 import operator

@@ -1,4 +1,8 @@
-"""BASE: each training group is dealt out so that every expert gets the same number of tokens."""
+"""BASE: each training group is dealt out so that every expert gets the same number of tokens.
+
+One-letter dimensions: G routing groups, S tokens of a group, E experts, P = E C tokens of a group
+with fillers, C places of an expert.
+"""
 
 import dataclasses
 from typing import Any, NamedTuple

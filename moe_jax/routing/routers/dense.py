@@ -1,4 +1,7 @@
-"""Dense mixture: every token goes to every expert, weighted by a softmax gate."""
+"""Dense mixture: every token goes to every expert, weighted by a softmax gate.
+
+One-letter dimensions: G routing groups, S tokens of a group, E experts.
+"""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,8 @@
-"""Expert choice: each expert takes the tokens it scores highest, as many as it has slots."""
+"""Expert choice: each expert takes the tokens it scores highest, as many as it has slots.
+
+One-letter dimensions: G routing groups, S tokens of a group, E experts, K experts of a token in
+evaluation, C slots of an expert.
+"""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,8 @@
-"""Greedy assignment: the best pairs of token and expert first, as long as both have capacity."""
+"""Greedy assignment: the best pairs of token and expert first, as long as both have capacity.
+
+One-letter dimensions: G routing groups, S tokens of a group, E experts, K assignments of a token, C
+slots of an expert.
+"""
 
 import dataclasses
 import functools

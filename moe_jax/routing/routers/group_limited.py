@@ -21,6 +21,9 @@ What differs, and what is silent in code of this kind:
   count for nothing. At perfect balance the loss is 1, whatever K and E. It agrees with the paper
   and with Megatron-LM.
 - The bias moves by the counts of the experts selected with it, before any drop.
+
+One-letter dimensions: G routing groups, S tokens of a group, E experts, K assignments of a token, Q
+sequences of a group.
 """
 
 import dataclasses

@@ -1,4 +1,7 @@
-"""Token choice of two experts, the second of which may be left out at random (GShard)."""
+"""Token choice of two experts, the second of which may be left out at random (GShard).
+
+One-letter dimensions: G routing groups, S tokens of a group, E experts.
+"""
 
 import dataclasses
 from typing import Any

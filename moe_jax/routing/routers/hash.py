@@ -1,4 +1,7 @@
-"""Hash layer: a fixed table gives the experts of each token id."""
+"""Hash layer: a fixed table gives the experts of each token id.
+
+One-letter dimensions: V vocabulary, K assignments of a token.
+"""
 
 import dataclasses
 import heapq

@@ -1,4 +1,8 @@
-"""Two levels of noisy top-k: tokens select groups of experts, then experts in them (Shazeer)."""
+"""Two levels of noisy top-k: tokens select groups of experts, then experts in them (Shazeer).
+
+One-letter dimensions: G routing groups, S tokens of a group, E experts, K assignments of a token,
+or its selected groups, N candidates, Q = S times the selected groups.
+"""
 
 import dataclasses
 import functools

@@ -1,4 +1,8 @@
-"""k-means routing: a token goes to its nearest centroids, which follow the tokens they attract."""
+"""k-means routing: a token goes to its nearest centroids, which follow the tokens they attract.
+
+One-letter dimensions: G routing groups, S tokens of a group, D embed, E experts, K assignments of a
+token.
+"""
 
 import dataclasses
 from typing import Any

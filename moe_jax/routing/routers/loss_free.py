@@ -12,6 +12,8 @@ What differs, and what is silent in code of this kind:
 - `options.score` may be any; the source's is `sigmoid`; with softmax it steps by bias_rate * (mean
   load - load), without the sign. `options.renormalize` divides the gates before any drop or never.
 - Nothing bounds the bias.
+
+One-letter dimensions: G routing groups, S tokens of a group, E experts, K assignments of a token.
 """
 
 import dataclasses

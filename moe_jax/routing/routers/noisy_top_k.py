@@ -1,4 +1,8 @@
-"""Token choice by logits with learned noise; loss on importance and smooth load (Shazeer)."""
+"""Token choice by logits with learned noise; loss on importance and smooth load (Shazeer).
+
+One-letter dimensions: G routing groups, S tokens of a group, D embed, E experts, K assignments of a
+token.
+"""
 
 import dataclasses
 from typing import Any

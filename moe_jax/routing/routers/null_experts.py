@@ -1,4 +1,8 @@
-"""Token choice among real experts and null experts, which compute nothing."""
+"""Token choice among real experts and null experts, which compute nothing.
+
+One-letter dimensions: G routing groups, S tokens of a group, E experts, N null experts, K
+assignments of a token.
+"""
 
 import dataclasses
 from typing import Any

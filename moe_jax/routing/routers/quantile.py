@@ -21,6 +21,8 @@ What differs, and what is silent in code of this kind:
 - The bias moves after the step: a token is routed only by earlier batches, so it is causal.
 - Equal biased scores go to the lower expert index. Gates are the scores without the bias.
 - Nothing is measured in evaluation.
+
+One-letter dimensions: G routing groups, S tokens of a group, E experts, K assignments of a token.
 """
 
 import dataclasses

@@ -1,4 +1,7 @@
-"""Control: K distinct experts drawn uniformly for each token."""
+"""Control: K distinct experts drawn uniformly for each token.
+
+One-letter dimensions: G routing groups, S tokens of a group, E experts, K assignments of a token.
+"""
 
 import jax
 from jaxtyping import Array, Int, Key

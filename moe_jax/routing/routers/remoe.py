@@ -1,4 +1,7 @@
-"""ReMoE: ReLU gates; a token takes every expert whose gate is positive."""
+"""ReMoE: ReLU gates; a token takes every expert whose gate is positive.
+
+One-letter dimensions: G routing groups, S tokens of a group, E experts, K assignments of a token.
+"""
 
 import dataclasses
 from typing import Any

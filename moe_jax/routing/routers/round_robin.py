@@ -1,4 +1,7 @@
-"""Control: experts in rotation, in the order of the positions of a text."""
+"""Control: experts in rotation, in the order of the positions of a text.
+
+One-letter dimensions: G routing groups, S tokens of a group, E experts, K assignments of a token.
+"""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int

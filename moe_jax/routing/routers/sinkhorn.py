@@ -1,4 +1,7 @@
-"""S-BASE: experts are selected from a balanced transport plan, found by Sinkhorn's iteration."""
+"""S-BASE: experts are selected from a balanced transport plan, found by Sinkhorn's iteration.
+
+One-letter dimensions: S tokens of a group, E experts, K assignments of a token.
+"""
 
 import dataclasses
 from typing import NamedTuple

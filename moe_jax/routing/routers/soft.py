@@ -1,6 +1,9 @@
 """Soft MoE: experts read mixtures of tokens and tokens read mixtures of experts; no choice at all.
 
 `mix` returns the weights of both mixtures, `choose` what statistics and losses read of them.
+
+One-letter dimensions: G routing groups, S tokens of a group, D embed, E experts, P slots of an
+expert.
 """
 
 import dataclasses

@@ -1,4 +1,8 @@
-"""Spill-over: tokens in order of position, each takes its best experts that are not full."""
+"""Spill-over: tokens in order of position, each takes its best experts that are not full.
+
+One-letter dimensions: G routing groups, S tokens of a group, E experts, K assignments of a token, C
+slots of an expert.
+"""
 
 import dataclasses
 

@@ -1,4 +1,7 @@
-"""Token choice: each token selects its K best experts by its router logits."""
+"""Token choice: each token selects its K best experts by its router logits.
+
+One-letter dimensions: G routing groups, S tokens of a group, E experts, K assignments of a token.
+"""
 
 import dataclasses
 

@@ -1,4 +1,7 @@
-"""Token choice by logits with noise of fixed size, gates as they are (V-MoE)."""
+"""Token choice by logits with noise of fixed size, gates as they are (V-MoE).
+
+One-letter dimensions: G routing groups, S tokens of a group, E experts.
+"""
 
 import dataclasses
 
