@@ -121,6 +121,7 @@ def run_decode(
   with jax.named_scope('dispatch'):
     if axis_name is not None and size > 1:
       all_tokens = to_everyone(tokens, axis_name)
+      # [G_axis S K]. One gather says both who is kept and where to: -1 is what the plan left out.
       selected = to_everyone(jnp.where(plan.keep, plan.expert_index, -1), axis_name)
       weight = to_everyone(plan.combine_weights, axis_name)
       whole_plan = plan._replace(expert_index=selected, keep=selected >= 0, combine_weights=weight)
@@ -188,6 +189,8 @@ def through_experts(
       outputs = experts(packing.pack(rows, packed), weights, filled=packed.filled)
       outputs = packing.unpack(outputs, packed)
     else:
+      # On one device, with one group, filled rows come first as they are; with more they alternate
+      # with empty ones, and only a packed buffer may leave rows out.
       known = filled[:, 0] if filled is not None and num_devices == groups == 1 else None
       outputs = experts(rows, weights, filled=known)
   with jax.named_scope('combine'):
