@@ -1,7 +1,7 @@
 """Sparse mixture-of-experts language models in JAX.
 
-`moe_jax.load_run(DIR)` opens a trained run. It is loaded when it is asked for: `import moe_jax`
-alone imports no library.
+`moe_jax.load_run(DIR)` opens a trained run. It is loaded on first use: `import moe_jax` by itself
+imports no library.
 """
 
 import sys

@@ -1,8 +1,8 @@
 """The words of a command line: checked, and completed, before anything slow is imported.
 
 absl reads flags one by one, and the file of --config among them, which needs seconds of imports.
-Everything that can be wrong with the words alone is said here first: unknown flags and fields,
-values of the wrong type or out of bounds, flags given twice.
+Everything that can be wrong with the words themselves is reported here first: unknown flags and
+fields, values of the wrong type or out of bounds, flags given twice.
 """
 
 import os
@@ -47,7 +47,7 @@ class PathParser(flags.ArgumentParser):
   placeholder = 'PATH'
 
   def parse(self, argument: str) -> str:
-    """Returns the path with the home folder in place of a leading `~`."""
+    """Returns the path with a leading `~` replaced by the home folder."""
     try:
       argument.encode()
     except UnicodeEncodeError as error:
@@ -63,7 +63,7 @@ class SourceParser(PathParser):
 
 
 def expand_home(path: str) -> str:
-  """Returns a path, or `text:PATH`, with the home folder in place of a leading `~`.
+  """Returns a path, or `text:PATH`, with a leading `~` replaced by the home folder.
 
   Raises:
     ValueError: if it names a user that does not exist.
@@ -113,7 +113,7 @@ def checked(words: Sequence[str], defined: Mapping[str, flags.Flag]) -> list[str
 
 
 def _with_flag_files(words: Sequence[str]) -> list[str]:
-  """Returns the words with those of --flagfile in its place."""
+  """Returns the words with --flagfile replaced by those in the file."""
   try:
     return flags.FLAGS.read_flags_from_files(list(words), force_gnu=True)
   except (flags.Error, OSError, UnicodeDecodeError) as error:

@@ -48,7 +48,7 @@ def run(
   *,
   explain: Callable[[UserError], UserError] = lambda error: error,
 ) -> None:
-  """Parses the flags, runs `main` and leaves with the exit code that its end asks for.
+  """Parses the flags, runs `main` and exits with the code that fits its outcome.
 
   A module that is run defines its flags and imports nothing slow, `main` imports the rest: so help
   and errors in flags come at once.
@@ -129,7 +129,7 @@ def print_help(text: str) -> NoReturn:
 
 
 def show(text: str) -> None:
-  """Prints a text; leaves if its reader has gone."""
+  """Prints a text; exits if its reader has gone."""
   try:
     print(text, flush=True)
   except BrokenPipeError:
@@ -137,7 +137,7 @@ def show(text: str) -> None:
 
 
 def end_of_reading() -> NoReturn:
-  """Leaves when whoever reads has enough, as `head`. What is still to be written goes nowhere."""
+  """Exits when the reader has enough, as `head`. What is still to be written is discarded."""
   os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   sys.exit(0)
 
@@ -195,7 +195,7 @@ class _ConfigParser(flags.ArgumentParser):
 
 
 def _guard(main: Callable[[], int | None]) -> int | None:
-  # The libraries log their search for devices, every file they write, and every error they raise.
+  # The libraries log their search for devices, every file they write and every error they raise.
   logging.set_verbosity(logging.FATAL)
   sys.unraisablehook, sys.excepthook = _report_unraisable, _report
   try:

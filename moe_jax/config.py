@@ -18,8 +18,8 @@ from moe_jax.errors import UserError, did_you_mean
 from moe_jax.fields import check_field
 from moe_jax.schema import ROUTER_FIELDS, SCHEMA
 
-# The room of routing imports JAX, which takes seconds: only where a whole config is looked at, so
-# that fields alone are listed and checked at once.
+# The routing package imports JAX, which takes seconds: only where a whole config is checked, so
+# that single fields are listed and checked at once.
 if TYPE_CHECKING:
   import moe_jax.routing
 
@@ -36,7 +36,7 @@ def get_config() -> ml_collections.ConfigDict:
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
-  """Checks every field alone, then those that depend on each other.
+  """Checks each field by itself, then those that depend on each other.
 
   Raises:
     UserError: for the first field that is unknown, missing, of the wrong type or out of bounds.
@@ -62,7 +62,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_start(config: ml_collections.ConfigDict) -> None:
-  """Rejects a choice of what to start from where nothing is."""
+  """Rejects options of a starting checkpoint where none is named."""
   for name in ('init_optimizer', 'init_router_state'):
     default = SCHEMA['train'][name].default
     if not config.train.init_from and config.train[name] != default:

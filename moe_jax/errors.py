@@ -1,4 +1,4 @@
-"""The two ways in which a run ends because of what it was given, and their exit codes.
+"""The two errors by which a run ends because of its input, and their exit codes.
 
 Everything else that is raised is a defect of this package: exit code 1 and a traceback.
 """
@@ -15,9 +15,9 @@ USER_ERROR_EXIT_CODE = 2
 DAMAGED_EXIT_CODE = 3
 
 
-# No room: whatever is written next is refused too.
+# No space: the next write is refused, too.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# What the operating system refuses and the user can mend: space, rights, names.
+# What the operating system refuses and the user can fix: space, rights, names.
 _REFUSALS = (
   *_FULL,
   errno.EACCES,
@@ -37,7 +37,7 @@ def is_refusal(error: OSError) -> bool:
 def refusal_in(error: BaseException | None) -> OSError | None:
   """Returns what the operating system refused, anywhere in the causes of an error.
 
-  Libraries wrap it, and some keep no more of it than its text.
+  Libraries wrap it, and some keep only its text.
   """
   while error is not None:
     if isinstance(error, OSError) and is_refusal(error):

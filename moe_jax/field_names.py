@@ -7,7 +7,7 @@ import ml_collections
 
 
 def split_field(field: str) -> tuple[str, str]:
-  """Returns section and name of a field; the name is '' for a section alone."""
+  """Returns section and name of a field; the name is '' for a section itself."""
   section, _, name = field.partition('.')
   return section, name
 

@@ -25,7 +25,7 @@ class Field(NamedTuple):
 
 
 def check_field(name: str, value: Any, field: Field) -> None:
-  """Checks one value alone.
+  """Checks one value by itself.
 
   Args:
     name: 'section.field', for the message.

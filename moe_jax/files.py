@@ -12,7 +12,7 @@ _INCOMPLETE = '.incomplete-'
 def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
   """Writes a file whole: after a crash it has its old content or all of the new.
 
-  The content is on disk under a name of its own before it takes the place of the old one, and the
+  The content is on disk under a name of its own before it replaces the old one, and the
   folder is on disk before this returns. A link stays a link: its target is replaced.
 
   Args:

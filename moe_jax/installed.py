@@ -1,6 +1,6 @@
 """Packages that moe_jax needs, and what to do where one of them is not installed.
 
-Imports none of them, so that this much can be said without any.
+Imports none of them, so that it can report what is missing.
 """
 
 import sys

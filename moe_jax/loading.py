@@ -148,13 +148,13 @@ class Run:
   def metrics(self) -> 'pandas.DataFrame':
     """One row for each line of metrics.jsonl, with its names as columns; NaN where a line has none.
 
-    What a line says of each layer stays a list: `np.stack(frame['router/load'])` is [steps L E],
+    Values per layer stay lists: `np.stack(frame['router/load'])` is [steps L E],
     once rows without it are left out.
     """
     import pandas
 
     lines = metrics_file.read_metrics(self.directory / 'metrics.jsonl')
-    # A run that was stopped before its first line has the columns all the same.
+    # A run that was stopped before its first line has the same columns.
     return pandas.DataFrame(lines or {'step': [], 'split': [], 'loss': []})
 
   @functools.cached_property
@@ -177,7 +177,7 @@ class Run:
     """Returns the weights of a MoE layer as NumPy arrays.
 
     Args:
-      layer: 0 to L - 1, counting the MoE layers alone, as in the metrics.
+      layer: 0 to L - 1, counting only the MoE layers, as in the metrics.
 
     Returns:
       w_gate, w_value: [E D F], an expert computes (f(x w_gate) * (x w_value)) w_out, with f SiLU
@@ -215,7 +215,7 @@ class Run:
   def forward(self, text: str | Sequence[str]) -> TextOutput | list[TextOutput]:
     """Reads a text, or several, as `evaluate` does: deterministic, with its capacity.
 
-    Each text stands alone, whatever is read with it. One of more than T = data.sequence_length
+    Each text is read by itself, whatever is read with it. One of more than T = data.sequence_length
     tokens is cut into windows of T tokens that don't see each other, as in training and
     evaluation. So the loss is that of `evaluate`, but for drops: there, short documents share a
     window and its slots.

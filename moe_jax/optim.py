@@ -2,8 +2,8 @@
 
 Layers, experts, and the gate and value of a gated unit are stacked in one array of parameters. No
 statistic of an optimizer spans such a stack (`moe_jax.stacks`): each matrix and each vector is
-updated as if it were alone, so that a sweep over experts or layers never changes the optimizer.
-Clipping is by the global norm, over all parameters by its definition.
+updated as if it were an array of its own, so that a sweep over experts or layers never changes the
+optimizer. Clipping is by the global norm, over all parameters by its definition.
 """
 
 import functools
@@ -64,8 +64,8 @@ def make_optimizer(
   Args:
     optim: the `optim` part of a config.
     num_steps: optimizer steps of the whole run.
-    labeller: says what a parameter is (`Task.param_label`): weight decay is of matrices inside
-      blocks alone, and Muon takes those but a router's.
+    labeller: says what a parameter is (`Task.param_label`): only matrices inside blocks decay, and
+      Muon takes those except a router's.
   """
   schedule = make_schedule(optim, num_steps)
   decayed = functools.partial(stacks.is_matrix, labeller=labeller)
@@ -135,7 +135,7 @@ def _muon(
 
 
 def _muon_labels(params, labeller: stacks.Labeller):
-  """Muon takes the matrices but a router's, whose E columns are directions to tell apart."""
+  """Labels matrices for Muon, except a router's, whose E columns are directions to tell apart."""
   return jax.tree.map(
     lambda label, matrix: 'muon' if matrix and label != 'router' else 'adamw',
     stacks.labels_of(params, labeller),
@@ -195,11 +195,11 @@ def _clip_by_block_rms(threshold: float) -> optax.GradientTransformation:
 
 
 def _scale_by_factored_rms() -> optax.GradientTransformation:
-  """Optax's factored second moments of each matrix alone.
+  """Computes Optax's factored second moments of each matrix by itself.
 
   On a whole stack Optax would factor its two largest dimensions, experts among them. `v_row` and
   `v_col` of a stack have the dimensions of the stack in front; where a matrix is too small to be
-  factored, `v` has the shape of the parameter, and so its place on the mesh.
+  factored, `v` has the shape of the parameter, and so its sharding.
 
   Source: Shazeer and Stern 2018, arXiv:1804.04235.
   """

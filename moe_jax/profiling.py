@@ -118,7 +118,7 @@ def traced(flag: str, directory: str) -> Iterator[None]:
     UserError: naming the flag, if the directory cannot be written.
   """
   options = jax.profiler.ProfileOptions()
-  # Every call of Python would be an event, and cost more than what is looked for.
+  # Every call of Python would be an event, and cost more than what is measured.
   options.python_tracer_level = 0
   options.host_tracer_level = 2
   try:
@@ -143,7 +143,7 @@ def trace_calls(
   Args:
     call: runs the program once and waits for it.
     program: its text, as compiled.
-    flag: to blame if the directory cannot be written.
+    flag: named in the error if the directory cannot be written.
     directory: new, or of earlier traces.
     num_calls: that are traced.
   """
@@ -154,7 +154,7 @@ def trace_calls(
 
 
 def write_table(directory: str, program: str, num_steps: int) -> Table:
-  """Returns the table of the newest trace in a directory, and writes it beside the trace."""
+  """Returns the table of the newest trace in a directory, and writes it next to the trace."""
   table = time_by_part(newest_trace(directory), {module_name(program): operations(program)})
   table = table._replace(num_steps=num_steps)
   text = json.dumps(table.to_json(), indent=2)

@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def _remarks(made: 'sweep_report.Report') -> Iterator[str]:
-  """Returns what a paper's author must know of the files, in a line each."""
+  """Returns remarks on the files for a paper's author, a line each."""
   from moe_jax.results.style import COLUMN_WIDTH, PAGE_WIDTH
 
   if made.left_out:

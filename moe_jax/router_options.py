@@ -33,8 +33,8 @@ class RouterOptions:
 
   `moe_jax.schema` documents them; the layer and the plan read them, too. `capacity` is C of a
   routing group in the mode at hand, `training` False in evaluation and decoding, `group_size` the
-  sequences in a group: token s of a group belongs to sequence s % group_size at place
-  s // group_size.
+  sequences in a group: token s of a group belongs to sequence s % group_size at position s //
+  group_size.
   """
 
   num_experts: int
@@ -46,12 +46,12 @@ class RouterOptions:
 
   @property
   def decodes(self) -> bool:
-    """True if evaluation chooses for each token alone, so that a text can be decoded."""
+    """True if evaluation selects for each token by itself, so that a text can be decoded."""
     return True
 
   @classmethod
   def example(cls, num_experts: int, num_selected_experts: int) -> dict[str, Any]:
-    """Returns what benchmarks set: where defaults are refused, or are not what a paper has."""
+    """Returns what benchmarks set, where defaults are refused or differ from the paper."""
     del num_experts, num_selected_experts
     return {}
 
@@ -212,7 +212,7 @@ def _is_constant(node: ast.stmt) -> bool:
 
 
 def _with_readers(meaning: str, readers: list[str], routers: tuple[str, ...]) -> str:
-  """Names the routers that read a field, or those that do not where they are fewer."""
+  """Names the routers that read a field, or those that do not if they are fewer."""
   others = [name for name in routers if name not in readers]
   if len(readers) <= len(others):
     return f'{", ".join(readers)}: {meaning[0].lower()}{meaning[1:]}'

@@ -1,7 +1,7 @@
 """Lists the routers, or begins a new one: python -m moe_jax.routers [new NAME].
 
 `new NAME` writes a router, its test and its preset from a template, which passes all tests as it
-stands; moe_jax/routing/README.md says how to go on.
+stands; moe_jax/routing/README.md describes the next steps.
 
 Examples:
   python -m moe_jax.routers
@@ -32,7 +32,7 @@ Next, as moe_jax/routing/README.md says more fully:
 
 
 def rows() -> list[dict[str, Any]]:
-  """Returns what the registry says of each router, by name."""
+  """Returns the entry of each router in the registry, by name."""
   from moe_jax import routing
 
   return [
@@ -108,7 +108,7 @@ def new(name: str, repository: pathlib.Path = _REPOSITORY) -> list[str]:
 
 
 def _begin(words: list[str]) -> None:
-  """Writes the files of the one name that is given, and says how to go on."""
+  """Writes the files of the one name that is given, and prints the next steps."""
   if len(words) != 1 or _JSON.value:
     raise UserError('new', ' '.join(words), 'must have one name, and no flags: new NAME')
   paths = new(words[0])

@@ -22,7 +22,7 @@ from moe_jax.run.manifest_kinds import LOCK, problem_of
 from moe_jax.schema import FREE_FIELDS
 
 _MANIFEST, _METRICS = 'manifest.json', 'metrics.jsonl'
-# What a run may differ in from others without being another experiment.
+# Fields in which runs may differ without being another experiment.
 _UNSHOWN = (*FREE_FIELDS, 'train.seed')
 _SHOWN_DIFFERENCES = 4
 # Of a run whose manifest says that it is running: whether a process does hold it.
@@ -53,16 +53,16 @@ def _has_checkpoint(path: str) -> bool:
 
 
 def describe(run: pathlib.Path) -> dict[str, Any]:
-  """Returns what a run's files say; `problem` says what is wrong with its manifest, '' if nothing.
+  """Returns the values in a run's files; `problem` is the error in its manifest, '' if none.
 
   Keys: status, step, num_steps, seed, git_commit, git_dirty, loss (the last of training), loss_step
   (whose loss it is), bits_per_byte ({split: value} of its evaluations), modified (seconds since the
-  epoch of what was written last), config, problem. What is not known is None.
+  epoch of the last write), config, problem. Unknown values are None.
 
   A manifest says `running` until its run ends by itself, which one that is killed never does. The
   status is then `running` if a process holds the run, `stopped` if none does on this host, and
   `unfinished` where that can't be known. The step of such a run is the last that it logged; a run
-  that goes on starts from its newest checkpoint, which may be earlier.
+  that continues starts from its newest checkpoint, which may be earlier.
   """
   facts, problem = _manifest(run)
   loss_step, loss = _last_loss(run / _METRICS)
@@ -91,7 +91,7 @@ def describe(run: pathlib.Path) -> dict[str, Any]:
 
 
 def _manifest(run: pathlib.Path) -> tuple[dict[str, Any], str]:
-  """Returns the manifest of a run and what is wrong with it; {} if it can't be read."""
+  """Returns the manifest of a run and the error in it; {} if it can't be read."""
   facts = _json_of(run / _MANIFEST)
   if facts is None:
     gone = not (run / _MANIFEST).exists()

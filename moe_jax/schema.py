@@ -1,9 +1,9 @@
-"""The schema of an experiment: every field with its default, its meaning and what it allows.
+"""The schema of an experiment: every field with its default, its meaning and its allowed values.
 
 Every choice that implementations make silently is a field here. `moe_jax.config` makes configs of
 it and checks them. Routers declare their own fields, see `moe_jax.router_options`. Without JAX, so
-that a command can say what is wrong with its flags at once: a test holds the choices equal to those
-of the rooms that implement them.
+that a command reports wrong flags at once: a test holds the choices equal to those of the packages
+that implement them.
 """
 
 from moe_jax import router_options
@@ -212,7 +212,7 @@ SCHEMA: dict[str, dict[str, Field]] = {
   },
 }
 
-# What may change when a run goes on: nothing of it changes a result.
+# Fields that may change when a run continues: none of them changes a result.
 FREE_FIELDS = (
   'moe.exchange',
   'mesh.data',

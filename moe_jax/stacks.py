@@ -23,11 +23,11 @@ class Stack(NamedTuple):
   halves: int
 
 
-# What an array of parameters is: weights of matmuls inside blocks; those of routed experts; those
+# Kinds of arrays of parameters: weights of matmuls inside blocks; those of routed experts; those
 # that routers select by; input embedding; output matrix; scales of norms.
 LABELS = ('matrix', 'expert', 'router', 'embedding', 'output', 'norm')
 
-# Tells what an array is from the names on its path and its shape.
+# Returns the kind of an array, from the names on its path and its shape.
 Labeller = Callable[[tuple[str, ...], tuple[int, ...]], str]
 
 
@@ -44,7 +44,7 @@ def label(path: tuple[str, ...], shape: tuple[int, ...]) -> str:
   if path[-1] == 'scale':
     return 'norm'
   if 'moe' in path:
-    # Whatever a router calls its weights, they lie beside those of the experts.
+    # Whatever a router calls its weights, they lie next to those of the experts.
     return 'expert' if path[-1] in ('w_in', 'w_out') else 'router'
   return 'matrix'
 
@@ -70,7 +70,7 @@ def _is_matrix(path, p) -> bool:
 
 
 def stacks_of(params: Any) -> Any:
-  """Returns a `Stack` for each array of a tree of parameters, or of what has their shapes."""
+  """Returns a `Stack` for each array of a tree of parameters, or of arrays of their shapes."""
 
   def one(path, p):
     if path[0].key != 'layers':
@@ -99,7 +99,7 @@ def for_each(function: Callable, params: Any, *others: Any, num_results: int = 1
   Args:
     function: of one matrix or vector, and of what belongs to it in the other trees. An array that
       it returns in the shape of the matrix is put back into that of the parameter.
-    params: parameters, or what has their shapes.
+    params: parameters, or arrays of their shapes.
     *others: trees of the same structure, of arrays that have the shape of the parameter or come
       from an earlier call.
     num_results: how many arrays the function returns, as a tuple if more than one.

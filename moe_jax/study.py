@@ -143,12 +143,12 @@ def _part(field: str, value: Any) -> str:
 
 
 def _short_name(field: str) -> str:
-  # What is no field is named whole in the error that follows.
+  # An unknown field is named in full in the error that follows.
   return split_field(field)[1] or field
 
 
 def _short_parts(arm: Point) -> dict[str, str]:
-  """Returns the parts of an arm's name with their short forms; what was not derived is kept."""
+  """Returns the parts of an arm's name with their short forms; those not derived are kept."""
   short = {}
   for field, value in arm.changes.items():
     letter = SHORT.get(field, _short_name(field))
@@ -164,14 +164,14 @@ class Comparison(NamedTuple):
 
 
 class Metric(NamedTuple):
-  """The number that decides.
+  """The deciding metric.
 
   Attributes:
     name: path of a number in the evaluations of a trial, as `moe_jax.sweep.metric_paths` explains:
       'dropless/bits_per_byte', 'dropless/router/max_violation/mean',
       'dropless/domains/DOMAIN/loss', or 'user/NAME' of `Study.metrics`.
     unit: for tables.
-    lower_is_better: says which of two arms wins.
+    lower_is_better: decides which of two arms wins.
   """
 
   name: str = 'dropless/bits_per_byte'
@@ -200,13 +200,13 @@ class FinishedTrial(NamedTuple):
 # How far tokens and FLOPs of compared trials may be apart. Padding makes tokens depend on the order
 # of the data, and widths are whole numbers: arms made for equal compute meet it to a fraction.
 TOLERANCE = 0.01
-# What runs may differ in and still be compared, if the study says that this is the question.
+# Differences with which runs can still be compared, if the study says that they are the question.
 MAY_DIFFER = ('compute', 'horizon', 'data', 'tokenizer')
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-  """A question and how it is answered.
+  """A question and how to answer it.
 
   Attributes:
     name: of the study; a folder name.
@@ -222,7 +222,7 @@ class Study:
     may_differ: of `MAY_DIFFER`.
     x: the config field on the horizontal axis of the figure of the metric; '' for none.
     lines: the config field that lines of that figure differ in; '' for one line.
-    scaling: whether arms differ in experts alone, so that a law over them is fitted.
+    scaling: True if arms differ only in experts, so that a law over them is fitted.
     metrics: own numbers of a finished trial, {NAME: function}; they stand in tables as 'user/NAME'
       and may decide. They are computed again for every report, so that a changed function never
       mixes with values of an earlier one.

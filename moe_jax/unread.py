@@ -1,7 +1,7 @@
 """Fields of a config that nothing reads, given its other fields.
 
-Two arms that differ in such a field alone are one and the same model under two names. So a new run
-that changes one is refused. Runs that began earlier go on, and whatever was trained can be read.
+Two arms that differ only in such a field are one and the same model under two names. So a new run
+that changes one is refused. Runs that began earlier continue, and all trained runs can be read.
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ SCHEDULE_READS = {
   'wsd': ('final_fraction', 'decay_fraction'),
   'constant': (),
 }
-# What a loss of weight 0 leaves unread: the model that is trained does not depend on it.
+# Fields that a loss of weight 0 leaves unread: the model that is trained does not depend on it.
 WEIGHTED = {
   'load_balancing_weight': 'balance_normalization',
   'device_balance_weight': 'device_balance_parts',
@@ -41,9 +41,9 @@ SCOPED = (
   'importance_weight',
   'router_loss_weight',
 )
-# What a config file may state for when another of its fields is changed: a preset its capacity
-# though one may choose `dropless`, a study its balance_devices for the arm that asks for balance on
-# them.
+# Fields that a config file may state in case another of its fields is changed: a preset its
+# capacity though one may choose `dropless`, a study its balance_devices for the arm that balances
+# over them.
 STATED = (
   'data.test_fraction',
   'data.valid_fraction',
@@ -65,8 +65,9 @@ _DENSE = 'moe.num_experts=0'
 def unread(config: ml_collections.ConfigDict) -> dict[str, str]:
   """Returns {field: why} of the fields that decide nothing, as 'moe.num_experts=0'.
 
-  What changes no result anyway is not among them, as `train.eval_batches` without evaluation, nor
-  what a router does not read, which `moe_jax.config.validate` refuses by the router's own list.
+  Fields that change no result anyway are not among them, as `train.eval_batches` without
+  evaluation, nor what a router does not read, which `moe_jax.config.validate` refuses by the
+  router's own list.
 
   Args:
     config: validated.
@@ -104,7 +105,7 @@ def unread(config: ml_collections.ConfigDict) -> dict[str, str]:
 
 
 def _unread_by_layer(config: ml_collections.ConfigDict) -> dict[str, str]:
-  """Returns what the layer reads for its router, where this one leaves it nothing to read."""
+  """Returns the fields that the layer reads for its router but that this router leaves unread."""
   moe = config.moe
   router = routing.ROUTERS[moe.router]
   of_router = f'moe.router={router.name}'
@@ -126,11 +127,11 @@ def _unread_by_layer(config: ml_collections.ConfigDict) -> dict[str, str]:
 
 
 def check_unread(config: ml_collections.ConfigDict, unchanged: Mapping[str, Any]) -> None:
-  """Refuses a change to no effect.
+  """Refuses a change without effect.
 
   Args:
     config: validated.
-    unchanged: of the fields that are looked at, the values that they have without a change: for a
+    unchanged: of the fields that are checked, the values that they have without a change: for a
       study those of its base, and for a config file `defaults`.
 
   Raises:
@@ -143,7 +144,7 @@ def check_unread(config: ml_collections.ConfigDict, unchanged: Mapping[str, Any]
 
 
 def defaults(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """Returns the fields that a config file may not change to no effect, with their defaults.
+  """Returns the fields that a config file may not change without effect, with their defaults.
 
   A dense model may state anything of `moe`, or a config and its dense twin would differ in more
   than `moe.num_experts`; any model may state what is in `STATED`.

@@ -4,15 +4,16 @@
   python -m moe_jax.benchmark.accelerator ...                    this, where everything is there
 
 First y and all gradients of each dispatcher on the accelerator against one-hot matmuls on the CPU,
-in float32 at full precision, under a skewed router; a difference, or a NaN, ends it with exit code
-1. Then the cost of the router's matmul in float32 and in bfloat16, and the suite `dispatch` in
-bfloat16 on the layers of `SHAPES`, until the time is up, with tokamax's `ragged_dot` in the
-same rounds where it is installed; at the end each of our arms next to its target. A benchmark that
-fails is named and the others go on; then, and where nothing was measured, the exit code is 1, too.
-Ctrl-C and SIGTERM end it with 130 and 143, after the lines on what was reached so far.
+in float32 at full precision, under a skewed router; a difference, or a NaN, ends the check with
+exit code 1. Then the cost of the router's matmul in float32 and in bfloat16, and the suite
+`dispatch` in bfloat16 on the layers of `SHAPES`, until the time is up, with tokamax's `ragged_dot`
+in the same rounds where it is installed; at the end each of our arms next to its target. A
+benchmark that fails is named and the others go on; then, and where nothing was measured, the exit
+code is 1, too. Ctrl-C and SIGTERM end it with 130 and 143, after the lines on what was reached so
+far.
 """
 
-# Imports the standard library alone: the launcher asks for help and checks flags before anything
+# Imports only the standard library: the launcher prints the help and checks flags before anything
 # else is installed.
 
 import argparse
@@ -51,7 +52,7 @@ SHAPES = (
   Layers(32_768, 1_536, 256, '512', 8),
   Layers(32_768, 1_024, 512, '8,64,256,1024', 8),
 )
-# Matmuls / arm that is to be reached, where experts have at least so many tokens.
+# The ratio matmuls / arm to be reached, where experts have at least this many tokens.
 TARGETS = {'forward': 0.85, 'forward+backward': 0.75}
 LEAST_TOKENS = 512
 MOST_MINUTES = 24 * 60
@@ -155,7 +156,8 @@ class Child:
     self.code, self.is_late = 0, False
 
   def __iter__(self) -> Iterator[str]:
-    # Other processes and other libraries need memory of the same device. Ctrl-C is for us alone.
+    # Other processes and other libraries need memory of the same device. Only this process takes
+    # Ctrl-C.
     with subprocess.Popen(
       [sys.executable, *self._command],
       cwd=ROOT,

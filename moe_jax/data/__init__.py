@@ -1,4 +1,4 @@
-"""The data room: from a name to batches of tokens.
+"""The data package: from a name to batches of tokens.
 
     dataset = data.open_dataset('tier1', data_dir='runs/data')
     windows = dataset.windows('train', sequence_length=256)

@@ -21,7 +21,7 @@ class Dataset:
     fingerprint: SHA-256 over the texts, their splits and domains, and the tokenizer.
     tokenizer: what made the tokens.
     domains: sorted; `domain_ids` index into it.
-    provenance: JSON-able facts on where the texts come from.
+    provenance: JSON-able metadata on where the texts come from.
   """
 
   def __init__(self, name: str, store: token_store.TokenStore):

@@ -49,7 +49,7 @@ def folded(text: str) -> str:
 
 
 def is_text(string: str) -> bool:
-  """Tells a string that can be written as UTF-8 from one that holds half a surrogate pair."""
+  """True if a string can be written as UTF-8; one with half a surrogate pair cannot."""
   try:
     string.encode()
   except UnicodeEncodeError:
@@ -70,7 +70,7 @@ def assign_splits(
   Works are taken in the order of their content hash until the share of the domain's bytes is
   reached, so neither names nor the order of the files matter. Equal contents always go to the same
   split. A domain of one work only trains; a domain of two holds out one. A work that would make a
-  split more than twice as large as asked is passed over while a smaller one exists.
+  split more than twice as large as requested is passed over while a smaller one exists.
 
   Args:
     keys: per document, `content_key` of its text.

@@ -17,9 +17,9 @@ def evaluation_dataset(
 
   Nothing is held out and no tokenizer is trained. Domains are those of the source. The documents
   of every split that the source has stand in `EVALUATION_SPLIT` ('test'), one split after the
-  other; 'train' and 'valid' are empty. So a tier's training texts count, too: for its held-out
-  works alone, open it with `prepare.open_dataset`. Bits per byte compare between tokenizers, loss
-  per token does not.
+  other; 'train' and 'valid' are empty. So a tier's training texts count, too: for only its held-out
+  works, open it with `prepare.open_dataset`. Bits per byte compare between tokenizers, loss per
+  token does not.
 
   Prepared once per source and tokenizer, in `<data_dir>/tokens/SOURCE-whole/`; instantaneous from
   then on.
@@ -35,7 +35,7 @@ def evaluation_dataset(
     windows = dataset.windows(EVALUATION_SPLIT, sequence_length=256)
 
   Raises:
-    errors.UserError: if there is no such source, its texts can't be had or read, or `data_dir`
+    errors.UserError: if there is no such source, its texts can't be obtained or read, or `data_dir`
       can't be written to; names the field.
     errors.DamagedError: if the prepared data is damaged and can't be made again.
   """

@@ -28,7 +28,7 @@ def train_iterator(
   """Returns an endless iterator over shuffled batches.
 
   Every epoch holds each row once, in a fresh order; a batch may reach over the end of an epoch.
-  `get_state()` returns a small JSON-able dict, and `set_state()` goes on exactly from there, also
+  `get_state()` returns a small JSON-able dict, and `set_state()` continues exactly from there, also
   on another number of processes.
 
   Args:
@@ -53,8 +53,8 @@ def train_iterator(
   if not 0 <= seed < 2**32:
     raise errors.UserError('train.seed', seed, 'must be a number in [0, 2**32)')
   rows = grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
-  # Shares are batches of their own, dealt in turn: batch t * P + p is process p's part of step t.
-  # drop_remainder: Grain else divides the endless length as a float, which overflows.
+  # Shares are batches of their own, dealt round robin: batch t * P + p is process p's part of step
+  # t. drop_remainder: Grain else divides the endless length as a float, which overflows.
   shares = rows.batch(share, drop_remainder=True)
   if process_count > 1:
     shares = shares[process_index::process_count]

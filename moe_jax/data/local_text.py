@@ -61,7 +61,7 @@ class LocalText:
 
     Raises:
       errors.UserError: if a file is not UTF-8, is empty, or holds a record without text; names the
-        file and the place in it.
+      file and the line.
     """
     for relative, file in self._files:
       text = self._decode(file)
@@ -148,7 +148,7 @@ class LocalText:
 
 
 def _size(file: str) -> int:
-  """Returns the bytes of a file; 0 if it can't be looked at, which reading it will say."""
+  """Returns the bytes of a file; 0 if it can't be accessed, which reading it will report."""
   try:
     return os.stat(file).st_size
   except OSError:

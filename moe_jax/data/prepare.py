@@ -4,8 +4,8 @@
     <data_dir>/tfds/                      TFDS data sets, array_record
     <data_dir>/tokens/SOURCE/TOKENIZER/   token stores, each with its tokenizer
 
-Each of them appears whole or not at all, so a killed preparation costs time, never truth. Processes
-that prepare the same data set wait for each other.
+Each of them appears whole or not at all, so a killed preparation costs time, never correctness.
+Processes that prepare the same data set wait for each other.
 """
 
 import os
@@ -54,11 +54,11 @@ def open_dataset(
     vocab_size: for 'bpe' the number of tokens, at least 512; 0 with 'bytes'.
     valid_fraction: share of each domain's bytes for validation, in [0, 0.5); not used by the tiers.
     test_fraction: the same for test.
-    given_tokenizer: of another text, in place of one that is trained.
+    given_tokenizer: of another text, instead of one that is trained.
 
   Raises:
-    errors.UserError: if an argument is wrong, or the texts can't be had or read; names the field.
-    errors.DamagedError: if the prepared data is damaged and can't be made again.
+    errors.UserError: if an argument is wrong, or the texts can't be obtained or read; names the
+    field. errors.DamagedError: if the prepared data is damaged and can't be made again.
   """
   fractions = (valid_fraction, test_fraction)
   source, data_dir, kind = _locate(name, data_dir, tokenizer, vocab_size, fractions)
@@ -85,7 +85,7 @@ def open_dataset(
 def _texts(
   documents: Iterable[documents_lib.Document], name: str, vocab_size: int
 ) -> Iterator[str]:
-  """Yields the texts, then says from how much the merges are learned, which is one silent call."""
+  """Yields the texts, then prints the size of what merges are learned from, in one silent call."""
   size = 0
   for document in documents:
     size += len(document.text.encode())
@@ -146,7 +146,7 @@ def open_prepared(
     make_tokenizer: gives the tokenizer of a new store, from what reads its train split.
 
   Raises:
-    errors.UserError: if the texts can't be had or read, or nothing can be written.
+    errors.UserError: if the texts can't be obtained or read, or nothing can be written.
     errors.DamagedError: if the prepared data is damaged and can't be made again.
   """
   directory = os.path.join(data_dir, 'tokens', source.key, kind)

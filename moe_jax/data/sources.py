@@ -1,6 +1,6 @@
 """From a name to documents: the tiers, TFDS data sets by name, and a user's own text.
 
-A source is opened in one of two ways: divided into train, valid and test, or undivided, with every
+A source is opened either divided into train, valid and test, or undivided, with every
 document in one split, to evaluate on.
 """
 
@@ -41,7 +41,7 @@ class Source:
     key: a directory name, one per content and split.
     lock: a file name; sources with equal locks write the same files.
     open: (rebuild) -> (reader per split, provenance); downloads and builds what is missing.
-    own: whether we built it, so that `open` mends damage where `rebuild` is true.
+    own: whether we built it, so that `open` repairs damage where `rebuild` is true.
     skip_short: whether documents of fewer than two tokens are left out, not an error.
   """
 
@@ -91,7 +91,7 @@ def find_source(name: str, data_dir: str, fractions: Fractions) -> Source:
       lock=f'tfds-{slug}',
       open=functools.partial(_open_tfds, name, data_dir, fractions),
       own=False,
-      # One cannot mend somebody else's data set; the few are counted in meta.json and on stderr.
+      # One cannot fix somebody else's data set; the few are counted in meta.json and on stderr.
       skip_short=True,
     )
   if kind == 'text' and rest:

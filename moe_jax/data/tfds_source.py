@@ -28,7 +28,7 @@ VALID_NAMES = ('valid', 'validation')
 _INFO = 'dataset_info.json'
 
 _UNKNOWN = 'must be a name that TFDS knows'
-# What a builder of somebody else may raise for want of a network, a disk, TensorFlow or a file.
+# What a builder of somebody else may raise for lack of a network, a disk, TensorFlow or a file.
 _PREPARE_ERRORS = (OSError, ImportError, ValueError, RuntimeError, AssertionError, AttributeError)
 
 
@@ -36,7 +36,7 @@ class MoeJaxText(tfds.core.GeneratorBasedBuilder):
   """Documents with their domain and name; one builder config per data set."""
 
   BUILDER_CONFIGS: list[tfds.core.BuilderConfig] = []
-  # TFDS looks for checksums beside the code; ours are in `packages` and checked before.
+  # TFDS looks for checksums next to the code; ours are in `packages` and checked before.
   code_path = None
 
   def __init__(
@@ -51,7 +51,7 @@ class MoeJaxText(tfds.core.GeneratorBasedBuilder):
     super().__init__(data_dir=data_dir, config=config, file_format=FILE_FORMAT)
 
   def _info(self) -> tfds.core.DatasetInfo:
-    # Not dataset_info_from_configs(), which wants metadata files beside the code.
+    # Not dataset_info_from_configs(), which wants metadata files next to the code.
     text = tfds.features.Text
     return tfds.core.DatasetInfo(
       builder=self,
@@ -93,7 +93,7 @@ def build(
     rebuild: drop what is there.
 
   Raises:
-    OSError: if what is there is damaged; `rebuild=True` mends it.
+    OSError: if what is there is damaged; `rebuild=True` repairs it.
   """
   parent = os.path.join(data_dir, MoeJaxText.name, config_name)
   path = os.path.join(parent, version)
@@ -148,7 +148,7 @@ def open_named(name: str, data_dir: str) -> Any:
     data_dir: where a new data set goes.
 
   Raises:
-    errors.UserError: if the name is unknown or the data set can't be had.
+    errors.UserError: if the name is unknown or the data set can't be obtained.
     errors.DamagedError: if its files are there but can't be read.
   """
   spec = name.removeprefix('tfds:')

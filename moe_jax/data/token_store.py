@@ -51,7 +51,7 @@ _FIRST_KEYS = {
   'files': dict,
 }
 
-# Larger files are checked by size alone, so that opening a big dataset stays instantaneous.
+# Larger files are checked only by size, so that opening a big dataset stays instantaneous.
 _MAX_HASHED_BYTES = 2**28
 _BATCH_CHARACTERS = 2**21
 
@@ -187,7 +187,7 @@ def write(
     documents: per split, its documents; read once.
     tokenizer: encodes them.
     identity: what the documents are said to be, part of the fingerprint.
-    provenance: JSON-able facts to keep in meta.json.
+    provenance: JSON-able metadata to keep in meta.json.
     kind: which tokenizer was asked for; a small text may give one of fewer tokens.
     skip_short: leave out documents of fewer than two tokens instead of raising.
 

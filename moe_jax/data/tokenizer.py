@@ -1,4 +1,4 @@
-"""Text to token numbers and back: bytes, and byte-level BPE.
+"""Text to token ids and back: bytes, and byte-level BPE.
 
 Both are lossless for any text, and neither ever turns text into a special token: a document that
 spells `<eos>` stays text.
@@ -114,7 +114,7 @@ _TRAINING_WORD = 1000
 
 
 def _may_hold_long_word(text: str) -> bool:
-  """Tells, quickly and erring towards yes, whether a word may exceed `_TRAINING_WORD`.
+  """Tells if a word may exceed `_TRAINING_WORD`, quickly and erring towards yes.
 
   Such a word is white space, or but for a leading space has no space or newline in it. It covers
   one of the blocks of half its length that the text divides into.
@@ -190,7 +190,7 @@ class BpeTokenizer:
 
 
 def check_request(kind: str, vocab_size: int) -> None:
-  """Checks what the user asked for, before any work is done.
+  """Checks what the user requested, before any work is done.
 
   Raises:
     errors.UserError: if `kind` is unknown, or `vocab_size` is not possible for it.

@@ -133,7 +133,7 @@ class PackedWindows:
 
 
 def pack(lengths: Int64[np.ndarray, 'N'], capacity: int) -> Int64[np.ndarray, 'N']:
-  """Packs pieces into rows, longest first, each into the fullest row that still has room.
+  """Packs pieces into rows, longest first, each into the fullest row that still has space.
 
   Works on all pieces of one length and all rows of one remaining space at once, so a million short
   documents take a moment.

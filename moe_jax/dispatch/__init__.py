@@ -8,7 +8,7 @@ Two dispatchers have the same two halves, each the inverse of the other on kept 
 `einsum` is the oracle, `gather` the fast one. `dropless` needs no C: its buffer holds little more
 than the mean load, and what is beyond is computed block by block. `run_plan` puts any of them
 around the experts; `exchange` moves buffers between the devices of a mesh axis, padded or ragged,
-and serves all. `run_decode` is for decoding alone: it has no gradient, so no config can name it.
+and serves all. `run_decode` is for decoding only: it has no gradient, so no config can name it.
 """
 
 from moe_jax.dispatch import dropless, einsum, gather

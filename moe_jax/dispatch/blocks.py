@@ -1,8 +1,10 @@
-"""Products of rows with the weights of their experts, block by block, one expert to a block.
+"""Matmuls of rows with the weights of their experts, block by block, one expert per block.
 
 The number of blocks is found when the program runs: a loop over ceil(n_e / b) blocks of b rows for
 an expert with n_e rows, so that work is that of the rows and at most one block more per expert.
 Memory is that of one block. Backward passes add to the experts' gradients in place.
+
+One-letter dimensions: N blocks, B rows of a block, M rows, T tokens, D embed, E experts.
 """
 
 from collections.abc import Callable
@@ -23,9 +25,9 @@ class Blocks(NamedTuple):
   """Assignment of rows to blocks.
 
   Attributes:
-    items: the row in each place of each block; M where there is none.
+    items: the row at each position of each block; M where there is none.
     ends: the number of blocks up to and with those of each expert; the last is how many there are.
-    place: of each row, of all N * B; N * B or more for a row that goes to no expert.
+    place: position of each row among all N * B; N * B or more for a row that goes to no expert.
   """
 
   items: Int[Array, 'N B']
@@ -51,7 +53,7 @@ def make_blocks(
 
   Args:
     expert_index: of each row; E or more for a row that goes to none.
-    rank: place of the row among its expert's, 0 first.
+    rank: position of the row among its expert's, from 0.
     counts: rows of each expert.
     block_size: B, rows in a block.
   """
@@ -71,7 +73,7 @@ def make_blocks(
 
 
 def sort_into_blocks(expert_index: Int[Array, 'M'], num_experts: int, block_size: int) -> Blocks:
-  """Returns the same for rows whose places among their expert's are not known: in order.
+  """Returns the same for rows whose ranks among their expert's are not known: in order.
 
   Args:
     expert_index: of each row; E for a row that goes to none.

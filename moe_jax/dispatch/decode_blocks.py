@@ -3,7 +3,7 @@
 Few tokens meet many experts: slots for every token at every expert would make a step cost E / K
 times its active FLOPs, and read the weights of all experts. Here assignments are sorted by expert
 and cut into blocks of b rows. There are as many blocks as assignments need, which only the data
-says; a step that goes through these alone reads the weights of no expert that nobody chose.
+says; a step that goes through only these reads no weights of an expert that no token selected.
 
   assignments of expert 0: a d f   1: -   2: b   3: c e        b = 2
 
@@ -11,6 +11,9 @@ says; a step that goes through these alone reads the weights of no expert that n
   expert     0     0     2     3     .     .
 
 Source: Gale et al. 2022, arXiv:2211.15841 (blocks of one expert each). Differs: forward only.
+
+One-letter dimensions: G routing groups, S tokens of a group, K assignments of a token, D embed, N
+blocks, b rows of a block.
 """
 
 import math
@@ -30,10 +33,10 @@ MOST_ROWS = 144
 def rows_in_block(num_assignments: int, num_experts: int) -> int:
   """Returns b, by shape, as measured on CPUs. Prompts are run in blocks, too.
 
-  1 while there are fewer assignments than half the experts: then most chosen experts have one row.
-  Then about twice the mean load, so that most experts need one block, whose weights are read once.
-  From a mean of 8 on, where empty rows cost more than that, the mean and one deviation of a random
-  load.
+  1 while there are fewer assignments than half the experts: then most selected experts have one
+  row. Then about twice the mean load, so that most experts need one block, whose weights are read
+  once. From a mean of 8 on, where empty rows cost more than that, the mean and one deviation of a
+  random load.
   """
   if 2 * num_assignments < num_experts:
     return 1
@@ -55,13 +58,13 @@ def dispatch(
 
   Args:
     tokens: of all groups.
-    plan: of the same groups; its slots and their order are not looked at.
+    plan: of the same groups; its slots and their order are not read.
     num_rows: b.
     num_experts: of this device.
     first_expert: of this device; assignments to others than these are left out.
   """
   selected = plan.expert_index.shape[-1]
-  # Where experts are spread over devices, each takes the assignments of its own alone.
+  # Where experts are spread over devices, each takes only the assignments of its own.
   local = plan.expert_index - first_expert
   here = plan.keep & (local >= 0) & (local < num_experts)
   # Others queue for an expert that isn't there, behind all blocks.

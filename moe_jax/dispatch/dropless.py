@@ -1,9 +1,9 @@
 """Dispatch without a capacity: every kept assignment of a plan is computed, whatever the loads.
 
-  assignments --> slot below the base: one buffer [E, C0, D], as of a capacity, batched products
+  assignments --> slot below the base: one buffer [E, C0, D], as of a capacity, batched matmuls
               --> the rest:            block by block, in loops as long as there are rows
 
-The base has room for the mean load and `SLACK` standard deviations of random routing above it, so
+The base holds the mean load and `SLACK` standard deviations of random routing above it, so
 balanced routing leaves next to nothing for the loops, and a collapsed router costs the loops at
 most the work of its assignments once more. No array grows with the largest load.
 
@@ -15,7 +15,7 @@ The weights pass *through* the loops on their way to the base: so the loops' bac
 gradient that the base gives, [E D F], and adds to it in place instead of making another.
 
 Source: none. Block-sparse groups: Gale et al. 2022, arXiv:2211.15841, sec. 5 (MegaBlocks); differs:
-the bulk is one batched product, which is faster where blocks are (experiments/LOG.md), and the
+most rows go through one batched matmul, which was faster than blocks (experiments/LOG.md), and the
 expert's weights are read by a loop instead of a kernel.
 """
 
@@ -83,7 +83,7 @@ class Rest(NamedTuple):
 
   Attributes:
     expert: of each assignment; E for those that are not beyond.
-    rank: place among its expert's.
+    rank: position among its expert's.
     counts: of each expert.
   """
 
@@ -93,7 +93,7 @@ class Rest(NamedTuple):
 
 
 def find_rest(plan: Plan, beyond: Bool[Array, '1 N K'], base: int) -> Rest:
-  """Returns the assignments beyond the base; their slots already say their places."""
+  """Returns the assignments beyond the base; their slots are their ranks."""
   num_experts = plan.source_index.shape[1]
   expert, beyond = plan.expert_index.ravel(), beyond.ravel()
   counts = jnp.zeros((num_experts,), jnp.int32).at[expert].add(beyond)
@@ -233,8 +233,8 @@ class _Rounds:
     fan_out = scales.size // tokens.shape[0]
 
     def run(index, y):
-      # To the experts: X rows for each device. There by blocks of one expert, and back the same
-      # way, where each row is scaled and added to its token.
+      # To the experts: X rows for each device. They are computed in blocks of one expert and sent
+      # back, where each row is scaled and added to its token.
       items = self._items(index)
       inputs = self._swap(blocks_lib.rows(tokens, items // fan_out))
       blocks = self._received_blocks(items)

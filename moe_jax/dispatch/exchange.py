@@ -7,14 +7,17 @@ groups. After: every device holds the slots of ITS experts, filled from all devi
   expert 0   a          c       to_experts          a c
   expert 1   b          d      ------------>                       b d
 
-A buffer crosses in one of two ways, with the same result bit for bit:
+A buffer crosses by one of two exchanges, with the same result bit for bit:
 
   padded  `to_experts`, `from_experts`: every slot, by a tiled all-to-all
   ragged  `send_slices`, along `slices_of`: of each expert and group the slots up to the last that
-          holds a token, by `jax.lax.ragged_all_to_all`, which XLA has for GPUs and TPUs alone
+          holds a token, by `jax.lax.ragged_all_to_all`, which XLA has only for GPUs and TPUs
 
 When decoding, tokens are fewer than slots would be: `to_everyone` gives each device the tokens of
 all, and `sum_of_parts` adds up what the devices' experts made of each token.
+
+One-letter dimensions: E experts, G routing groups, S tokens of a group, C slots of an expert, D
+embed, R devices of the axis, N rows of a buffer, K = E G slices, X rows for each device.
 """
 
 import functools
@@ -32,7 +35,7 @@ RAGGED_PLATFORMS = ('gpu', 'tpu')
 
 
 def why_not(way: str, platform: str) -> str | None:
-  """Returns why a platform cannot exchange in a way of `EXCHANGES`; None if it can."""
+  """Returns why a platform cannot run one of `EXCHANGES`; None if it can."""
   if way == 'padded' or platform in RAGGED_PLATFORMS:
     return None
   return f'must be padded on {platform}: XLA has no ragged all-to-all there, only on GPUs and TPUs'
@@ -61,7 +64,7 @@ def slices_of(
   device: int | Int[Array, ''],
   num_devices: int,
 ) -> tuple[Slices, Slices]:
-  """Returns what one device sends and gets on the way to the experts, and on the way back.
+  """Returns what one device sends and receives towards the experts, and back.
 
   Rows are those of the flat buffers: [E * G * C] before, [E_local * (R * G) * C] at the experts.
 
@@ -69,7 +72,7 @@ def slices_of(
     filled: slots that this device fills, of each expert and group, from slot 0 on.
     received: the same of every device for the experts here, [R * E_local, G]: `swap(filled)`.
     capacity: C.
-    device: this one's place along the axis.
+    device: this one's index along the axis.
     num_devices: R.
   """
   num_experts, groups = filled.shape
@@ -148,5 +151,5 @@ def to_everyone(x: Shaped[Array, 'G *rest'], axis_name: str) -> Shaped[Array, 'G
 
 
 def sum_of_parts(y: Float[Array, 'G_axis S D'], axis_name: str) -> Float[Array, 'G S D']:
-  """Sums the devices' parts and gives each device its own groups: the way back."""
+  """Sums the devices' parts and gives each device its own groups: the inverse of `to_everyone`."""
   return jax.lax.psum_scatter(y, axis_name, scatter_dimension=0, tiled=True)

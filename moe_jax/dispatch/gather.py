@@ -4,8 +4,11 @@ A gather's transpose is a scatter-add. Here the plan knows both directions (`sou
 assignment; `expert_index`, `slot_index`: assignment to slot), so each backward pass is written as a
 gather too.
 
-Where a token may ask for any number of experts (K = E) there are far more assignments than slots:
+Where a token may select any number of experts (K = E) there are far more assignments than slots:
 then tokens sum over the slots instead, with a scatter-add, so that the cost is that of the fewer.
+
+One-letter dimensions: G routing groups, S tokens of a group, E experts, K assignments of a token, C
+slots of an expert, D embed.
 """
 
 import jax
@@ -65,7 +68,7 @@ def _slot_weights(combine_weights: Float[Array, 'G S K'], plan: Plan) -> Float[A
 
 
 def _add_to_tokens(rows: Float[Array, 'E G C D'], plan: Plan) -> Float[Array, 'G S D']:
-  """Each token sums the rows of its slots; those of empty slots fall away."""
+  """Each token sums the rows of its slots; those of empty slots are left out."""
   num_groups, group_size, num_selected = plan.expert_index.shape
   source = jnp.moveaxis(plan.source_index, 1, 0)
   group = jnp.arange(num_groups)[None, :, None]

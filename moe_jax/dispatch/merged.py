@@ -1,4 +1,8 @@
-"""One routing group in place of several: who is kept stays kept, and slots are numbered anew."""
+"""One routing group instead of several: kept assignments stay kept, and slots are renumbered.
+
+One-letter dimensions: G routing groups, S tokens of a group, E experts, K assignments of a token, N
+= G S tokens.
+"""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
@@ -7,7 +11,7 @@ from moe_jax.routing.plan import Plan
 
 
 def merge(plan: Plan, base: int) -> tuple[Plan, Bool[Array, '1 N K']]:
-  """Makes one routing group of all, keeping what the plan keeps.
+  """Merges all routing groups into one, keeping what the plan keeps.
 
   The slots of an expert are then filled from the first on, without a gap between groups.
 
@@ -16,8 +20,8 @@ def merge(plan: Plan, base: int) -> tuple[Plan, Bool[Array, '1 N K']]:
     base: C0, slots of each expert in the merged plan.
 
   Returns:
-    The plan of the base: who has a slot below `base`. And who is kept beyond it; nobody, with as
-    many slots as all groups have.
+    The plan of the base: assignments with a slot below `base`. And the mask of those kept beyond
+    it: none, if there are as many slots as all groups have.
   """
   groups, size, _ = plan.expert_index.shape
   num_experts = plan.source_index.shape[1]

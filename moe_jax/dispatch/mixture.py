@@ -11,6 +11,7 @@ from moe_jax.routing.router import Mixture
 
 def mix_tokens(mixture: Mixture, tokens: Float[Array, 'G S D']) -> Float[Array, 'E G P D']:
   """Fills each slot with its mixture of tokens, summed in float32."""
+  # A slot sums over all S tokens: in bfloat16 the small terms would be lost.
   wide = tokens.astype(jnp.float32)
   slots = jnp.einsum('gsep,gsd->egpd', mixture.dispatch, wide, precision='highest')
   return slots.astype(tokens.dtype)

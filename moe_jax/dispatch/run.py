@@ -107,13 +107,13 @@ def run_decode(
     plan: of these tokens, with enough slots: what it drops stays out.
     weights: `w_in` and `w_out` of this device's experts; with `layer`, of all layers.
     activation: between the two matmuls.
-    layer: whose weights are meant. Given apart, because a slice of one layer would be a copy of all
-      its experts.
+    layer: index of the layer. Passed separately, because a slice of one layer would be a copy of
+      all its experts.
     axis_name: of the mesh, over whose devices the experts are spread: every device then gets the
       tokens of all, and adds up its own experts' part of the outputs.
     platform: of the device.
-    which: of `experts.decode.IMPLEMENTATIONS`; None for the one that suits.
-    num_rows: b; 0 for the number that suits.
+    which: of `experts.decode.IMPLEMENTATIONS`; None for the best one.
+    num_rows: b; 0 for the best number.
   """
   experts = weights[0].shape[-3]
   size = 1 if axis_name is None else jax.lax.axis_size(axis_name)
@@ -121,6 +121,7 @@ def run_decode(
   with jax.named_scope('dispatch'):
     if axis_name is not None and size > 1:
       all_tokens = to_everyone(tokens, axis_name)
+      # [G_axis S K]. One gather says both who is kept and where to: -1 is what the plan left out.
       selected = to_everyone(jnp.where(plan.keep, plan.expert_index, -1), axis_name)
       weight = to_everyone(plan.combine_weights, axis_name)
       whole_plan = plan._replace(expert_index=selected, keep=selected >= 0, combine_weights=weight)
@@ -188,6 +189,8 @@ def through_experts(
       outputs = experts(packing.pack(rows, packed), weights, filled=packed.filled)
       outputs = packing.unpack(outputs, packed)
     else:
+      # On one device, with one group, filled rows come first as they are; with more they alternate
+      # with empty ones, and only a packed buffer may leave rows out.
       known = filled[:, 0] if filled is not None and num_devices == groups == 1 else None
       outputs = experts(rows, weights, filled=known)
   with jax.named_scope('combine'):
@@ -199,7 +202,7 @@ def _ways(
   shape: tuple[int, ...],
   axis_name: str,
 ) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
-  """Returns how a buffer [E G C D] gets to the experts, and how their outputs come back.
+  """Returns two functions: a buffer [E G C D] to the experts, and their outputs back.
 
   Args:
     slots: filled here, and of each device for the experts here, where only these are sent.

@@ -1,6 +1,6 @@
 """Experts on CPUs: one expert at a time, and only the rows that are filled.
 
-`matmul` is a plain loop over experts: each turn copies one expert's weights into the cache and
+`matmul` is a plain loop over experts: each iteration copies one expert's weights into the cache and
 multiplies. The gradient of the weights is faster as a batched matmul and stays one.
 
 `run_filled` goes further, where the number of filled rows of each expert is known. A buffer has
@@ -10,7 +10,7 @@ loop over the experts that need it:
 
   sizes 2, 4, 8; filled = 3, 8, 0, 2, 4   ->   size 2: expert 3   size 4: experts 0, 4   size 8: 1
 
-One turn of a loop does everything that an expert does, so that its weights and its hidden units
+One iteration does everything that an expert does, so that its weights and its hidden units
 stay in the cache, and writes the results in place. Experts without rows are left out. The backward
 pass has the same loops; for few rows the gradients of the weights come from
 `cpu_weight_gradients` after them.
@@ -36,8 +36,8 @@ from moe_jax.experts.activations import activate
 from moe_jax.experts.cpu_weight_gradients import filled_gradients
 from moe_jax.routing.router import varying_like
 
-# Sizes are multiples of this; there are so many steps above half of all rows, and below. Matmuls
-# gain nothing from multiples of 8; more sizes take longer to compile.
+# Sizes are multiples of the first; the others are numbers of steps, above half of all rows and
+# below. Matmuls gain nothing from multiples of 8; more sizes take longer to compile.
 MULTIPLE = 2
 FINE_STEPS, COARSE_STEPS = 6, 2
 # Up to this many rows of an expert the gradients of the weights come after the loops: then one
@@ -186,7 +186,8 @@ def _for_each_expert(
   # The number of sizes below `filled`: 0 without rows, i + 1 for sizes[i].
   rank = count(jnp.array((0, *sizes[:-1])), filled)
   if filled.size == 1:
-    # Nothing would differ between the turns of a loop, and XLA would compute all sizes before it.
+    # Nothing would differ between the iterations of a loop, and XLA would compute all sizes before
+    # it.
     branches = [functools.partial(body, size, jnp.zeros_like(filled[0])) for size in sizes]
     return jax.lax.switch(rank[0], [lambda results: results, *branches], results)
   order = jnp.argsort(rank).astype(jnp.int32)

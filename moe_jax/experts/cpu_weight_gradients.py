@@ -1,9 +1,12 @@
 """Gradients of experts' weights from few rows each, of which each expert has its own number.
 
 One batched matmul writes each gradient once, where a loop over the experts writes zeros, then each
-gradient into the cache, and from there to its place. But a batched matmul has equally many rows
+gradient into the cache, and from there to memory. But a batched matmul has equally many rows
 for all. So as many rows are multiplied for all experts as most of them have, and what the fullest
 have beyond is added in a loop over these. How many is chosen when the program runs, by least cost.
+
+One-letter dimensions: E experts, C rows of each, D columns that went into a matrix, n rows beyond
+those of all experts, N sizes.
 """
 
 import functools
@@ -49,7 +52,7 @@ def sizes_of(capacity: int) -> tuple[int, ...]:
 
 
 def costs(filled: Int[Array, 'E'], sizes: tuple[int, ...]) -> Int[Array, 'N']:
-  """Returns what each size costs, in rows: for all experts, and for those that have more."""
+  """Returns the cost of each size, in rows: for all experts, and for those that have more."""
   size = jnp.array(sizes)
   have_more = jnp.stack([jnp.sum(filled > n) for n in sizes])
   return filled.size * size + have_more * (ROWS_TO_ADD + sizes[-1] - size)
@@ -60,7 +63,7 @@ def _gradients(size, filled, pairs):
   totals = tuple(batched.weights_gradient(rows[:, :size], grad[:, :size]) for rows, grad in pairs)
   if size == pairs[0][0].shape[1]:
     return totals
-  # Experts with more rows come first, and a loop goes through these alone.
+  # Experts with more rows come first, and a loop goes through only these.
   has_more = filled > size
   order = jnp.argsort(~has_more).astype(jnp.int32)
 

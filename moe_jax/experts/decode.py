@@ -6,9 +6,9 @@ implementations:
   gather  copies the weights of each block's expert, then two batched matmuls over all blocks
   loop    goes through the blocks that hold tokens, one by one, and reads their expert's weights
 
-A copy of weights costs as much traffic as using them, so CPUs `loop`: a turn of a loop costs next
-to nothing there. On other platforms each turn is a launch: there few assignments (fewer than
-experts) are gathered. Measured on CPUs alone.
+A copy of weights costs as much traffic as using them, so CPUs `loop`: an iteration costs next to
+nothing there. On other platforms each iteration is a launch: there few assignments (fewer than
+experts) are gathered. Measured only on CPUs.
 
 N blocks of b rows, E experts, L layers, D embed, F1 columns of the first matrix, F hidden units.
 """
@@ -43,7 +43,7 @@ class Blocks(NamedTuple):
 
 
 def implementation(num_assignments: int, num_experts: int, platform: str) -> str:
-  """Returns the implementation that suits: one of `IMPLEMENTATIONS`."""
+  """Returns the best implementation: one of `IMPLEMENTATIONS`."""
   return 'gather' if platform != 'cpu' and num_assignments < num_experts else 'loop'
 
 
@@ -61,8 +61,8 @@ def run_blocks(
     blocks: rows, and the expert of each block.
     weights: `w_in` and `w_out` of this device's experts; with `layer`, of all layers.
     activation: of the hidden layer.
-    layer: whose weights are meant. Given apart, because a slice of one layer would be a copy of all
-      its experts.
+    layer: index of the layer. Passed separately, because a slice of one layer would be a copy of
+      all its experts.
     which: of `IMPLEMENTATIONS`.
   """
   run = {'gather': _gathered, 'loop': _looped}[which]

@@ -1,6 +1,9 @@
 """The choice between implementations of the experts, by shape and platform.
 
 The bounds are measured on CPUs (experiments/LOG.md); the table is in the docstring of the package.
+
+One-letter dimensions: E experts, C rows of each, D embed, F hidden units, F1 columns of the first
+matrix.
 """
 
 import math
@@ -14,8 +17,7 @@ from moe_jax.experts.activations import activate
 from moe_jax.routing.router import varying_like
 
 # A loop over experts pays from this many experts on, up to this many rows of each, and only where
-# an expert's matrix is not small: a turn of the loop costs about as much as copying it into the
-# cache.
+# an expert's matrix is not small: an iteration costs about as much as copying it into the cache.
 LEAST_EXPERTS = 64
 MOST_ROWS = 256
 LEAST_WEIGHTS = 2**17

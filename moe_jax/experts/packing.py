@@ -1,11 +1,14 @@
 """Rows that came from several devices, moved together for each expert.
 
 Each device fills its own slots of an expert from the first on, so that at the expert filled and
-empty rows alternate. Where experts leave out empty rows, which they do on CPUs alone, these must
+empty rows alternate. Where experts leave out empty rows, which they do only on CPUs, these must
 come last:
 
   slots at an expert, of devices 0 and 1     a b . .  c . . .
   packed                                     a b c .  . . . .
+
+One-letter dimensions: E experts, P parts of its rows, one for each group of each device, C slots of
+a part, N = P C rows, D embed.
 """
 
 from typing import NamedTuple
@@ -19,8 +22,8 @@ class Packing(NamedTuple):
   """A permutation that packs rows; N, which is no row, where nothing goes.
 
   Attributes:
-    there: the row that stands in each place of the packed rows.
-    back: the packed place of each row.
+    there: the row at each index of the packed rows.
+    back: the packed index of each row.
     filled: rows of each expert that count.
   """
 
@@ -30,7 +33,7 @@ class Packing(NamedTuple):
 
 
 def packing_of(counts: Int[Array, 'E P'], capacity: int) -> Packing:
-  """Returns where rows go.
+  """Returns the permutation that packs the filled rows.
 
   Args:
     counts: filled slots of each expert in each of P parts, from the first on.

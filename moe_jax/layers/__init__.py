@@ -1,1 +1,1 @@
-"""Thin Linen modules: they hold parameters and call the rooms below."""
+"""Thin Linen modules: they hold parameters and call the packages below."""

@@ -1,4 +1,8 @@
-"""Grouped-query attention with rotary positions, with or without a key-value cache."""
+"""Grouped-query attention with rotary positions, with or without a key-value cache.
+
+One-letter dimensions: B sequences, T tokens of each, D embed, N heads, KV key-value heads, H
+dimensions of a head, L layers, M cells of the cache, or the T keys without one.
+"""
 
 from typing import NamedTuple
 

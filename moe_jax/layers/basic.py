@@ -1,4 +1,7 @@
-"""RMSNorm, the dense feed-forward layer, and how parameters name their dimensions."""
+"""RMSNorm, the dense feed-forward layer, and how parameters name their dimensions.
+
+One-letter dimensions: B sequences, T tokens of each, D embed, F hidden units.
+"""
 
 from collections.abc import Callable
 

@@ -3,6 +3,9 @@
 B x T x V logits in float32 are often the largest array of a step. Here each device takes its tokens
 part by part. A part's gradients are formed with its loss, while its logits are at hand: the
 backward pass computes no logit again, and only multiplies what the forward pass left by a number.
+
+One-letter dimensions: B sequences, T tokens of each, D embed, V vocabulary, N tokens on this
+device, P parts, R tokens of a part.
 """
 
 import functools

@@ -89,7 +89,7 @@ class Moe(nn.Module):
     def new_state() -> dict[str, Array]:
       return router.state(options.choice, embed_dim, self.vocab_size)
 
-    # Shapes alone are traced here: a state may be as large as the vocabulary.
+    # Only shapes are traced here: a state may be as large as the vocabulary.
     state = {
       name: self.variable(ROUTER_STATE, name, lambda name=name: new_state()[name]).value
       for name in jax.eval_shape(new_state)

@@ -55,7 +55,7 @@ def moe_layer(
     mesh: axes ('data', 'expert').
     options: static.
     deterministic: evaluation: no jitter, and nothing drawn by the router.
-    layer: for decoding alone: whose experts are meant, where `params` has those of all layers. It
+    layer: only for decoding: index of the layer, where `params` has the experts of all layers. It
       reads few of them, and a slice of one layer would copy all of that layer's.
 
   Raises:
@@ -138,7 +138,7 @@ def _local_layer(
       renormalize=options.choice.renormalize,
     )
 
-  # Soft MoE alone: slots hold mixtures of tokens, and the plan serves the statistics.
+  # Only Soft MoE: slots hold mixtures of tokens, and the plan serves the statistics.
   mixture = router.mix and router.mix(params.router, state, inputs, choice_options)
   weights = (params.w_in, params.w_out)
   y_GSD = _run_experts(

@@ -19,7 +19,7 @@ class MoeOptions:
   `capacity_factor` None never drops a token. `balance_scopes` is the number of scopes of the
   load-balancing loss in the batch, a divisor of its number of groups, or that of its sequences.
   `choice` holds the router's hyperparameters; its `capacity` and `training` are filled in by the
-  layer. `returns_choices` also gives back which experts each token selected, `returns_routing` all
+  layer. `returns_choices` also returns which experts each token selected, `returns_routing` all
   that the router computed for it. `exchange` is not read in decoding. Defaults are a plain layer's,
   for a layer built by hand; `models.build` passes every field of a config.
   """
@@ -89,7 +89,7 @@ class TokenRouting(NamedTuple):
     experts: those that each token selected, before any drop, in the router's order; -1 for an
       assignment that selected none.
     gates: weight of that expert's output; 0 for none and where the token was dropped.
-    kept: whether the expert had a slot for the token.
+    kept: True if the expert had a slot for the token.
   """
 
   router_probs: Float[Array, '*shape E']

@@ -38,9 +38,9 @@ def build_task(
     vocab_size: V of the tokenizer.
     mode: `train` uses capacity_factor and the balance scopes of the config; `eval` uses
       eval_capacity_factor and one scope; `decode` never drops, reads
-      only the experts that were chosen, and has no gradient.
+      only the experts that were selected, and has no gradient.
     batch_size: sequences in a (micro-)batch; `train` derives the balance scopes from it.
-    returns_routing: whether a forward pass says all that the routers said of each token.
+    returns_routing: whether a forward pass returns all that the routers computed for each token.
 
   Raises:
     UserError: if a model of the config cannot be decoded.

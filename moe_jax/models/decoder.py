@@ -157,12 +157,12 @@ class Decoder(nn.Module):
     cache: Any = None,
     deterministic: bool = True,
   ) -> DecoderOutput:
-    """Returns what next-token logits are made of.
+    """Returns the output from which next-token logits are computed.
 
     Args:
       inputs: token ids.
       segment_ids: document number within the row, from 1; 0 is padding. With a cache a row is one
-        document, and 0 marks tokens that are computed and thrown away.
+        document, and 0 marks tokens that are computed and discarded.
       positions: position within the document.
       cache: from `init_cache`; `positions` then name the cells to write.
       deterministic: no jitter and no random stream; the `routing` stream is needed otherwise.
@@ -210,7 +210,7 @@ class Decoder(nn.Module):
   def _experts_of_all_layers(self) -> tuple[Array, Array] | None:
     """Returns the experts' weights as they are stored, where decoding reads few of them.
 
-    The scan over layers would copy all experts of each layer, chosen or not.
+    The scan over layers would copy all experts of each layer, selected or not.
     """
     moe = self.options.moe
     if moe is None or moe.dispatch != DECODE or self.is_initializing():

@@ -36,7 +36,7 @@ class Rows(NamedTuple):
     token: drawn last, not in the cache yet.
     done: whether the end was drawn before it.
     lengths: of the prompts.
-    place: of the next token among the new ones, from 0.
+    place: index of the next token among the new ones, from 0.
     keys: of each row.
     cache: of all tokens before.
   """
@@ -138,13 +138,13 @@ def generate(
     temperature: see `sample_token`.
     top_k: see `sample_token`.
     top_p: see `sample_token`.
-    seed: with the place of the prompt in the list, determines what is drawn.
+    seed: with the index of the prompt in the list, determines what is drawn.
 
   Returns:
     The new tokens of each prompt.
   """
   rows = len(prompts)
-  # Rows that fill up the mesh repeat the first prompt and are thrown away.
+  # Rows that fill up the mesh repeat the first prompt and are discarded.
   padded = -(-rows // task.mesh.size) * task.mesh.size
   longest = max(len(prompt) for prompt in prompts)
   tokens = np.zeros((padded, longest), np.int32)
@@ -195,7 +195,7 @@ def prefill(
     router_state: of the model.
     tokens: of the prompts, filled up on the right with anything.
     lengths: of the prompts, at least 1.
-    key: with the row and the place of a token, determines what is drawn.
+    key: with the row and the index of a token, determines what is drawn.
     how: it is drawn.
   """
   batch_size, longest = tokens.shape
@@ -216,10 +216,10 @@ def prefill(
 def continue_rows(
   task: Task, num_tokens: int, params: Any, router_state: Any, rows: Rows, how: Sampling
 ) -> tuple[Int[Array, 'B N'], Rows]:
-  """Draws so many more tokens of each row.
+  """Draws N more tokens of each row.
 
-  `rows` are donated, the cache with them: use only those that come back. They are the state to go
-  on from.
+  `rows` are donated, the cache with them: use only those that are returned, which are the state to
+  continue from.
 
   Args:
     task: in mode `decode`; one that has `Task.decode`.

@@ -61,7 +61,7 @@ class LanguageModel(Task):
     key: Key[Array, ''] | None = None,
     cache: Any = None,
   ) -> DecoderOutput:
-    """Returns what the network gives for a batch, of which `targets` are not read."""
+    """Returns the output of the network for a batch, of which `targets` are not read."""
     return decoder.forward(
       self.network,
       params,

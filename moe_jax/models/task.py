@@ -70,7 +70,7 @@ class DecodeHooks(NamedTuple):
 class Task:
   """A model with its loss. Immutable and hashable: an argument of compiled functions.
 
-  What is not overridden is that of a model without experts that can't be sampled from.
+  The defaults are those of a model without experts that can't be sampled from.
 
   Attributes:
     mesh: axes ('data', 'expert').
@@ -106,7 +106,7 @@ class Task:
     return {}
 
   def weight(self, batch: Batch) -> Float[Array, '']:
-    """Returns what the loss of a batch is divided by: its number of tokens, without padding."""
+    """Returns the divisor of the loss of a batch: its number of tokens, without padding."""
     return jnp.sum(batch['segment_ids'] > 0).astype(jnp.float32)
 
   def loss(
@@ -120,7 +120,7 @@ class Task:
     return self
 
   def param_label(self, path: tuple[str, ...], shape: tuple[int, ...]) -> str:
-    """Returns what a parameter is, one of `stacks.LABELS`: for optimizer and accounting."""
+    """Returns the kind of a parameter, one of `stacks.LABELS`: for optimizer and accounting."""
     return stacks.label(path, shape)
 
   def expert_weights(self, params: Any) -> list[Float[Array, 'L E ...']]:

@@ -15,7 +15,7 @@ from moe_jax.parallel import watch
 _VARIABLES = ('MOE_JAX_COORDINATOR', 'MOE_JAX_NUM_PROCESSES', 'MOE_JAX_PROCESS_ID')
 # JAX's own watch ends a process with a long trace; ours, which says more, shall come first.
 _HEARTBEAT_SECONDS = 600
-# What `srun` sets and JAX needs; `sbatch` and `salloc` alone set but some of them.
+# What `srun` sets and JAX needs; `sbatch` and `salloc` by themselves set only some of them.
 _SLURM = (
   'SLURM_JOB_ID',
   'SLURM_STEP_NODELIST',
@@ -28,10 +28,10 @@ _SLURM = (
 def join_processes() -> None:
   """Connects this process to the others of its run; does nothing for a run of one process.
 
-  `MOE_JAX_COORDINATOR=host:port`, `MOE_JAX_NUM_PROCESSES=n` and `MOE_JAX_PROCESS_ID=i` name the
-  place of this process. `MOE_JAX_COORDINATOR=auto` lets JAX read the cluster's environment (Slurm,
-  Open MPI, TPU pods, GKE). A process that then does not answer for `MOE_JAX_PEER_TIMEOUT` seconds
-  (60) ends the others with exit code 75, see `watch`.
+  `MOE_JAX_COORDINATOR=host:port`, `MOE_JAX_NUM_PROCESSES=n` and `MOE_JAX_PROCESS_ID=i` name this
+  process. `MOE_JAX_COORDINATOR=auto` lets JAX read the cluster's environment (Slurm, Open MPI, TPU
+  pods, GKE). A process that then does not answer for `MOE_JAX_PEER_TIMEOUT` seconds (60) ends the
+  others with exit code 75, see `watch`.
 
   Raises:
     UserError: if only some of the variables are set, one is not a number in range, the coordinator
@@ -106,7 +106,7 @@ def _check_address(coordinator: str) -> None:
 
 @contextlib.contextmanager
 def all_or_none() -> Iterator[None]:
-  """Goes on after the body only if it raised in no process.
+  """Continues after the body only if it raised in no process.
 
   Where one process stops, the others would wait for it in their first sum, for ever. Not for a body
   that itself waits for other processes.
@@ -128,7 +128,7 @@ def all_or_none() -> Iterator[None]:
 
 
 def _is_number(text: str) -> bool:
-  # Not isdigit or isdecimal alone: they take digits of any script, superscripts included.
+  # Not only isdigit or isdecimal: they take digits of any script, superscripts included.
   return text.isascii() and text.isdecimal()
 
 

@@ -20,8 +20,8 @@ from moe_jax.parallel.mesh import BATCH_AXES, DATA_AXIS, EXPERT_AXIS
 # Name of a dimension -> the mesh axes that it is split over; None: every device holds it whole.
 RULES: Mapping[str, str | tuple[str, ...] | None] = MappingProxyType(
   {
-    # The expert axis is a data axis outside the experts: without it, devices that differ in their
-    # experts alone would compute the same tokens.
+    # The expert axis is a data axis outside the experts: without it, devices that differ only in
+    # their experts would compute the same tokens.
     'batch': BATCH_AXES,
     'expert': EXPERT_AXIS,
     # Scanned or mapped over, one element after the other or all on each device.
@@ -112,7 +112,7 @@ def expert_spec(mesh: Mesh, *, has_layers: bool) -> PartitionSpec:
     has_layers: weights [layers, expert, ...] of all layers; [expert, ...] of one otherwise.
   """
   # Over a data axis of one device the experts' gradients need no sum. Unless that axis is named,
-  # JAX asks for one all the same, and XLA on CPUs copies all of them for it.
+  # JAX inserts one all the same, and XLA on CPUs copies all of them for it.
   unit_axes = (DATA_AXIS,) if mesh.shape[DATA_AXIS] == 1 else ()
   *layers, expert = spec(*(('layers', 'expert') if has_layers else ('expert',)))
   return PartitionSpec(*layers, (*unit_axes, expert))

@@ -2,7 +2,7 @@
 
 A process that was stopped, or whose machine is gone, lets all others wait in their next sum. JAX
 ends them with a trace of the one that waits. Here each process counts up a number of its own in
-JAX's key-value store, and ends with one line that names who has ceased to.
+JAX's key-value store, and ends with one line that names those that stopped.
 """
 
 import os
@@ -18,7 +18,7 @@ from moe_jax.errors import UserError
 
 TIMEOUT = 'MOE_JAX_PEER_TIMEOUT'
 _SECONDS = 60
-# A process of the run is lost, the run is not: the same command goes on.
+# A process of the run is lost, the run is not: the same command continues it.
 LOST_EXIT_CODE = 75
 _KEY = 'moe_jax/alive/'
 
@@ -34,7 +34,7 @@ class Watch:
     self._looked = now
 
   def look(self, said: Mapping[int, str] | None, now: float) -> list[int]:
-    """Takes what each process said last, and returns those that have been silent for too long.
+    """Takes the last count of each process, and returns those that have been silent for too long.
 
     Args:
       said: by process; None if the store, which process 0 keeps, did not answer.
@@ -51,7 +51,7 @@ class Watch:
           self._heard[other] = now
       self._said = dict(said)
     silent = [other for other, then in self._heard.items() if now - then > self._timeout]
-    # Without the store nothing is heard of anybody.
+    # Without the store nothing is known of any process.
     return [0] if 0 in silent else silent
 
 
@@ -102,7 +102,7 @@ def start(timeout: float) -> None:
 
 
 def give_up(silent: list[int], count: int, timeout: float, end: Callable[[int], Any]) -> None:
-  """Says who does not answer and ends the process; the main thread waits in a sum, for ever."""
+  """Names who does not answer and ends the process; the main thread waits in a sum, for ever."""
   names = ' and '.join(f'process {other}' for other in silent)
   verb = 'does' if len(silent) == 1 else 'do'
   _end(

@@ -7,7 +7,7 @@ from moe_jax.results.summary import Summary
 
 
 def as_json(summary: Summary) -> dict[str, Any]:
-  """Returns what a report says, as `report --json` prints it: plain values, by name."""
+  """Returns the content of a report, as `report --json` prints it: plain values, by name."""
   return {
     'study': summary.study.name,
     'question': summary.study.question,

@@ -14,7 +14,8 @@ from moe_jax.field_names import field_value
 from moe_jax.results.records import FINISHED, Record
 from moe_jax.study import MAY_DIFFER, TOLERANCE, Study
 
-# Fields of the config in which arms must agree, by what of `study.may_differ` excuses a difference.
+# Fields of the config in which arms must agree, by the entry of `study.may_differ` that allows a
+# difference.
 _PLANNED = {
   'horizon': ('train.num_steps', 'data.batch_size', 'data.sequence_length'),
   'data': ('data.name', 'data.valid_fraction', 'data.test_fraction'),
@@ -23,12 +24,12 @@ _PLANNED = {
 
 
 def check_comparable(study: Study, records: Sequence[Record]) -> None:
-  """Checks that finished trials differ in nothing but what the study asks.
+  """Checks that finished trials differ only in what the study compares.
 
   All of them, since they stand in one table: at the end of their schedule, with the same number of
   steps and of tokens ('horizon'), text ('data'), tokenizer ('tokenizer') and training FLOPs
   ('compute'), each unless `study.may_differ` names it. A finished trial that is not at its last
-  step, and another split evaluated than the study's, are nothing that a study can ask.
+  step, and another split evaluated than the study's, can never be allowed by a study.
 
   Raises:
     UserError: naming the field, two trials and their values.
@@ -59,7 +60,7 @@ def check_comparable(study: Study, records: Sequence[Record]) -> None:
   trials.check_equal('tokenizer', 'tokenizer', of(lambda record: record.data.get('tokenizer')))
   if 'tokenizer' in study.may_differ:
     trials.check_equal('data', 'data.name', of(lambda record: record.data.get('name')))
-  # The fingerprint is of text and tokenizer, so it can be compared under one tokenizer alone.
+  # The fingerprint is of text and tokenizer, so it can be compared only under one tokenizer.
   groups: dict[Any, list[tuple[str, Any]]] = {}
   for record in finished:
     group = groups.setdefault(record.data.get('tokenizer'), [])
@@ -76,7 +77,7 @@ def check_planned(
   """Checks before anything is trained what `check_comparable` will check of the results.
 
   Args:
-    study: what is asked.
+    study: the question.
     configs: of the arms, by name.
     flops: of the training of each arm.
 
@@ -95,7 +96,7 @@ class _Compared(NamedTuple):
   """A value that must agree, unless the study allows it to differ.
 
   Attributes:
-    study: whose `may_differ` names what it asks.
+    study: whose `may_differ` names what may differ.
     kind: of what is compared, for messages.
   """
 
@@ -159,7 +160,7 @@ def check_records(study: Study, records: Sequence[Record]) -> None:
 
 
 def check_arms(study: Study) -> None:
-  """Checks that arms have names of their own, what is compared are arms, and the margin.
+  """Checks that names of arms are unique, that comparisons name arms, and the margin.
 
   Raises:
     UserError: naming the field.
@@ -186,5 +187,5 @@ def _label(record: Record) -> str:
 
 
 def _plain(changes: dict[str, Any]) -> Any:
-  """Tuples and lists alike, as they come back from JSON."""
+  """Returns tuples as lists, as they come back from JSON."""
   return json.loads(json.dumps(changes, default=str))

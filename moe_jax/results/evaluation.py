@@ -122,7 +122,7 @@ def evaluate(request: Request) -> Evaluation:
 
 
 def _text(request: Request, run: RestoredRun) -> tuple[Dataset, str, str]:
-  """Returns a data set, the split to evaluate on, and what names the result."""
+  """Returns a data set, the split to evaluate on, and the name of the result."""
   source = request.data
   if source is None:
     dataset = dataset_of(run.config, run.tokenizer)
@@ -156,7 +156,7 @@ def _file_name(source: str) -> str:
 
 
 def print_tables(result: dict[str, Any]) -> None:
-  """Prints what `evaluate` found."""
+  """Prints the results of `evaluate`."""
   _print_quality(result)
   if 'router/load' not in result:
     return
@@ -249,7 +249,7 @@ def _print_load(result: dict[str, Any]) -> None:
 
 
 def _print_specialization(result: dict[str, Any]) -> None:
-  """Prints what `moe_jax.train.specialization` measured, as far as it could."""
+  """Prints the measures of `moe_jax.train.specialization` that are known."""
   columns = {
     'expert_domain_mi': 'bits: domain',
     'expert_token_mi': 'bits: token id',

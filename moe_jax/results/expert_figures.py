@@ -196,7 +196,7 @@ def _labels(study: Study, arms: Any) -> list[str]:
 
 
 def _width(panels: int) -> float:
-  """Returns the width of a figure with so many panels next to each other."""
+  """Returns the width of a figure with this number of panels next to each other."""
   return COLUMN_WIDTH if panels <= _MOST_IN_COLUMN else PAGE_WIDTH
 
 

@@ -43,8 +43,8 @@ class _Column(NamedTuple):
 def latex(summary: Summary, keys: Sequence[str] = (), *, wide: bool = False) -> str:
   r"""Returns `table` environments with captions and labels, to \input into a paper.
 
-  Of the default columns those stay that fit next to each other; of columns that were asked for, all
-  do, in a second tabular below the first if need be. Warnings and what is not averaged are
+  Of the default columns those stay that fit next to each other; of requested columns all do, in a
+  second tabular below the first if need be. Warnings and what is not averaged are
   comments: they are for the author to deal with.
 
   Args:
@@ -53,7 +53,7 @@ def latex(summary: Summary, keys: Sequence[str] = (), *, wide: bool = False) -> 
     wide: `table*`, over both columns of a page.
 
   Raises:
-    UserError: for a column that there is not.
+    UserError: for an unknown column.
   """
   shown = [_as_shown(summary, column) for column in tables.columns(summary, keys)]
   labels = labels_of(summary.study)
@@ -83,7 +83,7 @@ def latex(summary: Summary, keys: Sequence[str] = (), *, wide: bool = False) -> 
 def left_out(
   summary: Summary, keys: Sequence[str] = (), *, wide: bool = False
 ) -> list[tables.Column]:
-  """Returns the default columns that `latex` has no room for; none of columns that are named."""
+  """Returns the default columns that do not fit in `latex`; none of columns that are named."""
   if keys:
     return []
   columns = tables.columns(summary)
@@ -153,7 +153,7 @@ def _tabular(names: _Column, numbers: Sequence[_Column], width: float) -> str:
 
 
 def _blocks(columns: Sequence[_Column], room: float) -> list[list[_Column]]:
-  """Returns the columns in parts, each no wider than the room next to the names."""
+  """Returns the columns in parts, each no wider than the space next to the names."""
   blocks: list[list[_Column]] = [[]]
   left = room
   for column in columns:
@@ -179,7 +179,7 @@ def _first(columns: Sequence[_Column], room: float) -> list[_Column]:
 
 
 def _lines(title: str, width: float) -> list[str]:
-  """Returns the words of a head in lines that are at most so wide, where words allow it."""
+  """Returns the words of a head in lines of at most the given width, where words allow it."""
   lines: list[str] = []
   for word in title.split() or ['']:
     if lines and _width(f'{lines[-1]} {word}') <= width:
@@ -214,7 +214,7 @@ def _split(cell: str) -> tuple[str, str]:
 
 
 def _cell(cell: str) -> str:
-  """Returns a cell; an interval as a subscript, which takes less room."""
+  """Returns a cell; an interval as a subscript, which takes less space."""
   base, script = _split(cell)
   if cell == tables.NOTHING:
     return '--'

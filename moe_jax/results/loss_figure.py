@@ -45,7 +45,7 @@ def loss_curves(study: Study, records: Sequence[Record]) -> Figure | None:
     return None
   seeds = shared_seeds(arms)
   means = {arm: mean for arm, trials in arms.items() if (mean := _mean_curve(trials, seeds))}
-  # Strangers to the means set the scale only if there are none.
+  # Curves that no mean includes set the scale only if there are no means.
   limits = _loss_range(
     [(steps, mean) for steps, mean, _ in means.values()]
     or [tuple(_curve(r).T) for trials in arms.values() for r in trials]

@@ -30,7 +30,7 @@ LATEX = {
 # Accents that LaTeX puts on letters in any font encoding, of code points below _MOST_ACCENTED.
 _ACCENTS = '\u0300\u0301\u0302\u0303\u0308\u030a\u030c\u0327'
 _MOST_ACCENTED = 0x180
-# What a narrow column holds of a word without a place to break it, with the punctuation after it.
+# What a narrow column holds of a word without a possible break, with the punctuation after it.
 _PIECE = re.compile(
   r'(?:(?<!\S)[\W_]+)?'
   r'(?:[-+]?\d{1,6}(?:\.\d{1,6}){1,2}|(?=[A-Z]{8})[A-Z]{5}|[^\W_]{1,13})'
@@ -52,7 +52,7 @@ def escape_latex(text: str) -> str:
 
 
 def break_latex(text: str) -> str:
-  """Returns the same as `escape_latex`, with places where a long word may go on in the next line.
+  """Returns the same as `escape_latex`, with the points at which a long word may break.
 
   These are after punctuation within a word, except in numbers, and in long runs of letters and
   digits, as hashes are.

@@ -28,7 +28,8 @@ _SHORT = 12
 def methods(summary: Summary) -> str:
   """Returns a paragraph in LaTeX: models, data, seeds, statistics, commit.
 
-  Of the config it says what all finished trials agree on, and names what arms change.
+  It states the fields of the config that all finished trials agree on, and names those that arms
+  change.
   """
   sentences = [
     *_on_models(summary),

@@ -24,7 +24,7 @@ TITLES = {
 
 
 def metric_title(name: str) -> str:
-  """Returns what a table calls a metric: 'dropless/router/max_violation/mean' is 'MaxVio'.
+  """Returns the title of a metric in tables: 'dropless/router/max_violation/mean' is 'MaxVio'.
 
   The mean over layers is not said; other statistics, single layers and domains are.
   """
@@ -58,12 +58,12 @@ def metric_titles(names: Iterable[str]) -> dict[str, str]:
 
 
 def unit_of(metric: Metric) -> str:
-  """Returns the unit of what decides; '' where a study kept the default for another metric."""
+  """Returns the deciding metric's unit; '' where a study kept the default for another metric."""
   is_default = metric.unit == Metric().unit
   return '' if is_default and not metric.name.endswith('bits_per_byte') else metric.unit
 
 
 def deciding_title(metric: Metric) -> str:
-  """Returns what tables and figures call the metric that decides, with its unit."""
+  """Returns the title of the deciding metric in tables and figures, with its unit."""
   title, unit = metric_title(metric.name), unit_of(metric)
   return title if not unit or unit in title else f'{title} ({unit})'

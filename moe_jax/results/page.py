@@ -1,4 +1,4 @@
-"""The page of a study: one HTML file that needs no network, with everything known of each trial."""
+"""The page of a study: one HTML file that needs no network, with all data of each trial."""
 
 import base64
 import dataclasses
@@ -114,7 +114,7 @@ def _content(
 
 
 def _shown(record: Record) -> dict[str, Any]:
-  """Returns what the page shows of a record."""
+  """Returns the part of a record that the page shows."""
   values = dataclasses.asdict(record)
   del values['load']
   values['metrics'] = _without_experts(values['metrics'])

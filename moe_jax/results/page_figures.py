@@ -48,7 +48,7 @@ def _panels(summary: Summary, arms: dict[str, list[Record]]) -> list[dict[str, A
   known = {name for arm in summary.arms for name in arm.metrics}
   names = [study.metric.name]
   for path in _FURTHER:
-    # Statistics of a whole split, as specialisation, may stand in one evaluation alone.
+    # Statistics of a whole split, as specialisation, may be in only one evaluation.
     found = [e for e in (evaluation, own, *study.evaluations) if f'{e}/{path}' in known]
     names += [f'{found[0]}/{path}'] if found else []
   panels = []

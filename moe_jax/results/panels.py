@@ -27,7 +27,7 @@ Trials = list[Record]
 
 
 def by_arm(study: Study, records: Sequence[Record]) -> dict[str, Trials]:
-  """Returns the trials of each arm by seed, arms in the order of the study, strangers last."""
+  """Returns the trials of each arm by seed, arms in the order of the study, unknown ones last."""
   names = [arm.name for arm in study.arms] + [record.arm for record in records]
   arms: dict[str, Trials] = {name: [] for name in names}
   for record in sorted(records, key=lambda r: r.seed):
@@ -91,7 +91,7 @@ def make_panels(names: list[str]) -> tuple[Figure, list[tuple[Axes, list[str]]]]
 
 
 def wrapped(name: str, width: int = 34) -> str:
-  """Returns a name in lines of so many characters, broken between words, else within one."""
+  """Returns a name in lines of `width` characters, broken between words, else within one."""
   lines = []
   for line in textwrap.wrap(name, width, break_long_words=False):
     lines += [line] if len(line) <= width else _broken(line, width)

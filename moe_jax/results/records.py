@@ -40,9 +40,9 @@ class Record:
     git_commit: of the checkout it ran in; None if unknown.
     git_date: day of that commit, 'YYYY-MM-DD'; '' if unknown, as in results of earlier versions.
     git_dirty: whether that had uncommitted changes.
-    devices: platform, kind and count, and the precision of matrix products ('default' or as JAX
+    devices: platform, kind and count, and the precision of matmuls ('default' or as JAX
       names it; results of earlier versions lack it).
-    pack: trials that trained as one program with it; 1 if it ran alone, None if unknown.
+    pack: trials that trained as one program, this one included; None if unknown.
     mesh: devices along each axis.
     parameters: `total` and `active`.
     flops_per_token: of training, forward and backward.
@@ -114,7 +114,7 @@ def encode_records(records: Iterable[Record], *, compact: bool = False) -> bytes
 
   Args:
     records: one for each line.
-    compact: without values that are defaults of `Record`; and a line may say `config_from` in place
+    compact: without values that are defaults of `Record`; and a line may say `config_from` instead
       of `config`, the number of an earlier line, and the fields in which its config differs from
       that line's. Digests are of the values with the config.
   """

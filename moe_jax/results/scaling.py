@@ -9,7 +9,7 @@ Source: Clark et al. 2022, arXiv:2202.01169; the formulas are from notes, the te
 available. Differs: one N, so a and c cannot be found; E_start = 1, so that a dense model has E^ =
 1; E is the expansion, how many times the parameters of a dense layer the experts hold (E / K for
 experts of width F / K), which is the number of experts for K = 1, the source's case; fitted to
-the metric of the study instead of nats per token, which moves d' alone.
+the metric of the study instead of nats per token, which moves only d'.
 """
 
 import math
@@ -40,7 +40,7 @@ class ExpertScaling(NamedTuple):
     curvature: coefficient of (log10 E)^2 in a parabola, likewise; above 0 returns diminish.
     saturated: (b', E_max) of the law with saturation, of means over seeds; None where the data do
       not carry it: too few expansions, or an interval of the curvature that reaches below 0.
-    why_not: why there is less; empty if all is there.
+    why_not: reason for a missing part; empty if none is missing.
   """
 
   num_selected_experts: int
@@ -62,7 +62,7 @@ def fit(study: Study, records: Sequence[Record]) -> list[ExpertScaling]:
 
   Args:
     study: whose metric is fitted.
-    records: of its trials; arms must differ in experts alone.
+    records: of its trials; arms must differ only in experts.
   """
   dense: dict[int, float] = {}
   by_selected: dict[int, dict[float, dict[int, float]]] = {}

@@ -1,7 +1,7 @@
 """Means over seeds with intervals, paired differences, and Holm's correction.
 
 A value is one trained model. Student's t takes values (or differences of pairs) as draws from a
-normal distribution; with 3 seeds nobody can check that, and no other interval does better there.
+normal distribution; with 3 seeds that cannot be checked, and no other interval does better there.
 """
 
 import math

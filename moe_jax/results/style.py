@@ -20,8 +20,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, without the yellow that white
-# paper swallows; then again dashed.
+# Okabe and Ito's colours, which colour-blind readers can tell apart, without the yellow, invisible
+# on white paper; then again dashed.
 COLORS = ('#0072B2', '#E69F00', '#009E73', '#D55E00', '#CC79A7', '#56B4E9', '#000000')
 DASHES = ('-', '--')
 # In inches, of the narrowest common classes in two columns: \columnwidth and \textwidth.

@@ -27,7 +27,7 @@ SIGNIFICANCE = 0.05
 # Seeds below which a summary warns: the quantile of t falls from 12.7 with 2 to 4.3 with 3.
 MIN_SEEDS = 3
 
-# What a planned comparison says of its arm. Better or worse: the difference is significant.
+# Verdict of a planned comparison on its arm. Better or worse: the difference is significant.
 # Equivalent: it is significantly below the margin of the study; both may hold, of a difference that
 # is there and does not matter. Undecided: neither, the interval is all that can be said. Untested:
 # fewer than 2 pairs, or differences that do not vary.

@@ -136,9 +136,9 @@ def _made(summary: Summary, keys: Sequence[str]) -> list[Column]:
 
 
 def _nearest_columns(key: str, possible: Sequence[str]) -> str:
-  """Returns what to write in place of a column that there is not: the nearest, or those without /.
+  """Returns what to write instead of an unknown column: the nearest, or those without /.
 
-  A path may be near by its last parts alone: 'drop_share' to 'capacity/router/drop_share'.
+  A path may be near by only its last parts: 'drop_share' to 'capacity/router/drop_share'.
   """
   endings = {
     '/'.join(path.split('/')[first:]): path
@@ -265,7 +265,7 @@ def csv_text(summary: Summary) -> str:
 
 
 def interval(of: Interval | None, sign: str = '') -> str:
-  """Returns the mean and half the width of the interval; the mean alone of a single value."""
+  """Returns the mean and half the width of the interval; only the mean of a single value."""
   if of is None or math.isnan(of.mean):
     return NOTHING
   mean, half = of.mean, of.half_width
@@ -305,7 +305,7 @@ def p_value(p: float) -> str:
 
 
 def notes(summary: Summary, keys: Sequence[str] = ()) -> list[str]:
-  """Returns what must be said of the tables, a sentence or two each, as plain text."""
+  """Returns notes on the tables, a sentence or two each, as plain text."""
   study = summary.study
   said = [
     f'{metric(summary)}: mean ± half the width of the {LEVEL:.0%} interval of Student t over '
@@ -336,7 +336,7 @@ def notes(summary: Summary, keys: Sequence[str] = ()) -> list[str]:
 
 
 def not_averaged(summary: Summary) -> list[tuple[str, Sequence[str]]]:
-  """Returns what the tables do not average, by title."""
+  """Returns the trials that the tables do not average, by title."""
   absent = [f'{arm.name}, {_absent(trial)}' for arm in summary.arms for trial in arm.absent]
   dropped = [f'{arm.name}: {arm.dropped}' for arm in summary.arms if arm.dropped]
   return [('Trials without a value', absent), ('Arms that were not run', dropped)]

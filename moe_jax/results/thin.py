@@ -38,7 +38,7 @@ def is_thin(records: Sequence[Record], metric: str) -> bool:
 
 
 def spread(items: Sequence[Any], most: int) -> list[Any]:
-  """Returns at most so many of the items, evenly spread, the last and the first among them."""
+  """Returns at most `most` of the items, evenly spread, the last and the first among them."""
   if len(items) <= most:
     return list(items)
   if most == 1:

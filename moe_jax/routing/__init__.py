@@ -1,8 +1,8 @@
 """Routing: from tokens to a plan. Plain JAX, one device, no collectives.
 
-A router of `routers/` picks experts, `plan.make_plan` applies the capacity, `stats.router_sums`
-counts what happened and `losses` turns the counts into the auxiliary losses. A new way of choosing
-is one new file in `routers/`; `router.Router` says what it holds.
+A router of `routers/` selects experts, `plan.make_plan` applies the capacity, `stats.router_sums`
+counts the outcome and `losses` turns the counts into the auxiliary losses. A new router is one new
+file in `routers/`; `router.Router` documents its content.
 """
 
 from moe_jax.router_options import (

@@ -1,7 +1,9 @@
 """Auxiliary losses of a router, formed from `RouterSums`. None is multiplied by its weight here.
 
 Each takes the sums of one layer (leading dimensions broadcast) and averages over the balance
-scopes, weighted by their valid tokens, so that a scope of padding alone counts for nothing.
+scopes, weighted by their valid tokens, so that a scope of only padding counts for nothing.
+
+One-letter dimensions: N balance scopes, E experts.
 """
 
 import jax
@@ -31,12 +33,15 @@ def load_balancing_loss(sums: RouterSums, num_selected_experts: int) -> Float[Ar
 
   Scope `global`: Qiu et al. 2025, arXiv:2501.11873, if train.accumulation_scope is `batch` or there
   is one micro-batch. With `running` it is their buffer (algorithm 1): all but the last micro-batch
-  see partial counts. With `microbatch` each micro-batch is balanced for itself.
+  see partial counts. With `microbatch` each micro-batch is balanced by itself.
   """
   num_experts = sums.prob_sum.shape[-1]
   tokens = _at_least_one(sums.tokens)[..., None]
+  # Counts before any drop: after it no expert is above its capacity, and an overload would not
+  # show. Counts have no gradient; all of it passes through P, away from loaded experts.
   expert_share = jax.lax.stop_gradient(sums.tokens_per_expert) / (num_selected_experts * tokens)
   mean_prob = sums.prob_sum / tokens
+  # [N E] -> [N], a loss for each scope: f P of the whole batch could balance without its scopes.
   per_scope = num_experts * jnp.sum(expert_share * mean_prob, axis=-1)
   return _mean_over_scopes(per_scope, sums.tokens)
 
@@ -65,8 +70,10 @@ def device_balance_loss(
   if num_devices < 1 or num_experts % num_devices:
     raise ValueError(f'num_devices={num_devices!r}: must divide num_experts={num_experts}')
   tokens = _at_least_one(sums.tokens)
+  # [N E] -> [N parts E/parts], consecutive experts to a part.
   shape = (*tokens.shape, num_devices, num_experts // num_devices)
   counts = jax.lax.stop_gradient(sums.tokens_per_expert).reshape(shape)
+  # The mean over a part for f, the sum for P: f' and P' of the source.
   load = num_experts * jnp.mean(counts, axis=-1) / (num_selected_experts * tokens[..., None])
   prob = jnp.sum(sums.prob_sum.reshape(shape), axis=-1) / tokens[..., None]
   per_scope = jnp.sum(load * prob, axis=-1)
@@ -93,6 +100,7 @@ def load_balancing_value(
   count, divided by K; there, only first choices count.
   """
   num_experts = sums.prob_sum.shape[-1]
+  # All are multiples of `load_balancing_loss`, which is E sum_e c_e / (K T) P_e.
   factors = {'one': 1.0, 'k': float(num_selected_experts), 'gshard': 1.0 / num_experts**2}
   if normalization not in factors:
     raise ValueError(f'normalization={normalization!r}: must be one of {NORMALIZATIONS}')
@@ -104,6 +112,7 @@ def router_z_loss(sums: RouterSums) -> Float[Array, '*layers']:
 
   Source: Zoph et al. 2022, arXiv:2202.08906, eq. 5.
   """
+  # No scopes: a mean over tokens is the same however they are divided.
   return sums.logsumexp_squared / _at_least_one(jnp.sum(sums.tokens, axis=-1))
 
 
@@ -113,6 +122,8 @@ def importance_loss(sums: RouterSums) -> Float[Array, '*layers']:
   Source: Shazeer et al. 2017, arXiv:1701.06538, eq. 6-7, on the softmax over all experts as in
   Riquelme et al. 2021, arXiv:2106.05974, app. A (Shazeer sums the gates after selection).
   """
+  # The coefficient of variation does not change with the scale. Dividing by the tokens keeps the
+  # mean near 1 / E, above the floor below.
   mean_prob = sums.prob_sum / _at_least_one(sums.tokens)[..., None]
   return _mean_over_scopes(squared_variation(mean_prob), sums.tokens)
 
@@ -120,8 +131,8 @@ def importance_loss(sums: RouterSums) -> Float[Array, '*layers']:
 def entropy_loss(sums: RouterSums) -> Float[Array, '*layers']:
   """Returns the mean over tokens of the entropy of the router probabilities, in nats.
 
-  Log E for a router that does not know, 0 for one that is sure. A positive weight makes routers
-  surer, a negative one keeps them undecided.
+  Log E for a uniform router, 0 for one that is certain. A positive weight makes routers more
+  certain, a negative one less.
   """
   return sums.entropy / _at_least_one(jnp.sum(sums.tokens, axis=-1))
 

@@ -2,6 +2,9 @@
 
 An *assignment* is a pair (token s, choice k) with flat index s * K + k. A plan is data: any router
 makes one and any dispatcher runs it, so a routing experiment cannot change performance code.
+
+One-letter dimensions: G routing groups, S tokens of a group, E experts, K assignments of a token, C
+slots of an expert.
 """
 
 from typing import NamedTuple
@@ -13,8 +16,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from moe_jax.routing.router import Choice
 from moe_jax.routing.routers.top_k import RENORMALIZATIONS
 
-# Who gets a slot when an expert has fewer slots than assignments. Only `token` is causal in a
-# decoder language model: with the others, a later token can take the slot of an earlier one.
+# Which assignments get a slot when an expert has fewer slots than assignments. Only `token` is
+# causal in a decoder language model: with the others, a later token can take the slot of an earlier
+# one.
 PRIORITIES = ('token', 'choice', 'priority', 'random')
 CAUSAL_PRIORITIES = ('token',)
 
@@ -64,8 +68,8 @@ def make_plan(
     renormalize: `after_drop` divides the kept gates of a token by their sum.
 
   Raises:
-    ValueError: for an unknown `priority` or `renormalize`, capacity < 1, or a group of so many
-      assignments that their numbers leave int32.
+    ValueError: for an unknown `priority` or `renormalize`, capacity < 1, or a group of more
+      assignments than int32 can number.
 
   Source: `choice`: Lepikhin et al. 2020, arXiv:2006.16668, algorithm 1. `priority`: Riquelme et al.
   2021, arXiv:2106.05974, sec. 4.1 (batch-prioritized routing) within a group. `random`: DeepSpeed's
@@ -84,6 +88,7 @@ def make_plan(
       f'group_size={group_size}: group_size * num_selected_experts must stay below 2**31'
     )
 
+  # One group at a time: groups share no slots. vmap adds the dimension G to all of it.
   def plan_group(expert_index, router_probs, asked, key):
     if priority == 'token' and num_selected == num_experts:
       return _count_slots(expert_index, asked, capacity)
@@ -94,6 +99,7 @@ def make_plan(
   slot_index, source_index = jax.vmap(plan_group)(
     choice.expert_index, choice.router_probs, asked, keys
   )
+  # Here alone an assignment is dropped: its rank among its expert's is not below C.
   keep = (slot_index < capacity) & asked
   combine_weights = jnp.where(keep, choice.gates, 0)
   if renormalize == 'after_drop':
@@ -106,7 +112,7 @@ def make_plan(
 def _priority_rank(
   priority: str, router_probs: Float[Array, 'S E'], num_selected: int, key: Key[Array, '']
 ) -> Int[Array, 'S K']:
-  """Returns the place of each assignment in the queue, 0 first; a permutation of 0..S*K-1."""
+  """Returns the rank of each assignment in the queue, from 0; a permutation of 0..S*K-1."""
   group_size = router_probs.shape[0]
   token = jnp.arange(group_size, dtype=jnp.int32)[:, None]
   choice = jnp.arange(num_selected, dtype=jnp.int32)[None, :]
@@ -119,6 +125,7 @@ def _priority_rank(
     order = jnp.argsort(-jnp.max(router_probs, axis=-1), stable=True)
     token_rank = jnp.argsort(order).astype(jnp.int32)[:, None]
     return choice * group_size + token_rank
+  # Over all S K assignments: the choices of a token stand apart in the queue.
   order = jax.random.permutation(key, group_size * num_selected)
   return order.astype(jnp.int32).reshape(group_size, num_selected)
 
@@ -132,8 +139,8 @@ def _assign_slots(
 ) -> tuple[Int[Array, 'S K'], Int[Array, 'E C']]:
   """Ranks the assignments within each expert by one sort: O(S K log(S K)), no one-hot."""
   num_assignments = expert_index.size
-  # Sort by (expert, priority): an assignment's slot is its place among its expert's. Those without
-  # a slot queue for an expert E, behind all others.
+  # Sort by (expert, priority): an assignment's slot is its position among its expert's. Those
+  # without a slot queue for an expert E, behind all others.
   queue = jnp.where(asked, expert_index, num_experts)
   assignment = jnp.arange(num_assignments, dtype=jnp.int32)
   if (num_experts + 1) * num_assignments < 2**31:
@@ -144,11 +151,12 @@ def _assign_slots(
   else:
     keys = (queue.ravel(), rank.ravel(), assignment)
     sorted_queue, _, sorted_assignment = jax.lax.sort(keys, num_keys=2)
-  # starts[e]: where expert e begins in the sorted order; starts[E]: where those that ask for no
+  # starts[e]: where expert e begins in the sorted order; starts[E]: where those that request no
   # slot begin.
   experts = jnp.arange(num_experts + 1, dtype=jnp.int32)
   starts = jnp.searchsorted(sorted_queue, experts).astype(jnp.int32)
   sorted_slot = jnp.where(sorted_queue < num_experts, assignment - starts[sorted_queue], 0)
+  # From sorted order back to [S K]. Each assignment occurs once, so no two writes meet.
   slot_index = (
     jnp.zeros_like(sorted_slot)
     .at[sorted_assignment]
@@ -174,12 +182,12 @@ def _count_slots(
   """
   group_size, num_experts = expert_index.shape
   token = jnp.arange(group_size)[:, None]
-  # Added, not set: an expert may also be named by an assignment that asks for no slot.
+  # Added, not set: an expert may also be named by an assignment that requests no slot.
   by_expert = jnp.zeros(asked.shape, jnp.int32).at[token, expert_index].add(asked)
   before = jnp.cumsum(by_expert, axis=0) - by_expert
   slot_index = jnp.where(asked, jnp.take_along_axis(before, expert_index, axis=1), 0)
   assignment = jnp.arange(asked.size, dtype=jnp.int32).reshape(asked.shape)
-  # What got no slot goes one past the last, which is cut off.
+  # Assignments without a slot go one past the last, which is cut off.
   slot = jnp.where(asked, jnp.minimum(slot_index, capacity), capacity)
   source_index = jnp.full((num_experts, capacity + 1), asked.size, jnp.int32)
   source_index = source_index.at[expert_index, slot].set(assignment)[:, :capacity]

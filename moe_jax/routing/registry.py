@@ -12,6 +12,7 @@ def _find() -> dict[str, Router]:
   for module in pkgutil.iter_modules(routers.__path__):
     router = getattr(importlib.import_module(f'{routers.__name__}.{module.name}'), 'ROUTER', None)
     if not isinstance(router, Router) or router.name != module.name:
+      # Not skipped: the config would lack the router, and nothing would say why.
       raise ImportError(
         f'routing/routers/{module.name}.py must define ROUTER, a Router with name={module.name!r}; '
         f'it has {getattr(router, "name", None)!r}'

@@ -8,6 +8,9 @@ and whose `Options` declare its hyperparameters; the registry and `moe_jax.schem
 Nothing here communicates. What a router must know of other devices, it counts in `Choice.sums`;
 the layer adds them up over all devices, and `Router.loss` and `Router.update` read the totals. So
 losses and states are the same on any mesh.
+
+One-letter dimensions: G routing groups, S tokens of a group, D embed, E experts, K assignments of a
+token, P slots of an expert, N columns of a matrix.
 """
 
 import dataclasses
@@ -120,18 +123,21 @@ def logits(
 def product(
   tokens: Float[Array, 'G S D'], matrix: Float[Array, 'D N'], options: MatrixOptions
 ) -> Float[Array, 'G S N']:
-  """Multiplies tokens with what a router chooses by, in float32.
+  """Multiplies tokens with the matrix of a router, in float32.
 
-  At full precision by `router_dtype`: a rounded logit picks another expert. As `bfloat16`, tokens,
-  matrix and the gradient that comes back are rounded to it and products are summed in float32,
-  as the matrix units of GPUs and TPUs do. How many assignments differ, `evaluate
-  --compare_router_dtype` says of a run.
+  At full precision by `router_dtype`: a rounded logit selects another expert. As `bfloat16`,
+  tokens, matrix and the incoming gradient are rounded to it, and the matmul sums in float32,
+  as the matrix units of GPUs and TPUs do. `evaluate --compare_router_dtype` measures how many
+  assignments of a run differ.
   """
   if options.router_dtype == 'bfloat16':
+    # The custom gradient is each device's own; this mark makes JAX add them up.
     return _narrow_product(tokens, varying_like(matrix, tokens))
+  # [G S D] -> [G S N]. Without `highest` GPUs and TPUs round float32 factors to TF32 or bfloat16.
   return jnp.einsum('gsd,dn->gsn', tokens, matrix, precision='highest')
 
 
+# A custom gradient, so that both matmuls of the backward pass take bfloat16 factors, too.
 @jax.custom_vjp
 def _narrow_product(tokens, matrix):
   return _summed_wide('gsd,dn->gsn', tokens, matrix)
@@ -143,6 +149,7 @@ def _summed_wide(spec: str, *factors: Array) -> Array:
 
 
 def _narrow_product_fwd(tokens, matrix):
+  # The tokens are kept as the backward pass reads them, at half the size.
   return _narrow_product(tokens, matrix), (tokens.astype(jnp.bfloat16), matrix)
 
 
@@ -156,23 +163,23 @@ _narrow_product.defvjp(_narrow_product_fwd, _narrow_product_bwd)
 
 @dataclasses.dataclass(frozen=True)
 class Router:
-  """A way of choosing experts.
+  """A router: how experts are chosen, and what follows from it.
 
   Attributes:
     name: value of `moe.router`.
     paper: where it comes from, with arXiv number.
     summary: one line for the table.
     choose: (params, state, inputs, options) -> Choice.
-    causal: whether no token's choice depends on later tokens of its group, in training.
+    causal: True if no token's choice depends on later tokens of its group, in training.
     learns: whether the language-model loss reaches its parameters.
     balance: what keeps the experts balanced: `loss`, `state`, `assignment`, `fixed` or `none`.
-    cost: per token, beside the experts; for the table.
+    cost: per token, besides the experts; for the table.
     options: the class of its options, declared in its file: `RouterOptions` and what else its
       functions read. Presets must set these fields, and no config may change another router's.
-    reads_tokens: whether it looks at the tokens' vectors, not at their ids and positions alone.
+    reads_tokens: whether it looks at the tokens' vectors, not only at their ids and positions.
     by_group: whether what it chooses, draws or counts for a token depends on its routing group.
-    always: what it amounts to in a field that decides nothing in it, where that is not the
-      default: so much a config may say. `allowed` may read it, if the options have it.
+    always: its effective value of a field that it does not read, where that is not the default: the
+      one other value that a config may give. `allowed` may read it, if the options have it.
     params: (options, embed_dim) -> arrays trained by gradient.
     state: (options, embed_dim, vocab_size) -> float32 arrays that are not trained by gradient, as
       they start. Part of the training state, checkpointed, the same on every device.
@@ -183,11 +190,11 @@ class Router:
     loss: (sums, state, options) -> unweighted auxiliary loss of one layer, weighted by
       moe.router_loss_weight. None without one.
     mix: (params, state, inputs, options) -> `Mixture`, where slots are mixtures of tokens instead
-      of single tokens; `choose` then serves the statistics alone. None for all but Soft MoE.
-    slots: how many an expert has. `limited`: those of the capacity factor; assignments beyond them
-      are dropped. `filled`: as many, and the router chooses by them (`options.capacity`), for no
-      more. `all`: one for every token, whatever the capacity factor.
-    allowed: options -> what is wrong with them as (field, what is allowed), None if nothing.
+      of single tokens; `choose` then serves only the statistics. None for all but Soft MoE.
+    slots: number of slots of an expert. `limited`: those of the capacity factor; assignments beyond
+      them are dropped. `filled`: as many, and the router never selects more tokens than that
+      (`options.capacity`). `all`: one for every token, whatever the capacity factor.
+    allowed: options -> the first error in them as (field, what is allowed), None if there is none.
   """
 
   name: str
@@ -223,7 +230,7 @@ class Router:
 
   @property
   def fills_slots(self) -> bool:
-    """True if it chooses by the capacity, and for no more than the slots there are."""
+    """True if it reads the capacity and never selects more tokens than there are slots."""
     return self.slots == 'filled'
 
   @property
@@ -236,6 +243,7 @@ def masked_sum(
   values: Float[Array, 'G S *rest'], valid: Bool[Array, 'G S']
 ) -> Float[Array, 'G *rest']:
   """Sums over the valid tokens of each group, in float32."""
+  # [G S] -> [G S 1 ..]. A where, not a product: padding may be infinite, and 0 * inf is NaN.
   mask = valid.reshape(*valid.shape, *(1,) * (values.ndim - 2))
   return jnp.sum(jnp.where(mask, values.astype(jnp.float32), 0), axis=1)
 
@@ -253,12 +261,13 @@ def squared_variation(values: Float[Array, '*any E']) -> Float[Array, '*any']:
 def varying_like(values: Any, reference: Array) -> Any:
   """Returns a tree of arrays marked as differing between devices where a reference does.
 
-  Inside `shard_map`, a loop that starts from constants and goes on with data of the device needs
-  this for what it starts from, and so does a gradient of our own for weights that are the same on
-  several devices: marking sums their gradient over these. Outside it changes nothing.
+  Inside `shard_map`, a loop that starts from constants and continues with data of the device needs
+  this for its start, and so does a gradient of our own for weights that are the same on several
+  devices: marking sums their gradient over these. Outside it changes nothing.
   """
 
   def mark(value):
+    # The axes along which the reference differs and the value does not; none outside a shard_map.
     missing = jax.typeof(reference).mat.varying - jax.typeof(value).mat.varying
     return jax.lax.pcast(value, tuple(sorted(missing)), to='varying') if missing else value
 
@@ -267,4 +276,5 @@ def varying_like(values: Any, reference: Array) -> Any:
 
 def per_group(function: Callable, *arrays: Any) -> Any:
   """Maps a function of one group over all groups."""
+  # A group is routed as if it were alone, so it does not matter which device holds it.
   return jax.vmap(function)(*arrays)

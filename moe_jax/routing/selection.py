@@ -2,8 +2,10 @@
 
 Numbers are compared as `jax.lax.top_k` compares them, in the total order of IEEE 754: -NaN < -inf <
 ... < -0 < +0 < ... < inf < NaN. Floats in that order are integers in theirs. The k-th largest
-integer is found bit by bit: for each of the 32 it is counted how many are at least so large. So the
-result is exact, and the cost 32 S E comparisons whatever k is: on CPUs a fraction of a sort.
+integer is found bit by bit: for each of the 32 it is counted how many are at least that large. So
+the result is exact, and the cost 32 S E comparisons whatever k is: on CPUs a fraction of a sort.
+
+One-letter dimensions: G routing groups, S rows, E columns.
 """
 
 import jax
@@ -25,6 +27,8 @@ def to_key(values: Float[Array, '*shape']) -> Int[Array, '*shape']:
   """
   if values.dtype != jnp.float32:
     raise ValueError(f'values.dtype={values.dtype}: must be float32')
+  # The bits of floats that are not negative are in their order already. Those of negative ones are
+  # in the reverse order: all bits but the sign are flipped.
   return _flip_negative(jax.lax.bitcast_convert_type(values, jnp.int32))
 
 
@@ -34,7 +38,7 @@ def from_key(key: Int[Array, '*shape']) -> Float[Array, '*shape']:
 
 
 def _flip_negative(bits: Int[Array, '*shape']) -> Int[Array, '*shape']:
-  """Turns the order of the negative numbers around; twice is nothing."""
+  """Reverses the order of the negative numbers; its own inverse."""
   return jnp.where(bits < 0, bits ^ LARGEST, bits)
 
 
@@ -54,8 +58,9 @@ def k_largest(
   """
   key = to_key(values)
   kth = _kth_largest(key, k, SMALLEST, 32)
+  # Fewer than k are above the k-th; equal ones make up for the rest.
   above, equal = key > kth, key == kth
-  # How many of the equal ones: the uppermost, whose places from the end are the largest.
+  # How many of the equal ones: the uppermost, whose positions from the end are the largest.
   wanted = k - jnp.sum(above, axis=1, keepdims=True, dtype=jnp.int32)
   num_rows = values.shape[1]
   from_end = jnp.where(equal, jnp.arange(num_rows, 0, -1, dtype=jnp.int32)[None, :, None], 0)
@@ -74,6 +79,7 @@ def _kth_largest(
     reach = jnp.sum(key >= higher, axis=1, keepdims=True, dtype=jnp.int32)
     return jnp.where(reach >= k, higher, kth)
 
+  # Bisection: a step decides one bit of the answer, the highest first, for all columns at once.
   shape = (key.shape[0], 1, key.shape[2])
   kth = router_lib.varying_like(jnp.full(shape, start, jnp.int32), key)
   return jax.lax.fori_loop(0, num_bits, set_bit, kth)

@@ -1,4 +1,4 @@
-"""Static sizes of a routing group: capacity, and what follows from it and the router."""
+"""Static sizes of a routing group: capacity, and the sizes that follow from it and the router."""
 
 import fractions
 import math
@@ -42,6 +42,8 @@ def expert_capacity(
     )
   if group_size < 1:
     raise ValueError(f'group_size={group_size!r}: must be at least 1 token')
+  # repr is the shortest decimal that reads back as this float. In float arithmetic 100 * 1.1 lies
+  # just above 110, and the ceiling would be 111.
   factor = fractions.Fraction(repr(float(capacity_factor)))
   return max(1, math.ceil(group_size * num_selected_experts * factor / num_experts))
 
@@ -71,19 +73,22 @@ def group_sizes(
   """Returns the sizes of a routing group.
 
   Args:
-    router: its `slots` say what the capacity factor means.
+    router: its `slots` define the meaning of the capacity factor.
     tokens_in_group: S.
     num_experts: E.
     num_selected_experts: K.
     capacity_factor: slots per assignment under perfect balance; None never drops.
   """
+  # A slot for each token at each expert: C = S, and a token has E assignments.
   if router.slots == 'all':
     return Sizes(tokens_in_group, num_experts, limited=True)
   capacity = tokens_in_group
   if capacity_factor is not None:
     slots = expert_capacity(tokens_in_group, num_experts, num_selected_experts, capacity_factor)
+    # A token takes one slot of an expert at most, so more than S would stay empty.
     capacity = min(slots, tokens_in_group)
   mean: int | float = num_selected_experts
+  # Where experts fill their slots, assignments follow from C, not from K.
   if router.slots == 'filled':
     mean = capacity * num_experts / tokens_in_group
   return Sizes(capacity, mean, limited=capacity < tokens_in_group)

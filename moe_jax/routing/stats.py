@@ -2,6 +2,9 @@
 
 Losses and metrics are formed from these sums, never from means of means: a sum over valid tokens is
 the same number on any mesh. Nothing here is multiplied by a loss weight.
+
+One-letter dimensions: G routing groups, S tokens of a group, E experts, K assignments of a token, N
+balance scopes, n parts of a group.
 """
 
 import operator
@@ -30,8 +33,8 @@ class RouterSums(NamedTuple):
     entropy: sum of the entropy of the router probabilities, in nats. Carries gradient.
     top_prob: sum of the largest router probability of each token.
     logsumexp_max: the largest log-partition of a token's logits; -inf without a valid token.
-    slots: that there were, E * C for each group.
-    own: what the router counted for itself, over all scopes. May carry gradient.
+    slots: in total, E * C for each group.
+    own: sums of the router itself, over all scopes. May carry gradient.
   """
 
   tokens: Float[Array, 'N']
@@ -58,7 +61,7 @@ def router_sums(
 
   Args:
     choice: of the router.
-    plan: what became of its assignments.
+    plan: of its assignments.
     valid: False for padding.
     scope_index: the balance scope, 0..N-1, of each of the n parts of a group: token s belongs to
       part s % n. n = 1 where a group lies in one scope; where a scope is a sequence, n is the
@@ -67,10 +70,13 @@ def router_sums(
   """
   router_logits, router_probs = choice.router_logits, choice.router_probs
   num_experts = router_logits.shape[-1]
+  # Before the drop: what the router wanted, which losses read. After it: `kept` and `lost`, for
+  # metrics alone.
   mask = valid.astype(jnp.float32)
   # Counts go through an int32 segment sum: a float32 sum of ones stops at 2**24.
   groups, group_size, _ = plan.expert_index.shape
   parts = scope_index.shape[1]
+  # [G S]: the part that each token counts for, numbered over all groups.
   part = jnp.arange(groups)[:, None] * parts + (jnp.arange(group_size) % parts)[None]
   selected = _count(
     part[..., None] * num_experts + plan.expert_index, plan.asked, groups * parts * num_experts
@@ -79,6 +85,7 @@ def router_sums(
 
   def to_parts(per_token: Float[Array, 'G S *rest']) -> Float[Array, 'parts *rest']:
     rest = per_token.shape[2:]
+    # Token s is of part s % n: [G S] -> [G S/n n] -> [G n].
     summed = jnp.sum(per_token.reshape(groups, group_size // parts, parts, *rest), axis=1)
     return summed.reshape(groups * parts, *rest)
 
@@ -101,6 +108,7 @@ def router_sums(
     tokens_all_dropped=jnp.sum(lost.astype(jnp.float32)),
     logsumexp_squared=jnp.sum(jnp.square(logsumexp) * mask),
     entropy=jnp.sum(entropy * mask),
+    # Metrics alone: without gradient.
     top_prob=jax.lax.stop_gradient(jnp.sum(jnp.max(router_probs, axis=-1) * mask)),
     logsumexp_max=jax.lax.stop_gradient(jnp.max(jnp.where(valid, logsumexp, -jnp.inf))),
     slots=jnp.float32(plan.source_index.size),
@@ -111,6 +119,7 @@ def router_sums(
 def add_sums(one: RouterSums, other: RouterSums) -> RouterSums:
   """Adds up two parts of a batch; NumPy arrays too."""
   total = jax.tree.map(operator.add, one, other)
+  # All are sums but this maximum.
   is_larger = one.logsumexp_max > other.logsumexp_max
   return total._replace(logsumexp_max=jnp.where(is_larger, one.logsumexp_max, other.logsumexp_max))
 

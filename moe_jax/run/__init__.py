@@ -1,1 +1,1 @@
-"""A run: what it leaves on disk, what it says, and how it goes on."""
+"""A run: its files on disk, its output, and how it continues."""

@@ -1,9 +1,9 @@
 """A run that starts from the parameters of another: `train.init_from`.
 
-Of the source are taken its parameters, its routers' state (`train.init_router_state`) and, if asked
-for, its optimizer's (`train.init_optimizer`). Steps, schedule, order of the data and random numbers
-begin anew. The tokenizer is the source's, too. Once the new run has a checkpoint of its own, the
-source is neither needed nor read.
+From the source come its parameters, its routers' state (`train.init_router_state`) and, if
+selected, its optimizer's (`train.init_optimizer`). Steps, schedule, order of the data and random
+numbers start afresh. The tokenizer is the source's, too. Once the new run has a checkpoint of its
+own, the source is neither needed nor read.
 """
 
 import hashlib
@@ -64,7 +64,7 @@ def inherited(
   old: dict[str, Any] | None,
   pinned: dict[str, Any] | None = None,
 ) -> tuple[Source | None, Tokenizer | None]:
-  """Returns what a run starts from, None if it does not any more, and the tokenizer it inherits.
+  """Returns the source of a run, None once it is no longer needed, and the tokenizer it inherits.
 
   Args:
     config: of the new run.
@@ -105,7 +105,7 @@ def _own_tokenizer(
 
 
 def pin_of(old: dict[str, Any] | None) -> dict[str, Any] | None:
-  """Returns what the manifest of a run says it started from: the last entry of its ancestry."""
+  """Returns the source that the manifest of a run names: the last entry of its ancestry."""
   return (old or {}).get('ancestry', [None])[-1]
 
 
@@ -132,7 +132,7 @@ def _open(config: ml_collections.ConfigDict, workdir: str, pinned: dict[str, Any
 
 
 def _check_fits(source: Source, config: ml_collections.ConfigDict) -> None:
-  """Checks tokenizer and shapes, from the configs alone."""
+  """Checks tokenizer and shapes, only from the configs."""
   for name in ('tokenizer', 'vocab_size'):
     if config.data[name] != source.config.data[name]:
       raise UserError(
@@ -182,7 +182,7 @@ def start(
   optimizer: optax.GradientTransformation,
   state: TrainState,
 ) -> tuple[TrainState, dict[str, Any]]:
-  """Returns the state of a run that starts from another, and what the ancestry says of that.
+  """Returns the state of a run that starts from another, and the entry of its ancestry.
 
   Args:
     source: from `inherited`.
@@ -230,7 +230,7 @@ def start(
 
 
 def _with_schedule_at_0(opt_state: Any) -> Any:
-  """Returns the state of an optimizer whose schedule begins anew; its moments stay."""
+  """Returns the state of an optimizer whose schedule restarts; its moments stay."""
   is_schedule = lambda node: isinstance(node, optax.ScaleByScheduleState)  # noqa: E731
   return jax.tree.map(
     lambda node: jax.tree.map(jnp.zeros_like, node) if is_schedule(node) else node,
@@ -242,7 +242,7 @@ def _with_schedule_at_0(opt_state: Any) -> Any:
 def check_pinned(
   given: str, entry: dict[str, Any], pinned: dict[str, Any] | None, whose: str
 ) -> None:
-  """Checks that a source is what it was when it was read before.
+  """Checks that a source has not changed since it was read before.
 
   Raises:
     UserError: if other numbers would be taken from it now.
@@ -257,7 +257,7 @@ def check_pinned(
 
 
 def known(config: ml_collections.ConfigDict, old: dict[str, Any] | None) -> list[dict[str, Any]]:
-  """Returns the ancestry of a run that goes on: that of its manifest, or what its config says."""
+  """Returns the ancestry of a run that continues: that of its manifest, or of its config."""
   if old and 'ancestry' in old:
     return old['ancestry']
   directory, step = split(config.train.init_from)

@@ -1,4 +1,4 @@
-"""Lines that a run says before its first step: what will be trained, and warnings."""
+"""Lines that a run prints before its first step: what will be trained, and warnings."""
 
 import pathlib
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def announce(
   facts: dict[str, Any],
   say: Callable[[str], None],
 ) -> None:
-  """Says what will be trained, and warns of what a reader of the results must know."""
+  """Prints what will be trained, and warnings for a reader of the results."""
   counts, routing = facts['parameters'], facts['routing']
   data = config.data
   rows = len(dataset.windows('train', data.sequence_length))
@@ -43,7 +43,7 @@ def announce(
       'by heart; take more text or a smaller train.num_steps'
     )
   if routing:
-    # A router that assigns tokens to experts with room drops none, or by a rule of its own.
+    # A router that assigns tokens to experts with free slots drops none, or by a rule of its own.
     assigned = ROUTERS[config.moe.router].balance == 'assignment'
     unlimited = routing['expert_capacity'] >= routing['tokens_in_group']
     floor = f'; random routing would drop {routing["drop_share_of_random_routing"]:.2%}'

@@ -20,14 +20,14 @@ from moe_jax.train.state import TrainState
 
 
 class StepCounter(Callback):
-  """Tells a listener the number of each step."""
+  """Reports the number of each step to a listener."""
 
   def __init__(self, on_step: Callable[[int], None]):
-    """Takes who is told."""
+    """Takes the listener."""
     self._tell = on_step
 
   def on_step(self, step: int) -> None:
-    """Tells it."""
+    """Reports the step."""
     self._tell(step)
 
 
@@ -110,7 +110,7 @@ class Evaluator(Callback):
     timer: Timer,
     say: Callable[[str], None],
   ):
-    """Takes what to evaluate on, and where the result goes."""
+    """Takes the data to evaluate on, and where the result goes."""
     self._config, self._mesh, self._dataset = config, mesh, dataset
     self._writer, self._timer, self._say = writer, timer, say
     self._step: Any = None
@@ -126,7 +126,7 @@ class Evaluator(Callback):
     return evaluates_at(self._config, step) and not stops
 
   def on_state(self, step: int, state: TrainState) -> None:
-    """Evaluates, writes and says what came out."""
+    """Evaluates, writes and prints the result."""
     self._say(f'step {step}: evaluating')
     with self._timer.phase('evaluating'):
       result = self._evaluate(state)
@@ -159,10 +159,10 @@ class Evaluator(Callback):
 def saying_when_it_compiles(
   train_step: Any, compiled_step: Any, timer: Timer, say: Callable[[str], None]
 ) -> Callable[..., Any]:
-  """Returns the step, which says and times that it compiles, where nothing is compiled yet.
+  """Returns the step; if nothing is compiled yet, one that announces and times compilation.
 
   Args:
-    train_step: does a step: `compiled_step`, or what calls it.
+    train_step: does a step: `compiled_step`, or a function that calls it.
     compiled_step: the jitted function.
     timer: of the run.
     say: takes a line at a time.

@@ -3,8 +3,8 @@
 A checkpoint holds the whole state (parameters, optimizer, step, and the seed that with the step
 makes every random number), the position in the data, the resolved config, and digests: of every
 array an integer sum of its bits, which does not depend on the mesh, and the SHA-256 of the
-position. Orbax makes a checkpoint visible only when it is complete; the digests find what rots or
-is swapped afterwards.
+position. Orbax makes a checkpoint visible only when it is complete; the digests detect what is
+damaged or swapped afterwards.
 """
 
 import contextlib
@@ -122,7 +122,7 @@ class Checkpoints:
         )
       try:
         state, position = self._restore(step, abstract)
-      # Orbax raises what it likes for files that are missing, cut or changed, Exception included.
+      # For files that are missing, cut or changed Orbax raises many types, Exception included.
       except Exception as error:
         reasons.append(f'step {step}: {_reason(error)}')
         self.damaged.append(step)
@@ -142,7 +142,7 @@ class Checkpoints:
     try:
       saved = optimizer_layout.shapes_of(self._manager.item_metadata(step)['state'])
       return optimizer_layout.as_saved(abstract, saved) if saved else None
-    except Exception:  # Restoring it will say what is wrong, see there.
+    except Exception:  # Restoring it reports the error.
       return None
 
   def _restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -181,7 +181,7 @@ class Checkpoints:
       raise DamagedError(f'checkpoint {step} in {self._folder}: {_reason(error)}') from error
 
   def set_damaged_aside(self) -> list[str]:
-    """Moves damaged checkpoints out of the way, so that their steps can be saved anew."""
+    """Moves damaged checkpoints out of the way, so that their steps can be saved again."""
     moved = []
     for step in self.damaged:
       source = self._folder / str(step)
@@ -199,7 +199,7 @@ class Checkpoints:
     return moved
 
   def wait(self) -> None:
-    """Waits until what was started is on disk, and raises what went wrong there."""
+    """Waits until all saves are on disk, and raises their errors."""
     if self._manager:
       with self._writing():
         self._manager.wait_until_finished()
@@ -240,7 +240,7 @@ def saved_config(workdir: str) -> tuple[int, dict[str, Any]] | None:
 def _bit_sums(state: Any) -> list[jax.Array]:
   def bit_sum(x):
     bits = jax.lax.bitcast_convert_type(x, {4: jnp.uint32, 2: jnp.uint16}[x.dtype.itemsize])
-    # Weighted by place, so that values that changed places are found too; modulo 2**32.
+    # Weighted by index, so that swapped values are found, too; modulo 2**32.
     place = jnp.arange(1, bits.size + 1, dtype=jnp.uint32).reshape(bits.shape)
     return jnp.sum(bits.astype(jnp.uint32) * (place * 2 + 1), dtype=jnp.uint32)
 
@@ -273,7 +273,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-  """Returns what went wrong, without the drivers TensorStore went through and its specification."""
+  """Returns the error, without the drivers TensorStore went through and its specification."""
   line = (str(error).strip().split('\n') or [''])[0].partition(' [')[0]
   line = re.sub(r'Error opening "\w+" driver: ', '', line)
   line = re.sub(r'<bound method.*?>>?', 'an array', line)

@@ -12,7 +12,7 @@ from moe_jax.field_names import field_value
 from moe_jax.parallel import watch
 
 _EXHAUSTED = 'RESOURCE_EXHAUSTED'
-# 'Gloo AllGather failed: ... Connection reset by peer', of CPUs alone.
+# 'Gloo AllGather failed: ... Connection reset by peer', only of CPUs.
 _LOST = 'Gloo '
 _SHOWN = 160
 
@@ -59,7 +59,7 @@ def instead(field: str, value: Any, ways: str) -> Iterator[None]:
 
 
 def _ways(config: ml_collections.ConfigDict, together: int) -> str:
-  """Returns which fields need less memory with which values."""
+  """Returns the fields that need less memory, with the values."""
   fields = ['data.sequence_length', 'model.embed_dim', 'model.num_layers']
   if config.moe.num_experts:
     fields += ['moe.num_experts', 'moe.mlp_dim']

@@ -1,4 +1,4 @@
-"""A run whose numbers are not finite any more."""
+"""Divergence: a run whose loss or gradient is no longer finite."""
 
 import math
 from typing import Any
@@ -8,12 +8,12 @@ from moe_jax.train.step import StepMetrics
 
 
 class DivergedError(UserError):
-  """The loss or the gradient is not finite any more.
+  """The loss or the gradient is no longer finite.
 
   Attributes:
     step: whose metrics said so.
     cause: what was not finite, as 'loss=nan'.
-    facts: what the manifest of the run says of it.
+    facts: entry in the manifest of the run.
   """
 
   def __init__(self, step: int, what: str, value: float):
@@ -30,7 +30,7 @@ class DivergedError(UserError):
 
 
 def not_finite(step_metrics: StepMetrics, record: dict[str, Any]) -> tuple[str, float] | None:
-  """Returns what of a step is not finite, and its value; None if all is."""
+  """Returns the metric of a step that is not finite, and its value; None if all are."""
   for name, what in (('objective', 'loss'), ('grad_norm', 'gradient norm')):
     if not math.isfinite(record[name]):
       return what, record[name]

@@ -1,4 +1,4 @@
-"""The manifest of a run: what it is, what it was made from, and how far it came."""
+"""The manifest of a run: what it is, what it was made from, and how far it is."""
 
 import importlib.metadata
 import json
@@ -67,7 +67,7 @@ def new_manifest(
       'kind': jax.devices()[0].device_kind,
       'count': jax.device_count(),
       'processes': jax.process_count(),
-      # Of JAX_DEFAULT_MATMUL_PRECISION; without it accelerators may round what products multiply.
+      # Of JAX_DEFAULT_MATMUL_PRECISION; without it accelerators may round the operands of matmuls.
       'matmul_precision': jax.config.jax_default_matmul_precision or 'default',  # type: ignore
     },
     'mesh': dict(mesh.shape),
@@ -82,7 +82,7 @@ def new_manifest(
 
 
 def _routing_facts(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """Returns what the capacity comes to in training."""
+  """Returns the capacity in training."""
   moe = config.moe
   if not moe.num_experts:
     return {}
@@ -137,7 +137,7 @@ def paces(manifest: dict[str, Any]) -> list[Pace]:
 def paces_from(
   old: dict[str, Any] | None, config: ml_collections.ConfigDict, step: int
 ) -> list[Pace]:
-  """Returns `paces` of a run that goes on from a step; `old` is None if it begins."""
+  """Returns `paces` of a run that continues from a step; `old` is None if it begins."""
   before = [pace for pace in paces(old) if pace.from_step < step] if old else []
   return [*before, Pace(step, config.train.log_every, config.train.eval_every)]
 
@@ -174,7 +174,7 @@ def read(workdir: str | os.PathLike) -> dict[str, Any]:
 
 
 def stand_in(step: int, config: dict[str, Any]) -> dict[str, Any]:
-  """Returns what takes the place of a damaged manifest: what a checkpoint knows."""
+  """Returns a replacement for a damaged manifest, from a checkpoint."""
   return {'status': DAMAGED, 'step': step, 'config': config, 'data': {'fingerprint': None}}
 
 

@@ -1,4 +1,4 @@
-"""The file metrics.jsonl: what it holds, what it lacks, and what of it stays when a run goes on."""
+"""The file metrics.jsonl: its lines, missing ones, and those that stay when a run continues."""
 
 import json
 import os
@@ -42,7 +42,7 @@ class MetricsFile(NamedTuple):
 
 
 def read_file(path: str | os.PathLike) -> MetricsFile:
-  """Returns what a metrics.jsonl holds; nothing of a missing file.
+  """Returns the content of a metrics.jsonl; nothing of a missing file.
 
   A record is an object with `step`, `split` and, for the splits of training, a number `loss`; what
   belongs to routers is numbers.
@@ -152,7 +152,7 @@ def shortened(items: list[Any], most: int = 3) -> str:
 def keep_until(
   path: pathlib.Path, step: int, drop_last_valid: bool, say: Callable[[str], None]
 ) -> None:
-  """Drops lines of what will be done again, so that nothing stands in the file twice."""
+  """Drops lines of steps that will be done again, so that no line is in the file twice."""
 
   def again(record: dict[str, Any]) -> bool:
     repeated = drop_last_valid and record['split'] == 'valid' and record['step'] == step
@@ -181,7 +181,7 @@ def keep_until(
 
 
 def _copy_aside(path: pathlib.Path, word: str) -> pathlib.Path:
-  """Copies a file to a free name of that word beside it, which is returned."""
+  """Copies a file to a free name next to it, made with that word, and returns the name."""
   target = path.with_name(f'{word}_{path.name}')
   number = 1
   while target.exists():

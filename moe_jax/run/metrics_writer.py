@@ -43,7 +43,7 @@ class MetricsWriter:
     path = pathlib.Path(workdir) / FILE
     keep_until(path, resume_step, drop_last_valid, say)
     self._file = open(path, 'a', encoding='utf-8')  # noqa: SIM115
-    # By time in seconds alone, the file of a quick restart would take the place of the last one.
+    # With only the time in seconds, the file of a quick restart would replace the last one.
     self._events = tensorboardX.SummaryWriter(
       str(pathlib.Path(workdir) / 'tensorboard'),
       purge_step=resume_step + 1,
@@ -51,7 +51,7 @@ class MetricsWriter:
     )
 
   def write(self, step: int, split: str, record: dict[str, Any]) -> None:
-    """Writes one record; what `scalars_of` finds in it goes to TensorBoard, too."""
+    """Writes one record; its `scalars_of` go to TensorBoard, too."""
     if not self._enabled:
       return
     from tensorboardX.proto.summary_pb2 import Summary
@@ -77,7 +77,7 @@ def scalars_of(record: dict[str, Any]) -> dict[str, float]:
 
   A number keeps its name. A list of numbers is one over MoE layers: `NAME/layer_0` and so on. Of a
   dictionary of records (by domain) only the numbers: `domains/DOMAIN/NAME`. Tables (the load of
-  each expert) and text stand in metrics.jsonl alone.
+  each expert) and text are only in metrics.jsonl.
   """
   found: dict[str, float] = {}
   for name, value in record.items():

@@ -13,7 +13,7 @@ Shapes = Mapping[tuple[str, ...], tuple[int, ...]]
 
 
 def shapes_of(tree: Any) -> Shapes:
-  """Returns {path: shape} of the arrays of a tree, or of what a checkpoint says of them."""
+  """Returns {path: shape} of the arrays of a tree, or of their metadata in a checkpoint."""
   flat, _ = jax.tree_util.tree_flatten_with_path(tree)
   return {_words(path): tuple(leaf.shape) for path, leaf in flat if hasattr(leaf, 'shape')}
 
@@ -21,8 +21,7 @@ def shapes_of(tree: Any) -> Shapes:
 def as_saved(abstract: TrainState, saved: Shapes) -> TrainState | None:
   """Returns the state with the optimizer that a checkpoint holds; None if that is no other.
 
-  What has another shape there lies whole on every device, and a state of which nothing is there is
-  empty.
+  Arrays of another shape there are replicated, and a state that is not there is empty.
 
   Args:
     abstract: the state of this version.
@@ -50,6 +49,6 @@ def as_saved(abstract: TrainState, saved: Shapes) -> TrainState | None:
 
 
 def _words(path) -> tuple[str, ...]:
-  """Returns a path as strings: of a NamedTuple, a checkpoint knows the names alone."""
+  """Returns a path as strings: of a NamedTuple, a checkpoint has only the names."""
   names = ('name', 'key', 'idx')
   return tuple(str(next(getattr(p, n) for n in names if hasattr(p, n))) for p in path)

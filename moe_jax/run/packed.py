@@ -1,7 +1,7 @@
 """Several runs trained as one program: the same step, mapped over a dimension of trials.
 
 For runs that differ only in `hyperparameter_fields`. Each has its own initial values, data order
-and numbers, and gets what it would get alone, but for rounding.
+and random numbers, and the same results as by itself, except for rounding.
 """
 
 import contextlib
@@ -73,13 +73,13 @@ def train_packed(
 ) -> PackOutcome:
   """Trains the members together and leaves each as a finished run of its own.
 
-  Until the end there are checkpoints of the pack alone, in `pack_dir`, which is removed then. A
+  Until the end there are only checkpoints of the pack, in `pack_dir`, which is removed then. A
   member that diverges is marked so and costs the others nothing.
 
   Args:
-    members: that differ in what a program takes as numbers.
+    members: that differ only in arguments of the program.
     pack_dir: new, or of the same pack.
-    listener: told what would be shown on the terminal.
+    listener: gets what would be shown on the terminal.
     clock: that times the pack, in seconds.
 
   Raises:
@@ -233,7 +233,7 @@ class _Pack:
     }
 
   def _positions(self) -> dict[str, Any]:
-    """Returns what a checkpoint says besides the state."""
+    """Returns the part of a checkpoint besides the state."""
     return {
       'members': [iterator.get_state() for iterator in self._iterators],
       'diverged': self._diverged,

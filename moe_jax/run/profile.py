@@ -35,7 +35,7 @@ class TracedSteps:
     self._trace = contextlib.ExitStack()
 
   def __call__(self, state: Any, batch: Any, hyperparameters: Any) -> Any:
-    """Returns what the step does."""
+    """Returns the result of the step."""
     number, self._done = self._done, self._done + 1
     if not self._first <= number <= self._last:
       return self._train_step(state, batch, hyperparameters)

@@ -60,7 +60,7 @@ class ProgressBar:
     )
 
   def show_phase(self, phase: str) -> None:
-    """Shows what the run is doing; the time left is judged by training alone."""
+    """Shows what the run is doing; the time left is judged only by training."""
     if self._bar.disable:
       return
     self._bar.set_description_str('' if phase == TRAINING else phase, refresh=self._terminal)

@@ -25,7 +25,7 @@ class RestoredRun(NamedTuple):
   """A run as it was saved.
 
   Attributes:
-    config: that it was started with; `moe.exchange` such as is to be had here.
+    config: that it was started with; `moe.exchange` as available here.
     facts: its manifest.
     step: of the checkpoint.
     params: on `mesh`.
@@ -59,7 +59,7 @@ def restore_run(
     workdir: of the run.
     step: of a checkpoint; the newest good one by default.
     mesh: 'data=D,expert=E'; by default the mesh of the run if there are as many devices, else a
-      single device, which is said. Results do not depend on it.
+      single device, with a printed note. Results do not depend on it.
     flag: that `step` was given by.
     mesh_flag: that `mesh` was given by.
 
@@ -147,7 +147,7 @@ def _choose_mesh(config: ml_collections.ConfigDict, mesh: str | None, flag: str)
 
 
 def _choose_exchange(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
-  """Lets a run of GPUs or TPUs be looked at elsewhere; which is said."""
+  """Lets a run of GPUs or TPUs be opened elsewhere, with a printed note."""
   if why_not(config.moe.exchange, mesh.devices.flat[0].platform):
     print(
       f'note: moe.exchange={config.moe.exchange} of the run is not to be had on these devices; '

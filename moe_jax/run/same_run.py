@@ -17,12 +17,12 @@ from moe_jax.schema import FREE_FIELDS, LATER_FIELDS, LATER_FIELDS_IN_IDS
 def check_same_config(
   workdir: str, manifest: dict[str, Any], config: ml_collections.ConfigDict, step: int = 0
 ) -> None:
-  """Checks that a run goes on with the config it was started with.
+  """Checks that a run continues with the config it was started with.
 
   Args:
     workdir: of the run.
     manifest: of the run.
-    config: that it is to go on with.
+    config: that it is to continue with.
     step: of its newest checkpoint.
 
   Raises:
@@ -64,19 +64,19 @@ def _check_lengthening(
 
 
 def lengthens(old: dict[str, Any], config: ml_collections.ConfigDict) -> bool:
-  """Returns whether a config has more steps than the run that it goes on with."""
+  """Returns True if a config has more steps than the run that it continues."""
   return bool(_value(old['config'], 'train.num_steps') != config.train.num_steps)
 
 
 def lengthened(
   old: dict[str, Any] | None, config: ml_collections.ConfigDict, step: int
 ) -> dict[str, Any]:
-  """Returns what the manifest of a run says of its lengthenings; {} if there were none.
+  """Returns the entry of the manifest on lengthenings of a run; {} if there were none.
 
   Args:
     old: its manifest before; None if it begins.
-    config: that it goes on with.
-    step: that it goes on from.
+    config: that it continues with.
+    step: that it continues from.
   """
   before = (old or {}).get('lengthened', [])
   if old and lengthens(old, config):
@@ -124,9 +124,10 @@ def with_way_on(error: UserError, workdir: str) -> UserError:
 def check_same_data(
   workdir: str, manifest: dict[str, Any], config: ml_collections.ConfigDict, fingerprint: str
 ) -> None:
-  """Checks that a run goes on with the data it was started with.
+  """Checks that a run continues with the data it was started with.
 
-  A stand-in knows no fingerprint; then restoring the position in the data finds a difference.
+  A replaced manifest has no fingerprint; then restoring the position in the data finds a
+  difference.
 
   Raises:
     UserError: if text, splits or tokenizer are others.

@@ -31,7 +31,7 @@ def mesh_of(config: ml_collections.ConfigDict) -> Mesh:
   """Returns the mesh of a config; an axis is never made smaller to fit.
 
   Raises:
-    UserError: if there are not enough devices, or they have not the exchange of the config.
+    UserError: if there are not enough devices, or they do not support the exchange of the config.
   """
   try:
     mesh = make_mesh(config.mesh.data, config.mesh.expert)
@@ -97,7 +97,7 @@ def _how(config: ml_collections.ConfigDict) -> dict[str, Any]:
 def read_old(workdir: str, say: Callable[[str], None]) -> dict[str, Any] | None:
   """Returns the manifest of the run in a directory; None if there is no run.
 
-  One that is damaged, missing or another run's is replaced by what the newest checkpoint knows.
+  One that is damaged, missing or another run's is replaced by metadata of the newest checkpoint.
   """
   if not manifest.holds_run(workdir):
     return None
@@ -122,7 +122,7 @@ def read_old(workdir: str, say: Callable[[str], None]) -> dict[str, Any] | None:
 
 
 def check_splits(config: ml_collections.ConfigDict, dataset: Dataset) -> None:
-  """Checks before the first step what would fail later."""
+  """Checks the splits before the first step, as they would fail later."""
   check_size(config, dataset.tokenizer.vocab_size)
   check_validation(config, dataset)
 
@@ -143,7 +143,7 @@ def check_validation(config: ml_collections.ConfigDict, dataset: Dataset | Exami
 
 
 def keep_tokenizer(workdir: str, tokenizer: Tokenizer) -> None:
-  """Puts the tokenizer beside the run, unless it is there and whole."""
+  """Puts the tokenizer next to the run, unless it is there and whole."""
   folder = pathlib.Path(workdir) / TOKENIZER
   try:
     if load_tokenizer(str(folder)).fingerprint == tokenizer.fingerprint:

@@ -32,7 +32,7 @@ class Signals:
 
   def _remember(self, number: int, frame: FrameType | None) -> None:
     if self.received is not None:
-      # The second one means now.
+      # The second signal ends the process at once.
       self._put_back(number)
       signal.raise_signal(number)
     self.received = number
@@ -50,6 +50,6 @@ class Signals:
       if not agreed:
         # A signal that came meanwhile waits for the next time.
         return False
-      # Whoever did not receive it ends with the same exit code.
+      # A process that did not receive it ends with the same exit code.
       self.received = agreed
     return self.received is not None

@@ -82,20 +82,20 @@ def train(
 ) -> Outcome:
   """Trains a config in a directory, from its newest good checkpoint if there is one.
 
-  A run that goes on may do so on another mesh: it starts from the same bits, and only the order of
-  sums over devices is another from there on.
+  A run may continue on another mesh: it starts from the same bits, and only the order of sums over
+  devices differs from there on.
 
   Args:
     config: validated.
     workdir: new, empty, or of the same run.
-    listener: told what would be shown on the terminal.
+    listener: gets what would be shown on the terminal.
     profile: directory for a trace of a few steps and a table of the time by part; None for none.
     clock: that times the run, in seconds.
     pinned: what another run of the same train.init_from started from: the last entry of its
       ancestry. Other numbers are refused.
 
   Raises:
-    UserError: for whatever the user can mend; nothing was changed then.
+    UserError: for errors that the user can fix; nothing was changed then.
     DamagedError: if no checkpoint is good.
   """
   if profile is not None:
@@ -138,7 +138,7 @@ def _finished(run: _Run, old: dict[str, Any]) -> Outcome | None:
   """Returns the outcome of a run that is finished; None if its last checkpoint must be made again.
 
   Args:
-    run: to look at.
+    run: to check.
     old: its manifest.
   """
   first = jax.process_index() == 0
@@ -262,7 +262,7 @@ def _start(
   old: dict[str, Any] | None,
   new: TrainState | None,
 ):
-  """Returns (state, step, data position): restored, or new; `new` in place of random values."""
+  """Returns (state, step, data position): restored, or new; `new` replaces random values."""
   restored = (
     checkpoints.restore(abstract_state(run.task, optimizer)) if checkpoints.steps() else None
   )
@@ -282,7 +282,7 @@ def _start(
 
 
 def _steps(run, train_step, state, batches, checkpoints, writer, step: int) -> Outcome:
-  """Does the remaining steps with everything that a run does besides."""
+  """Does the remaining steps with all callbacks of a run."""
   config, num_steps = run.config, run.config.train.num_steps
   run.timer.enter(TRAINING)
   compiled_before = train_step._cache_size()

@@ -1,12 +1,12 @@
-"""Seconds of a run by what it was doing, and its tokens per second of training alone."""
+"""Seconds of a run by phase, and its tokens per second of only training."""
 
 import contextlib
 import time
 from collections.abc import Callable, Iterator
 
 TRAINING = 'training'
-# At every moment a run is in one of these. Compiling is that of the training step alone; what else
-# is compiled counts where it is needed first.
+# At every moment a run is in one of these. `compiling` is only that of the training step; other
+# compilation counts where it is needed first.
 PHASES = ('preparing', 'compiling', 'tracing', 'evaluating', 'saving', TRAINING)
 
 _LATEST_SHARE = 0.1
@@ -15,11 +15,11 @@ _LATEST_SHARE = 0.1
 class Timer:
   """The seconds in each phase since the timer was made, when `preparing` begins.
 
-  Devices work while the host goes on, so a phase other than training must not begin before the
+  Devices work while the host continues, so a phase other than training must not begin before the
   steps that were started have ended: their time would be counted as that of the phase.
 
   Attributes:
-    on_phase: told of each phase when it begins.
+    on_phase: called with each phase when it begins.
   """
 
   def __init__(

@@ -1,1 +1,1 @@
-"""From a study to its trials on disk: which they are, running them, and what became of them."""
+"""From a study to its trials on disk: their list, their runs, and their outcomes."""

@@ -34,7 +34,7 @@ _SET = flags.DEFINE_multi_string(
 
 
 def main() -> int:
-  """Runs what is not done yet; 1 if a trial failed, 128 + signal if interrupted."""
+  """Runs the trials that are not done yet; 1 if a trial failed, 128 + signal if interrupted."""
   file = cli.required(_STUDY)
   if not os.path.isfile(file):
     raise UserError('--study', file, 'is no file' if os.path.exists(file) else 'does not exist')

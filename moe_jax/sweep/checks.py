@@ -1,4 +1,4 @@
-"""Checks of a study before anything is trained: the type of every field, then what they say."""
+"""Checks of a study before anything is trained: the type of every field, then the values."""
 
 import copy
 import math
@@ -19,7 +19,7 @@ from moe_jax.sweep.evaluations import EVALUATIONS
 
 
 class _Type(NamedTuple):
-  """The values a field may have, and how an error says so."""
+  """The values a field may have, and their description in an error."""
 
   holds: Callable[[Any], bool]
   allowed: str
@@ -47,7 +47,7 @@ _FIELD = _Type(
   "is no field of a config; must be as 'moe.num_experts', or ''",
 )
 
-# Every field of what a study file makes.
+# Every field of the objects that a study file makes.
 TYPES: dict[type, dict[str, _Type]] = {
   Study: {
     'name': _Type(lambda value: _is_folder_name(value), 'must be the name of a folder'),
@@ -96,7 +96,7 @@ TYPES: dict[type, dict[str, _Type]] = {
 
 
 def _is_text(value: Any) -> bool:
-  """Tells text from other values, and from halves of surrogate pairs, which nothing can print."""
+  """True for text, except with halves of surrogate pairs, which nothing can print."""
   return isinstance(value, str) and documents.is_text(value)
 
 
@@ -116,7 +116,7 @@ def _is_field(name: str) -> bool:
 
 
 def check_study(study: Study) -> None:
-  """Checks what a study says of itself, its configs apart.
+  """Checks a study, except for its configs.
 
   Raises:
     UserError: names the first field that is wrong.
@@ -143,7 +143,7 @@ def check_study(study: Study) -> None:
 
 
 def check_types(name: str, value: Any) -> None:
-  """Checks every field of a study, and of what it holds, which Python lets through.
+  """Checks the type of every field of a study and of the objects in it, as Python does not.
 
   Raises:
     UserError: as 'study.arms[0].changes=[1]: must be ...'.

@@ -33,13 +33,13 @@ def records_of(
   command: str = '',
   known: Mapping[str, Record] | None = None,
 ) -> list[Record]:
-  """Returns a record of every trial of a study, whatever became of it.
+  """Returns a record of every trial of a study, whatever its outcome.
 
   Args:
-    study: whose trials are looked for.
+    study: whose trials are read.
     workdir: of the sweep.
     command: that runs the sweep; a trial's own adds its id.
-    known: from `known_records`; stands in for trials that the directory has no end of.
+    known: from `known_records`; replaces trials that have not ended in the directory.
   """
   known = {id_: as_asked(study, record) for id_, record in (known or {}).items()}
   labels = labels_of(study)
@@ -56,7 +56,7 @@ def records_of(
 
 
 def as_asked(study: Study, record: Record) -> Record:
-  """Returns a record of a results.jsonl with the label and the deciding number that the study asks.
+  """Returns a record of a results.jsonl with the label and the deciding metric of the study.
 
   Raises:
     UserError: if it holds values of a metric of the study file whose function is another one now.
@@ -84,7 +84,7 @@ def as_asked(study: Study, record: Record) -> Record:
 
 
 def _deciding(study: Study, evaluations: dict[str, Any]) -> dict[str, float]:
-  """Returns the deciding number by its path, if the evaluations have it."""
+  """Returns the deciding metric by its path, if the evaluations have it."""
   number = metric_paths.number_at(evaluations, study.metric.name)
   return {} if number is None else {study.metric.name: number}
 
@@ -217,7 +217,7 @@ def _date_of(commit: str | None) -> str:
 
 
 def _environment(devices: dict[str, Any]) -> str:
-  """Returns what must stand before a command for the precision that a trial ran at."""
+  """Returns the prefix of a command that sets the precision of a trial."""
   precision = devices.get('matmul_precision', 'default')
   return '' if precision == 'default' else f'JAX_DEFAULT_MATMUL_PRECISION={precision} '
 
@@ -251,7 +251,7 @@ def _history(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _thinned(lines: list, most: int) -> list:
-  """Returns at most so many of the lines, evenly spread, first and last among them."""
+  """Returns at most `LIMIT` of the lines, evenly spread, first and last among them."""
   if len(lines) <= most:
     return lines
   return [lines[i] for i in np.linspace(0, len(lines) - 1, most).round().astype(int)]

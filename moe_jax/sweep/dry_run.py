@@ -1,4 +1,4 @@
-"""Says what a sweep would do: its trials, what stands in their way, and the time they take."""
+"""Dry runs of a sweep: its trials, the problems that would stop them, and the time they take."""
 
 import functools
 import json
@@ -25,7 +25,7 @@ class Plan(NamedTuple):
     study: to run.
     rows: of each trial: id, arm, label, seed, parameters, tokens, flops, and seconds, None if it
       is done.
-    problems: what a trial would fail of here, the first of each kind.
+    problems: errors with which a trial would fail here, the first of each kind.
     estimate: of the trials that are not done, one after the other.
     unprepared: whether the data of some of them is still to be prepared.
     notes: what is known of that data, a line for each.
@@ -97,7 +97,7 @@ def _row(
 
 
 def problems(study: Study, trials: Sequence[Trial]) -> list[UserError]:
-  """Returns what a trial would fail of on this machine: devices, directories and texts."""
+  """Returns the errors that a trial would meet on this machine: devices, directories and texts."""
   return _looked_at(study, trials)[0]
 
 
@@ -183,7 +183,7 @@ def _num_batches(study: Study, trials: Sequence[Trial]) -> dict[str, int]:
       try:
         dataset = setup.prepared_dataset_of(config)
       except (UserError, DamagedError):
-        dataset = None  # `problems` says what is wrong with it.
+        dataset = None  # `problems` reports the error.
       of_data[key] = (
         None
         if dataset is None
@@ -220,7 +220,7 @@ def text(plan: Plan) -> str:
 
 
 def _time_lines(plan: Plan, left: int) -> list[str]:
-  """Returns a sentence on the time of the trials that are left, and what each part is known from.
+  """Returns a sentence on the time of the trials that are left, and the basis of each part.
 
   Args:
     plan: of the trials.

@@ -1,4 +1,4 @@
-"""The evaluations of trials that are trained, alone or several of one program together."""
+"""Evaluation of trained trials, one by one or several of one program together."""
 
 import functools
 import json
@@ -67,12 +67,12 @@ def _evaluate_alone(study: Study, trial: Trial, folder: str) -> Evaluated:
 def evaluate_pack(
   study: Study, unit: list[Trial], workdir: str, say: Callable[[str], None]
 ) -> dict[str, Evaluated]:
-  """Returns the evaluations of trials of one program by id; {} if they must be evaluated alone."""
+  """Returns evaluations of trials of one program by id; {} if they must be evaluated one by one."""
   try:
     return _evaluate_together(study, unit, workdir)
   except Exception as error:
     stop_if_full(error, workdir)
-    # What is wrong with one alone shows when it is evaluated alone, which comes next.
+    # An error of one trial shows when it is evaluated by itself, which comes next.
     say(
       f'warning: evaluating {len(unit)} trials together failed, they are evaluated alone: '
       f'{one_line(error)}'
@@ -108,7 +108,7 @@ def _evaluate_together(study: Study, unit: list[Trial], workdir: str) -> dict[st
 
 
 def evaluation_program(config: ml_collections.ConfigDict) -> str:
-  """Returns what of a config decides the program of an evaluation, as JSON."""
+  """Returns the fields of a config that decide the program of an evaluation, as JSON."""
   fields = json.loads(program_of(config))
   defaults = config_lib.get_config().to_dict()
   fields |= {'train': defaults['train'], 'optim': defaults['optim']}

@@ -1,4 +1,4 @@
-"""The ways in which a finished trial is evaluated, by name."""
+"""Evaluations of a finished trial, by name."""
 
 import copy
 from collections.abc import Callable
@@ -30,7 +30,7 @@ EVALUATIONS: dict[str, Callable[[ml_collections.ConfigDict], None]] = {
 
 
 # Names in an evaluation, of a whole split as of each domain: numbers, and lists over MoE layers.
-# `tests/sweep/test_sweep.py` holds them against an evaluation.
+# `tests/sweep/test_sweep.py` compares them with an evaluation.
 METRICS = ('bits_per_byte', 'loss', 'tokens', 'bytes', 'router/drop_share')
 LAYER_METRICS = (
   'router/drop_share_per_layer',
@@ -45,7 +45,7 @@ LAYER_METRICS = (
   'router/entropy',
   'router/top_prob',
 )
-# Of a whole split alone; see `moe_jax.train.specialization`. Those of domains need two of them.
+# Only of a whole split; see `moe_jax.train.specialization`. Those of domains need two of them.
 POOLED_METRICS: tuple[str, ...] = ()
 POOLED_LAYER_METRICS: tuple[str, ...] = (
   'router/expert_domain_mi',

@@ -7,7 +7,7 @@
     dropless/domains/drama/router/load_cv/max     the same of a list
     user/NAME                                     the value of `Study.metrics[NAME]`
 
-`check_name` says before anything is trained that a number will exist; `number_at` reads it.
+`check_name` checks before anything is trained that a number will exist; `number_at` reads it.
 """
 
 import difflib
@@ -64,7 +64,7 @@ def _is_number(value: Any) -> bool:
 
 
 def check_name(name: str, evaluations: tuple[str, ...], user: Mapping[str, Any]) -> None:
-  """Checks that a study will have the number of a path, as far as the study itself says.
+  """Checks that a study will have the number of a path, as far as the study itself can tell.
 
   Args:
     name: of the deciding metric.
@@ -98,11 +98,11 @@ def _names(pooled: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def domain_and_path(path: str) -> tuple[str, str]:
-  """Returns the domain of a path after its evaluation, '' for none, and what follows it."""
+  """Returns the domain of a path after its evaluation, '' for none, and the rest of the path."""
   if not path.startswith('domains/'):
     return '', path
   rest = path.removeprefix('domains/')
-  # Where the domain ends is known by what follows: the longest metric that the rest ends in.
+  # The end of the domain follows from the rest: the longest metric that the rest ends in.
   parts = rest.split('/')
   for first in range(1, len(parts)):
     if _is_known('/'.join(parts[first:]), pooled=False):
@@ -128,7 +128,7 @@ def _what_is_allowed(name: str, evaluations: tuple[str, ...], user: Mapping[str,
 
 
 def check_layers(name: str, arm: str, num_moe_layers: int) -> None:
-  """Checks that an arm has what a path names.
+  """Checks that an arm has the layers that a path names.
 
   Args:
     name: that `check_name` accepts.

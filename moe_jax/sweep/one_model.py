@@ -1,4 +1,4 @@
-"""Tells trials that would train one and the same model, however their configs spell it."""
+"""Detection of trials that would train one and the same model under different configs."""
 
 import copy
 from collections.abc import Sequence
@@ -11,16 +11,16 @@ from moe_jax import config as config_lib
 from moe_jax import routing, unread
 from moe_jax.schema import ROUTER_FIELDS, SCHEMA
 
-# Of metrics alone, and of memory alone.
+# Fields of only metrics, and of only memory.
 _NO_MODEL = ('train.load_decay', 'model.remat')
 
 
 def same_model(config: ml_collections.ConfigDict, free: Sequence[str]) -> dict[str, Any]:
-  """Returns what decides a trained model: two arms for which it is equal are one model.
+  """Returns the values that decide a trained model: two arms with equal values are one model.
 
   Numbers are what float32 holds, in which the step takes them. A field that stands for another, as
-  model.head_dim=0, has the value that it comes to, and so has one that is rounded to slots, scopes
-  or steps. What nothing reads is left out: of experts in a dense model, and of other routers.
+  model.head_dim=0, has its effective value, and so has one that is rounded to slots, scopes or
+  steps. Fields that nothing reads are left out: of experts in a dense model, and of other routers.
 
   Args:
     config: validated.
@@ -64,7 +64,7 @@ def _spelled_out(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict
 
 
 def _come_to(config: ml_collections.ConfigDict, known: dict[str, Any]) -> dict[str, Any]:
-  """Returns in place of fields that are rounded, or are a way of counting, what they come to."""
+  """Returns the effective values of fields that are rounded, or that only change how to count."""
   moe, train = config.moe, config.train
   found: dict[str, Any] = {}
   if 'moe.capacity_factor' in known:
@@ -81,7 +81,7 @@ def _come_to(config: ml_collections.ConfigDict, known: dict[str, Any]) -> dict[s
 
 
 def _unread(config: ml_collections.ConfigDict) -> set[str]:
-  """Returns fields that nothing reads in a trial of a study."""
+  """Returns the fields that nothing reads in a trial of a study."""
   moe = config.moe
   if not moe.num_experts:
     return {f'moe.{name}' for name in SCHEMA['moe']} | unread.unread(config).keys()

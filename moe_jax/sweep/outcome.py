@@ -48,7 +48,7 @@ def read(workdir: str | os.PathLike, trial_id: str) -> dict[str, Any] | None:
 
 
 def digests(folder: str | os.PathLike) -> dict[str, str]:
-  """Returns the SHA-256 of what the report reads in the directory of a run, by file name."""
+  """Returns the SHA-256 of the files that the report reads in the directory of a run, by name."""
   paths = (pathlib.Path(folder) / name for name in ('metrics.jsonl', 'manifest.json'))
   return {path.name: file_digest(path) for path in paths if path.exists()}
 
@@ -78,7 +78,7 @@ def is_done(study: Study, trial: Trial, workdir: str) -> bool:
 
 
 def stop_if_full(error: Exception, workdir: str) -> None:
-  """Ends the sweep if an error says that the disk is full: no other trial would survive it."""
+  """Ends the sweep on an error of a full disk: every other trial would fail, too."""
   if is_full(error):
     raise UserError(
       '--workdir', workdir, f'{one_line(error)}; the same command goes on from here'

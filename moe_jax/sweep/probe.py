@@ -1,4 +1,4 @@
-"""Measures the programs of a study by running each for a moment, in a directory that goes again."""
+"""Measures the programs of a study by running each for a moment, in a temporary directory."""
 
 import contextlib
 import tempfile
@@ -31,8 +31,8 @@ class _EnoughError(Exception):
 def probe(study: Study, trials: Sequence[Trial]) -> dict[tuple[str, str], list[Measured]]:
   """Returns the seconds of each program of the trials.
 
-  Prepares the data. Each program runs twice, so that the second time tells what a trial takes to
-  start once its program is compiled. Trials run alone, not packed.
+  Prepares the data. Each program runs twice, so that the second run shows how long a trial takes to
+  start once its program is compiled. Trials run one by one, not packed.
   """
   measured: dict[tuple[str, str], list[Measured]] = {}
   for trial in trials:

@@ -23,7 +23,7 @@ class Report(NamedTuple):
 
   Attributes:
     summary: source of the tables.
-    left_out: keys of the columns that table.tex has no room for.
+    left_out: keys of the columns that do not fit in table.tex.
     figures: width in inches of each figure that was drawn, by its name.
     url: of the software in cite.bib; '' if none is known.
   """
@@ -50,7 +50,7 @@ def report(
   Args:
     study_file: defines get_study().
     workdir: of the sweep; None if `results` holds all runs.
-    results: a results.jsonl of runs kept elsewhere: in place of the sweep's, or beside them.
+    results: a results.jsonl of runs kept elsewhere: instead of the sweep's, or in addition to them.
     out: where the report is put.
     figures: whether to draw figures too.
     columns: of the tables, as `tables.columns` takes them.
@@ -89,7 +89,7 @@ def _shown_in_readme(out: pathlib.Path) -> frozenset[str]:
 def _refuse_early(
   study: Study, records: list[Record], out: pathlib.Path, columns: Sequence[str]
 ) -> None:
-  """Ends before an earlier report is touched; without one, what can't be compared is kept."""
+  """Ends before an earlier report is touched; without one, incomparable results are kept."""
   try:
     summary = summarize(study, records)
   except UserError:
@@ -159,7 +159,7 @@ def write_report(
   wide_table: bool = False,
   with_page: bool = True,
 ) -> Report:
-  """Writes everything but results.jsonl, and returns what it is.
+  """Writes everything but results.jsonl, and returns the report.
 
   Args:
     study: of the records.

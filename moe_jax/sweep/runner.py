@@ -63,7 +63,7 @@ def run(
     trials: in order.
     workdir: of the sweep, shared by all its workers.
     say: takes a line of text at a time.
-    pack: at most so many trials that share a program are trained as one.
+    pack: largest number of trials of one program that are trained together.
 
   Raises:
     Interrupted: after saving the trial that was running.
@@ -96,7 +96,7 @@ def run(
 
 
 def _check_data(study: Study, trials: list[Trial], workdir: str) -> None:
-  """Checks before the first step what would fail after the last one.
+  """Checks before the first step data whose lack would fail after the last one.
 
   Raises:
     UserError: if what is there lacks what the study evaluates, or there is no data for any trial.
@@ -145,10 +145,10 @@ def _claimed(trial: Trial, workdir: str) -> Iterator[bool]:
 
 
 def _units(trials: list[Trial], pack: int) -> list[list[Trial]]:
-  """Returns the trials in packs: consecutive ones of a program, at most so many together."""
+  """Returns the trials in packs: consecutive ones of a program, at most `pack` together."""
   by_program: dict[tuple[str, str], list[Trial]] = {}
   for trial in trials:
-    # What starts from another run is trained alone, and has the tokenizer of that run.
+    # A trial that starts from another run is trained by itself, and has the tokenizer of that run.
     key = program_of(trial.config), trial.config.train.init_from
     by_program.setdefault(key, []).append(trial)
   return [
@@ -166,9 +166,9 @@ def _run_unit(
   say: Callable[[str], None],
 ) -> list[str]:
   """Runs trials, together if they can be, and returns the status of each."""
-  # A run that went some way alone goes on alone.
+  # A run that has begun by itself continues by itself.
   new = [t for t in unit if not _has_checkpoints(t, workdir)]
-  # Members of a pack can't evaluate on their way, nor start from another run.
+  # Members of a pack can't evaluate during training, nor start from another run.
   alone = unit[0].config.train.eval_every or unit[0].config.train.init_from
   if len(new) > 1 and not alone:
     _train_pack(new, workdir, progress)
@@ -204,7 +204,7 @@ def _train_pack(unit: list[Trial], workdir: str, progress: Progress) -> None:
     done = packed.train_packed(members, pack_dir, Listener(note, progress.at, progress.show_phase))
   except Exception as error:
     stop_if_full(error, workdir)
-    # What is wrong with a member alone shows when it runs alone, which it does next.
+    # An error of one member shows when it runs by itself, which it does next.
     note(f'the pack failed, its trials run alone: {type(error).__name__}: {error}')
     tqdm.tqdm.write(f'a pack of {len(unit)} failed, its trials run alone: {one_line(error)}')
     return
@@ -224,7 +224,7 @@ def _logger(trial: Trial, workdir: str) -> Callable[[str], None]:
 
 
 def _cause_of_divergence(trial: Trial, workdir: str) -> str:
-  """Returns what was not finite when a run diverged, alone or in a pack; '' if it did not."""
+  """Returns what was not finite when a run diverged, packed or not; '' if it did not."""
   folder = trial.folder(workdir)
   if not manifest.exists(folder):
     return ''
@@ -280,7 +280,7 @@ def _run_one(
     raise
   except Exception as error:
     stop_if_full(error, workdir)
-    # Whatever it is must not cost the other trials; it stands in the outcome and in the report.
+    # No error may end the other trials; it is in the outcome and in the report.
     status, reason = FAILED, one_line(error)
     note(reason)
   outcome.write(workdir, trial.id, facts | {'status': status, 'reason': reason})
@@ -295,7 +295,7 @@ def _run_one(
 
 
 def _pinned(trial: Trial, workdir: str) -> dict[str, Any] | None:
-  """Returns what another trial that starts from the same run found there; None if none did yet."""
+  """Returns the source as read by another trial that starts from the same run; None without one."""
   given = trial.config.train.init_from
   for path in sorted(pathlib.Path(workdir).glob('trials/*')) if given else ():
     try:

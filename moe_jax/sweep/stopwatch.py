@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 
 class Stopwatch:
-  """Tells apart what comes once, compiling above all, and what every step costs.
+  """Separates one-time costs, compiling above all, from the cost of every step.
 
   The clock stops at each step or batch after the first; what comes before the first is set-up.
   """
@@ -17,7 +17,7 @@ class Stopwatch:
     self._count = 0
 
   def counting(self, then: Callable[..., None] = lambda *_: None) -> Callable[..., None]:
-    """Returns what is to be called at each step or batch; it calls `then` after counting."""
+    """Returns the function to call at each step or batch; it calls `then` after counting."""
 
     def count(*values) -> None:
       if self._first is None:
@@ -31,7 +31,7 @@ class Stopwatch:
     """Returns `setup`, `running`, the `steps` that took the latter, and trials run `together`.
 
     Args:
-      together: trials that every step was one of.
+      together: trials that ran in every step.
     """
     now = self._clock()
     first = now if self._first is None else self._first
@@ -68,7 +68,7 @@ class Pace:
       self._since = None
 
   def resume(self) -> None:
-    """Lets the clock run on, if any step of the trial was timed."""
+    """Lets the clock continue, if any step of the trial was timed."""
     if self._since is None and self._steps > 1:
       self._since = self._clock()
 

@@ -3,8 +3,8 @@
 Training and evaluation are steps and batches of a program each. Their seconds come, best first,
 from a probe, from earlier trials of the same program in the working directory, from earlier trials
 of other programs in proportion to the FLOPs, and from the FLOPs at a third of the rate of a large
-matmul. What comes once for a program (compiling) and once for a trial (initial values, checkpoints)
-is counted apart. Preparing data is not in it.
+matmul. One-time costs of a program (compiling) and of a trial (initial values, checkpoints) are
+counted separately. Preparing data is not in it.
 """
 
 import time
@@ -75,7 +75,7 @@ class Estimate(NamedTuple):
   Attributes:
     seconds: by 'training', 'evaluation', 'compiling' and 'starting'.
     basis: how each of them was found, in words.
-    unknown: what is not counted, in words; '' if nothing.
+    unknown: parts that are not counted, in words; '' if none.
   """
 
   seconds: dict[str, float]
@@ -200,7 +200,7 @@ def _starting(num_trials: int, measured: Measurements) -> tuple[float, str]:
 
 
 def of_outcome(work: Sequence[Work], outcome: Mapping[str, Any]) -> dict[tuple[str, str], Measured]:
-  """Returns what a finished trial measured of its programs.
+  """Returns the measurements of a finished trial of its programs.
 
   Args:
     work: of the trial, from `work_of`.

@@ -32,10 +32,10 @@ class Trial(NamedTuple):
   """One training run of a study.
 
   Attributes:
-    id: hash of the resolved config, but for what changes no result (`FREE_FIELDS`).
+    id: hash of the resolved config, without fields that change no result (`FREE_FIELDS`).
     arm: its name.
     seed: `train.seed`.
-    changes: what the arm changes of the base config.
+    changes: of the arm to the base config.
     config: resolved and validated.
   """
 
@@ -77,7 +77,7 @@ def load_study(path: str) -> Study:
   except (Exception, SystemExit) as error:
     if installed.missing(error):
       raise
-    # It is the user's code: whatever it raises is theirs to mend.
+    # It is the user's code: whatever it raises is theirs to fix.
     text = ' '.join(str(error).split())
     why = raised_by(error, path) or f'{type(error).__name__}: {text}'
     raise UserError('--study', path, why) from error
@@ -105,7 +105,7 @@ def _get_study(module: Any, path: str) -> Callable[[], Any]:
 
 
 def vocab_size_of(config: ml_collections.ConfigDict) -> int:
-  """Returns the vocabulary of a config before its text was looked at."""
+  """Returns the vocabulary of a config before its text is read."""
   return config.data.vocab_size or ByteTokenizer().vocab_size
 
 

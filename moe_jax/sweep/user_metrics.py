@@ -1,9 +1,9 @@
 """Numbers that a study file computes itself from a finished trial: `Study.metrics`.
 
-They are computed for every report from what the trial left, never kept with it: so a function that
-was changed speaks for all trials. A results.jsonl keeps the values with the digest of the source of
-their function, and a study whose function is another one refuses them. The digest is of the text
-of the function alone, not of what it calls.
+They are computed for every report from what the trial left, never kept with it: so a changed
+function applies to all trials. A results.jsonl keeps the values with the digest of the source of
+their function, and a study whose function is another one refuses them. The digest is only of the
+text of the function, not of functions that it calls.
 """
 
 import copy
@@ -21,14 +21,14 @@ from moe_jax.sweep.metric_paths import USER
 
 
 def values_of(study: Study, trial: FinishedTrial) -> tuple[dict[str, float], dict[str, str]]:
-  """Returns the study's own metrics of a trial by 'user/NAME', and why others have no value."""
+  """Returns a study's own metrics of a trial by 'user/NAME', and why others have no value."""
   values, errors = {}, {}
   for name, function in study.metrics.items():
     try:
       # A copy for each: none sees what another did to it.
       values[f'{USER}/{name}'] = _number(function(copy.deepcopy(trial)))
     except (Exception, SystemExit) as error:
-      # It is the user's code: whatever it raises costs neither the trial nor other metrics.
+      # It is the user's code: whatever it raises, the trial and other metrics are kept.
       text = ' '.join(f'{type(error).__name__}: {error}'.split())
       errors[f'{USER}/{name}'] = f'study.metrics {name!r} ({_where(function)}): {text}'
   return values, errors

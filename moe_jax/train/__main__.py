@@ -1,4 +1,4 @@
-"""Trains a config, or goes on training it: python -m moe_jax.train --config=FILE --workdir=DIR.
+"""Trains a config, or continues training it: python -m moe_jax.train --config=FILE --workdir=DIR.
 
 Examples:
   python -m moe_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
@@ -21,7 +21,7 @@ _PROFILE = cli.define_path(
 
 
 def main() -> int:
-  """Trains, or goes on training; 128 + signal if interrupted."""
+  """Trains, or continues training; 128 + signal if interrupted."""
   workdir = cli.required(_WORKDIR)
   try:
     config = _CONFIG()

@@ -33,9 +33,9 @@ def computed_flops_per_token(config: ml_collections.ConfigDict, vocab_size: int)
   """Returns multiply-adds x 2 of a token's forward pass as experts compute it, empty slots too.
 
   A third of `training_flops_per_token`, and the slots of all experts, E * C for a routing group of
-  S tokens, where they are more than the S * K that tokens ask for. That is what time goes by:
+  S tokens, where they are more than the S * K that tokens select. Time is in proportion to this:
   without drops (C = S) 64 experts compute 64 slots for each token. The dropless dispatcher computes
-  what tokens ask for alone.
+  only what tokens select.
   """
   moe = config.moe
   flops = training_flops_per_token(config, vocab_size) / 3
@@ -59,8 +59,8 @@ def tokens_per_expert(config: ml_collections.ConfigDict) -> float:
 def random_drop_share(config: ml_collections.ConfigDict, capacity: int) -> float:
   """Returns the drop share of uniformly random routing: the floor to compare drops with.
 
-  With S tokens that each pick K of E experts, an expert's count is binomial(S, K/E); the drop share
-  is E[max(0, count - C)] / (S K / E).
+  With S tokens that each select K of E experts, an expert's count is binomial(S, K/E); the drop
+  share is E[max(0, count - C)] / (S K / E).
   """
   moe = config.moe
   tokens = config.data.sequence_length * moe.group_size

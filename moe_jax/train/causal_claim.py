@@ -1,7 +1,7 @@
 """A router's claim that it is causal, checked once before a run: a redrawn future moves no past.
 
-Router and plan alone are run, on a routing group of random tokens, in training: choosing and
-dropping are all of a MoE layer that could look at other tokens.
+Only router and plan are run, on a routing group of random tokens, in training: selection and drops
+are all of a MoE layer that could depend on other tokens.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ def check_causal_claim(config: ml_collections.ConfigDict, vocab_size: int) -> st
   """Checks a config of which `config.is_causal`, and so the manifest, says that it is causal.
 
   That is every causal router under `moe.priority=token`, and under any priority where no slot is
-  limited, as with `moe.dispatch=dropless`: who comes first matters only where somebody is dropped.
+  limited, as with `moe.dispatch=dropless`: the order matters only where tokens are dropped.
   Elsewhere another priority drops earlier tokens for later ones whatever the router does; nothing
   is claimed then, and there is nothing to check. Draws from keys of its own and changes nothing of
   the run. `train.check_causal=False` leaves it out.
@@ -38,7 +38,7 @@ def check_causal_claim(config: ml_collections.ConfigDict, vocab_size: int) -> st
     vocab_size: of the tokenizer.
 
   Returns:
-    A line that says that it was checked, or why not.
+    A line on whether it was checked, or why not.
 
   Raises:
     UserError: if later tokens decide where an earlier one goes, or with what weight.

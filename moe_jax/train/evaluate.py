@@ -32,8 +32,8 @@ def make_eval_step(task: Task, packed: bool = False) -> EvalStep:
 
   Args:
     task: in mode `eval`.
-    packed: whether all but the batch has a leading dimension of trials, each of which is evaluated
-      as if it were alone.
+    packed: True if all but the batch has a leading dimension of trials, each of which is evaluated
+      as if by itself.
   """
   counted = task if routing_counts.why_not(task) else task.with_selected()
 
@@ -89,9 +89,8 @@ def evaluate(
 
   Returns:
     `loss` (nats per token), `tokens`, router metrics and, over a whole split, `bits_per_byte` and
-    `bytes`; and `domains`, the same for each domain. And, of all domains together, what
-    `expert_similarity` says and, unless every token goes to every expert, what
-    `specialization.measures` does.
+    `bytes`; and `domains`, the same for each domain. And, of all domains together, the values of
+    `expert_similarity` and, unless every token goes to every expert, of `specialization.measures`.
 
   Raises:
     UserError: for an unknown or empty split.
@@ -118,9 +117,9 @@ def evaluate_packed(
   batch_size: int,
   on_batch: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
-  """Evaluates several trials of one program together; each gets what `evaluate` gives it alone.
+  """Evaluates several trials of one program together; each gets the result of `evaluate`.
 
-  That is, but for rounding. The devices hold all of them at a time, and their counts.
+  That is, except for rounding. The devices hold all of them at a time, and their counts.
 
   Args:
     eval_step: from `make_eval_step(task, packed=True)`.
@@ -209,7 +208,7 @@ def _run(
 def _result(
   split: str, totals: _Totals, counts: Any, params: Any, task: Task, with_matrices: bool
 ) -> dict[str, Any]:
-  """Returns what `evaluate` does, from the sums and counts of one trial."""
+  """Returns the result of `evaluate`, from the sums and counts of one trial."""
   domains = {domain: _summary(*of_domain, task) for domain, of_domain in totals.items()}
   pooled = functools.reduce(_add, (total for total, _ in totals.values()))
   result: dict[str, Any] = {'split': split, 'domains': domains}
@@ -224,7 +223,7 @@ def _result(
 def _specialization(
   counts: routing_counts.RoutingCounts, totals: list[Any], task: Task, with_matrices: bool
 ) -> dict[str, Any]:
-  """Returns what the counts of a split, and the totals of its domains, say of its experts."""
+  """Returns the specialization of experts, from counts of a split and totals of its domains."""
   result = specialization.measures(
     routing_counts.fetch(counts, task.mesh),
     [sums.tokens_per_expert.astype(np.int64) for _, _, sums in totals],
@@ -236,7 +235,7 @@ def _specialization(
 
 
 def _with(total: Any, out: Any) -> Any:
-  """Returns the total with what a step gave, in float64; either may be None."""
+  """Returns the total plus the sums of a step, in float64; either may be None."""
   if out is None:
     return total
   out = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(out))

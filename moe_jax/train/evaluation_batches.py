@@ -34,7 +34,7 @@ def domain_batches(
 
 
 def batch_size_of(config: ml_collections.ConfigDict, mesh: Mesh) -> int:
-  """Returns the micro-batch of a config, filled up to what the mesh and the routing groups divide.
+  """Returns the micro-batch of a config, filled up to a size that mesh and routing groups divide.
 
   Rows that fill up are padding: the size of a batch changes no number.
   """

@@ -19,8 +19,8 @@ def expert_similarity(task: Task, params: Any) -> dict[str, list[float]]:
 
   router/expert_similarity: the absolute cosine between the weights of two experts, each matrix as
   one vector, averaged over all pairs and over the matrices of an expert. 1 of equal experts, as
-  after upcycling. Experts that differ by the order of their hidden units alone are not found alike.
-  router/expert_similarity_baseline: the same of random directions, so of new experts.
+  after upcycling. Experts that differ only by the order of their hidden units do not count as
+  similar. router/expert_similarity_baseline: the same of random directions, so of new experts.
   """
   moe = task.moe
   if moe is None or moe.num_experts < 2:

@@ -1,4 +1,4 @@
-"""The numbers of a config that are arguments of the compiled step, never constants of it.
+"""The hyperparameters that are arguments of the compiled step, never constants of it.
 
 Runs that differ in nothing else share one program, and can be trained as one.
 """

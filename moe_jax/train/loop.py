@@ -1,7 +1,7 @@
 """The loop over training steps: the same for one run and for several trained as one program.
 
-The loop does steps and nothing else. What a run does besides (metrics, checkpoints, evaluation,
-what is shown) are callbacks, called in their order.
+The loop does steps and nothing else. All else in a run (metrics, checkpoints, evaluation, output)
+is done by callbacks, called in their order.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ class Callback:
     Args:
       step: that was begun last.
       ends: whether it is the last one of this call.
-      stops: whether a signal is why.
+      stops: True if a signal is the reason.
     """
     del step, ends, stops
     return False
@@ -69,7 +69,7 @@ def run_steps(
     step: steps done before.
     num_steps: of the whole run.
     callbacks: called in this order.
-    should_stop: whether a signal asks to stop after this step.
+    should_stop: True if a signal requests to stop after this step.
 
   Returns:
     The state and the number of steps done, fewer than `num_steps` if it was stopped.

@@ -23,7 +23,7 @@ def router_metrics(sums: routing.RouterSums, num_ranks: int = 1) -> dict[str, An
       router/load_kept: share of assignments each expert kept, of all assignments [L][E].
       router/drop_share_per_layer: share of assignments that got no slot.
       router/token_drop_share: share of tokens that no expert works on: they lost all their K
-        experts, or none was asked for (expert choice, ReMoE, null experts).
+        experts, or selected none (expert choice, ReMoE, null experts).
       router/max_violation: largest load over mean load, minus 1 (0 at balance): MaxVio of the batch
         in training, of all batches together in evaluation.
       router/load_cv: deviation of the load over its mean (0 at balance).
@@ -40,7 +40,7 @@ def router_metrics(sums: routing.RouterSums, num_ranks: int = 1) -> dict[str, An
   selected = np.asarray(sums.tokens_per_expert, np.float64)
   kept = np.asarray(sums.kept_per_expert, np.float64)
   num_experts = selected.shape[-1]
-  # Over what was asked for, not K tokens: some routers let a token ask for more or fewer.
+  # Over the assignments requested, not K tokens: some routers let a token select more or fewer.
   asked = np.maximum(np.sum(selected, -1, keepdims=True), 1)
   load, load_kept = selected / asked, kept / asked
   drop = 1 - np.sum(kept, -1) / asked[:, 0]
@@ -78,10 +78,10 @@ def step_metrics(metrics: StepMetrics, num_ranks: int = 1) -> dict[str, Any]:
     seconds_preparing: until the first step: data, model, state or checkpoint.
     seconds_compiling: the training step.
     seconds_tracing: beginning, ending and reading a trace of --profile; traced steps are training.
-    seconds_saving: what training waited for a checkpoint; the rest is written while it goes on.
+    seconds_saving: what training waited for a checkpoint; the rest is written during training.
     data_wait: seconds the devices waited for the batch of this one step, at most.
   A line of validation has its own `seconds_evaluating`; the first compiles the evaluation, too.
-  Fields of what took no time are left out; a member of a pack has tokens_per_second alone.
+  Fields of phases that took no time are left out; a member of a pack has only tokens_per_second.
   `seconds` of the manifest adds up each of a call.
   """
   record: dict[str, Any] = {

@@ -1,8 +1,8 @@
-"""The one place where losses are normalised and weighted.
+"""Normalisation and weights of the losses, all in this file.
 
 Cross-entropy is a sum over valid tokens divided by the valid tokens of the WHOLE batch, whatever
-part of it is at hand; auxiliary losses are formed from the router's sums. So the parts of a batch
-add up, over devices and micro-batches, and every metric is reported without its weight.
+part of it is given; auxiliary losses are formed from the router's sums. So the parts of a batch add
+up, over devices and micro-batches, and every metric is reported without its weight.
 """
 
 from typing import NamedTuple
@@ -88,7 +88,7 @@ def auxiliary_losses(
 def weighted_sum(
   losses: AuxiliaryLosses, weights: LossWeights, layer_reduction: str
 ) -> Float[Array, '']:
-  """Returns what is added to the cross-entropy: mean or sum over layers, each loss weighted."""
+  """Returns the weighted auxiliary losses, mean or sum over layers, to add to the cross-entropy."""
   reduce = {'mean': jnp.mean, 'sum': jnp.sum}[layer_reduction]
   return sum(
     (weight * reduce(loss) for weight, loss in zip(weights, losses, strict=True)),

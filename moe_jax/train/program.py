@@ -1,4 +1,4 @@
-"""The compiled step of a config, shared by all runs of one process that differ in numbers alone."""
+"""The compiled step of a config, shared by runs in one process that differ only in arguments."""
 
 import copy
 import functools
@@ -19,7 +19,7 @@ from moe_jax.train.step import make_train_step
 
 
 def program_of(config: ml_collections.ConfigDict) -> str:
-  """Returns what of a config decides the program of its step, as JSON."""
+  """Returns the fields of a config that decide the program of its step, as JSON."""
   program = copy.deepcopy(config)
   defaults = config_lib.get_config()
   starts = ('train.init_from', 'train.init_optimizer', 'train.init_router_state')
@@ -49,7 +49,7 @@ def step_of(program: str, mesh: Mesh, vocab_size: int, packed: bool = False) -> 
 
 
 def accumulation_scope(config: ml_collections.ConfigDict) -> str:
-  """Returns over what auxiliary losses are formed, see `make_gradient`.
+  """Returns the scope over which auxiliary losses are formed, see `make_gradient`.
 
   Balance scopes smaller than a micro-batch need no others: each lies in one micro-batch.
   """

@@ -27,7 +27,7 @@ class Weights(NamedTuple):
 
 
 class Overlap(NamedTuple):
-  """Counts over valid tokens, for each MoE layer: assignments asked for, and those in both."""
+  """Counts over valid tokens, for each MoE layer: selected assignments, and those in both."""
 
   before: Float[Array, 'L']
   after: Float[Array, 'L']
@@ -74,7 +74,7 @@ def churn(
   batch_size: int,
   on_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-  """Compares what two checkpoints ask for, on every token of a split, before any drop.
+  """Compares the experts that two checkpoints select, on every token of a split, before any drop.
 
   Args:
     overlap_step: from `make_overlap_step(task, ...)`.

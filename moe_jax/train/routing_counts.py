@@ -1,4 +1,4 @@
-"""Counts of who asked for which experts, kept on the devices while an evaluation runs.
+"""Counts of the experts that tokens selected, kept on the devices while an evaluation runs.
 
 One-letter dimensions: L MoE layers, E experts, K assignments of a token, V token ids, B sequences,
 T positions. Every device counts its own tokens in tables of its own, in int32, without any
@@ -25,15 +25,15 @@ MOST_ENTRIES = 2**27
 class RoutingCounts(NamedTuple):
   """Counts over valid tokens, before any drop. Padding never counts.
 
-  An assignment is a pair of a token and an expert that it asked for, as in `router/load`: a token
+  An assignment is a pair of a token and an expert that it selected, as in `router/load`: a token
   has K of them with token choice, and any number, none too, with ReMoE and expert choice; null
   experts are no experts here. On devices, each array has a dimension of devices in front.
 
   Attributes:
     tokens: tokens of each id, the model's input at that position.
-    by_token: tokens of each id that asked for each expert; None if it would be too large.
-    together: tokens that asked for both experts; on the diagonal, for the one.
-    num_asked: tokens that asked for 0, 1, ... E experts.
+    by_token: tokens of each id that selected each expert; None if it would be too large.
+    together: tokens that selected both experts; on the diagonal, the one.
+    num_asked: tokens that selected 0, 1, ... E experts.
   """
 
   tokens: Int[Array, '*device V']
@@ -117,7 +117,7 @@ def _add_local(counts, choices, inputs, valid):
 
 
 def membership(choices: Int[Array, '*shape K'], num_experts: int) -> Bool[Array, '*shape E']:
-  """Returns which experts each token asked for; -1 is none."""
+  """Returns the mask of experts that each token selected; -1 is none."""
   experts = jnp.arange(num_experts, dtype=choices.dtype)
   shape = (1,) * (choices.ndim - 1)
   return jnp.any(choices[..., None] == experts.reshape(*shape, 1, num_experts), axis=-2)

@@ -6,8 +6,9 @@ The counts are of the experts selected, before any drop, over valid tokens (`Rou
 what an assignment is for each kind of router). Where every token goes to every expert (dense
 mixture, Soft MoE) there is no selection, and only the similarity of weights is given.
 
-Mutual information of finitely many tokens is above 0 even where experts know nothing of the label:
-by about (R - 1)(E - 1) / 2 nats over the number of assignments, which is much where labels are
+Mutual information of finitely many tokens is above 0 even where experts are independent of the
+label: by about (R - 1)(E - 1) / 2 nats over the number of assignments, which is much where labels
+  are
 token ids. So the *permutation baseline* is subtracted: the expected value when the labels are dealt
 out again among the tokens, each token keeping its set of experts. It is computed, not drawn.
 
@@ -52,17 +53,17 @@ def mutual_information(joint: Int[np.ndarray, 'R E']) -> float:
 def expected_mutual_information(
   tokens: Int[np.ndarray, 'R'], asked: Int[np.ndarray, 'E'], num_asked: Int[np.ndarray, 'E1']
 ) -> float:
-  """Returns the mean of `mutual_information` over all ways to deal labels to tokens, in bits.
+  """Returns the mean of `mutual_information` over all assignments of labels to tokens, in bits.
 
-  A token keeps its set of experts, so the tokens of label r that asked for expert e are drawn
+  A token keeps its set of experts, so the tokens of label r that selected expert e are drawn
   without replacement from all: hypergeometric. Exact to about 1e-4 of its value where every token
-  asks for the same number of experts. Otherwise the number of assignments of a label varies, too:
-  it is taken as a sum of independent draws.
+  selects the same number of experts. Otherwise the number of assignments of a label varies, too: it
+  is taken as a sum of independent draws.
 
   Args:
     tokens: of each label.
-    asked: tokens that asked for each expert.
-    num_asked: tokens that asked for 0, 1, ... experts.
+    asked: tokens that selected each expert.
+    num_asked: tokens that selected 0, 1, ... experts.
 
   Source: Vinh, Epps & Bailey 2010, JMLR 11 (theorem 2): the hypergeometric model of the adjusted
   mutual information. Differs: a token may be counted for several experts.
@@ -180,7 +181,7 @@ def coactivation(together: Int[np.ndarray, 'E E']) -> tuple[Float[np.ndarray, 'E
 
 
 def random_similarity(size: int) -> float:
-  """Returns the mean absolute cosine of two random directions in so many dimensions.
+  """Returns the mean absolute cosine of two random directions in n dimensions.
 
   Gamma(n / 2) / (sqrt(pi) Gamma((n + 1) / 2)), about sqrt(2 / (pi n)).
   """
@@ -191,11 +192,11 @@ def random_similarity(size: int) -> float:
 def measures(
   counts: RoutingCounts, by_domain: list[Int[np.ndarray, 'L E']], tokens_of_domains: list[int]
 ) -> dict[str, Any]:
-  """Returns all measures of a split but the similarity of weights.
+  """Returns all measures of a split except the similarity of weights.
 
   Args:
     counts: of the whole split, as NumPy arrays.
-    by_domain: tokens of each domain that asked for each expert.
+    by_domain: tokens of each domain that selected each expert.
     tokens_of_domains: valid tokens of each.
 
   Returns:

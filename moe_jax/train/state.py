@@ -19,7 +19,7 @@ from moe_jax.parallel.sharding import named_shardings, of_leading_dims, replicat
 
 
 class TrainState(NamedTuple):
-  """Everything that a step changes. Random numbers are drawn from (seed, step) alone.
+  """Everything that a step changes. Random numbers are drawn only from (seed, step).
 
   Attributes:
     step: optimizer steps done.
@@ -27,7 +27,7 @@ class TrainState(NamedTuple):
     opt_state: of the Optax chain.
     router_state: what routers carry from step to step without a gradient; {} for most.
     average_load: `experts` [L, E]: the moving average over steps, from 0, of each expert's share of
-      the assignments before any drop; for metrics alone. {} for a dense task.
+      the assignments before any drop; only for metrics. {} for a dense task.
     seed: what every random number of the run is drawn from.
   """
 
@@ -127,7 +127,7 @@ def init_average_load(task: Task) -> dict[str, Float[Array, 'L E']]:
 def with_token_counts(
   state: TrainState, task: Task, token_counts: Callable[[], Int64[np.ndarray, 'V']]
 ) -> TrainState:
-  """Returns a new state whose routers know how often each token stands in the training text.
+  """Returns a new state whose routers have the count of each token in the training text.
 
   Args:
     state: before the first step.
@@ -151,7 +151,7 @@ def with_token_counts(
 
 
 def abstract_state(task: Task, optimizer: optax.GradientTransformation) -> TrainState:
-  """Returns shapes, dtypes and shardings of the state: what a checkpoint is restored into."""
+  """Returns shapes, dtypes and shardings of the state, into which a checkpoint is restored."""
   make = functools.partial(_new_state, task, optimizer)
   shapes = jax.eval_shape(make, jax.ShapeDtypeStruct((), jnp.int32))
   return with_shardings(shapes, state_shardings(task, optimizer))

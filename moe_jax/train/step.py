@@ -70,7 +70,7 @@ def make_loss(
   The function takes (params, router_state, micro, key, weights, batch_tokens, other_sums).
   `batch_tokens` is the number of valid tokens of the whole batch, `other_sums` the router's sums
   over more than this micro-batch, or None:
-    microbatch: not looked at; each micro-batch has its own auxiliary losses.
+    microbatch: not read; each micro-batch has its own auxiliary losses.
     running: over the micro-batches before. The loads that the losses multiply are those of all
       micro-batches so far, this one included.
     batch: over the whole batch. The losses are formed from (rest of the batch, held fixed) + (this
@@ -211,13 +211,13 @@ def make_train_step(
   Args:
     task: in mode `train`, built for the size of a micro-batch.
     optimizer: clipping included.
-    schedule: step -> learning rate as a share of its peak, for the report alone.
+    schedule: step -> learning rate as a share of its peak, only for the report.
     accumulation_steps: micro-batches; divides the batch.
-    accumulation_scope: what the auxiliary losses are formed over, see `make_gradient`.
+    accumulation_scope: over which the auxiliary losses are formed, see `make_gradient`.
     layer_reduction: `mean` or `sum` of the auxiliary losses over layers.
     load_decay: of the moving average of the load, per step.
-    packed: whether state, batch, hyperparameters and metrics have a leading dimension of trials,
-      each of which is trained as if it were alone.
+    packed: True if state, batch, hyperparameters and metrics have a leading dimension of trials,
+      each of which is trained as if by itself.
   """
   gradient = make_gradient(task, accumulation_steps, accumulation_scope, layer_reduction)
 

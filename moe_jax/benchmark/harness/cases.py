@@ -1,4 +1,4 @@
-"""The layers that are measured, their weights, and the dense layer that they are held against."""
+"""The layers that are measured, their weights, and the dense layer that they are compared with."""
 
 import functools
 from collections.abc import Callable
@@ -107,7 +107,7 @@ def _matrices(
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _matrix(key: jax.Array, shape: tuple[int, ...], dtype: str) -> Array:
-  """Draws each expert's in turn: random bits of all would be as large as the weights."""
+  """Draws expert by expert: random bits of all would be as large as the weights."""
   one = lambda key: jax.random.normal(key, shape[-2:], jnp.dtype(dtype)) * shape[-2] ** -0.5  # noqa: E731
   return one(key) if len(shape) == 2 else jax.lax.map(one, jax.random.split(key, shape[0]))
 

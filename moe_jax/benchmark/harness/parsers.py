@@ -1,4 +1,4 @@
-"""Parsers of the flags' values: a wrong one is refused with the words of the command alone."""
+"""Parsers of the flags' values: a wrong one is refused before any import."""
 
 import math
 from collections.abc import Callable, Collection

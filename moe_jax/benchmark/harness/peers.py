@@ -1,9 +1,9 @@
 """Layers of other libraries, on the weights, tokens and routing of ours, timed in the same rounds.
 
 `grouped_mm` is `torch.nn.functional.grouped_mm` through the experts registry of transformers, which
-drops nothing. Never the registry's eager loop: its backward pass is quadratic in E. It is held
-against a dense layer in torch, and against ours in milliseconds. torch and transformers are needed
-for nothing else here. On the same GPU as JAX, set XLA_PYTHON_CLIENT_PREALLOCATE=false.
+drops nothing. Never the registry's eager loop: its backward pass is quadratic in E. It is compared
+with a dense layer in torch, and with ours in milliseconds. torch and transformers are needed for
+nothing else here. On the same GPU as JAX, set XLA_PYTHON_CLIENT_PREALLOCATE=false.
 
 On CPUs torch's threads wait for each other after each matmul: on a busy machine its times are those
 of the waits, many times too long. Believe them on a quiet machine only, whatever its A/A control
@@ -35,7 +35,7 @@ _CHECKED_TOKENS = 8
 
 
 def libraries() -> tuple[Any, Any, str]:
-  """Returns torch, the registry's room of transformers, and the versions of both.
+  """Returns torch, the module of transformers with the registry, and the versions of both.
 
   Raises:
     UserError: if one is not installed, or torch cannot run where JAX does.
@@ -130,7 +130,7 @@ def summary(seconds: dict[str, list[float]], ours: Sequence[str]) -> dict[str, A
 
   Args:
     seconds: of all arms, by name.
-    ours: the arms of this package to hold against `GROUPED`.
+    ours: the arms of this package to compare with `GROUPED`.
 
   Returns:
     versions, null (torch's dense layer / its copy), void, dense_milliseconds, eta_dense (torch's

@@ -40,8 +40,8 @@ def choose(
   """Returns the experts of each token, all different.
 
   Args:
-    name: `round_robin`: in turn. `uniform`: at random. `zipf_A`: at random without replacement,
-      expert e in proportion to (e + 1)^-A. `trace`: the first S tokens of the trace.
+    name: `round_robin`: one after the other. `uniform`: at random. `zipf_A`: at random without
+      replacement, expert e in proportion to (e + 1)^-A. `trace`: the first S tokens of the trace.
     shape: S and K.
     num_experts: E.
     seed: of the draw.
@@ -87,7 +87,7 @@ def record(workdir: str, num_tokens: int, data_dir: str | None = None) -> Trace:
 
   Args:
     workdir: of the run; its newest checkpoint is read.
-    num_tokens: as many are recorded, or a few more.
+    num_tokens: to record; a few more may be recorded.
     data_dir: where its data is kept; by default where the manifest of the run names it.
 
   Raises:

@@ -26,7 +26,7 @@ class Shape(NamedTuple):
 
 
 def with_tokens_per_expert(shape: Shape, tokens_per_expert: int, num_experts: int) -> Shape:
-  """Returns the shape with as many tokens as give each expert so many; as it is for 0."""
+  """Returns the shape with S such that each expert gets N tokens on average; unchanged for 0."""
   if not tokens_per_expert:
     return shape
   return shape._replace(num_tokens=tokens_per_expert * num_experts // shape.num_selected_experts)

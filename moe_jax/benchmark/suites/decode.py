@@ -1,6 +1,6 @@
 """Single tokens that meet many experts: tokens per second, against dense.
 
-Of the implementations of the experts alone, and of whole decoding steps.
+For the implementations of the experts by themselves, and for whole decoding steps.
 
 Examples:
   python -m moe_jax.benchmark decode

@@ -1,9 +1,9 @@
-"""Decoding: a batch of single tokens, each of which meets all experts and chooses few.
+"""Decoding: a batch of single tokens, each of which meets all experts and selects few.
 
-Two levels. `layer`: the experts alone under a uniform random routing given beforehand, each
+Two levels. `layer`: only the experts, under a uniform random routing given beforehand, each
 implementation against a dense layer of the same active FLOPs. `model`: whole
 decoding steps with router, attention and cache, against a dense model of the same active FLOPs. A
-layer measured alone finds its weights in the cache of the CPU if they fit; in a model they come
+layer measured by itself finds its weights in the cache of the CPU if they fit; in a model they come
 from memory.
 """
 
@@ -298,7 +298,7 @@ def _model_arm(task: LanguageModel, shape: Shape, seed: int) -> Compiled:
   seconds = time.perf_counter() - start
 
   def call() -> None:
-    # From the same place each time: the cache is as long, and its cells are written again.
+    # From the same position each time: the cache is as long, and its cells are written again.
     rows = held[0]._replace(place=jnp.int32(1))
     _, held[0] = jax.block_until_ready(compiled(params, {}, rows, greedy))
 

@@ -1,7 +1,7 @@
 """Moving tokens, and the experts' matmuls, under a given routing, against dense and peers.
 
-The arms: this package's dispatchers, one-hot matmuls among them, lax.ragged_dot, the batched
-matmuls alone, and a copy of the same bytes.
+The arms: this package's dispatchers, one-hot matmuls among them, lax.ragged_dot, only the batched
+matmuls, and a copy of the same bytes.
 
 Examples:
   python -m moe_jax.benchmark dispatch

@@ -1,4 +1,4 @@
-"""Dispatch and combine under a routing given beforehand: nothing is chosen here.
+"""Dispatch and combine under a routing given beforehand: nothing is selected here.
 
 All arms get the same tokens, weights and plan; they differ in how tokens reach the experts.
 """
@@ -43,8 +43,8 @@ from moe_jax.parallel.mesh import EXPERT_AXIS, make_mesh
 from moe_jax.parallel.sharding import spec
 from moe_jax.routing.plan import Plan
 
-# An arm that takes so many times as long as the dense layer, and so many seconds, in each of two
-# calls is not measured.
+# An arm is not measured if each of two calls takes more than this many times as long as the dense
+# layer, and more than this many seconds.
 SLOWEST = 20.0
 LEAST_SECONDS = 0.5
 
@@ -93,7 +93,7 @@ def rows(
     num_experts: values of E.
     routings: of `names.ROUTINGS`.
     arms: of `names.ARMS`, or `TOKAMAX`.
-    tokens_per_expert: if not 0, tokens are as many as give each expert so many; else
+    tokens_per_expert: if not 0, S is set so that each expert gets this many tokens on average; else
       `shape.num_tokens` for every E.
     rounds: of interleaved calls.
     seed: of tokens, weights, routings and orders.
@@ -106,8 +106,8 @@ def rows(
     dense_milliseconds,
     `arms`: {name: eta_dense (time of the dense layer of the same active FLOPs / time of the arm),
     eta_bmm (time of its batched matmuls without dispatch / time of the arm: `products` are those
-    of the padded buffers, `balanced` those of ceil(S K / E) rows per expert, which arms that drop
-    nothing are held against), eta_balanced (`balanced` / arm for every arm), excess and
+    of the padded buffers, `balanced` those of ceil(S K / E) rows per expert, with which arms that
+    drop nothing are compared), eta_balanced (`balanced` / arm for every arm), excess and
     excess_balanced (of these two, over the first E of the same routing and pass; see
     `cases.excess`), milliseconds, compile_seconds, temporary_bytes}, `not_measured`: {name: why},
     and `peers`, None without them (or without memory for them) or `peers.summary`.
@@ -332,5 +332,5 @@ def _compile(
 
 
 def _matmuls_of(arm: str) -> str:
-  """Returns the name of the matmuls that an arm is held against."""
+  """Returns the name of the matmuls that an arm is compared with."""
   return 'balanced' if arm in (*DROPLESS, 'balanced') else 'products'

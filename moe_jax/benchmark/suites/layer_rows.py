@@ -58,7 +58,7 @@ def rows(
     num_experts: values of E.
     dispatch: the dispatcher. One that drops nothing has no capacity factor, and its matmuls are
       those of ceil(S K / E) rows per expert.
-    tokens_per_expert: if not 0, tokens are as many as give each expert so many; else
+    tokens_per_expert: if not 0, S is set so that each expert gets this many tokens on average; else
       `shape.num_tokens` for every E.
     rounds: of interleaved calls.
     seed: of weights, inputs and orders.
@@ -75,7 +75,7 @@ def rows(
     `profile` the table of the layer's time by part.
 
   Raises:
-    UserError: if tokens cannot be split into so many groups.
+    UserError: if tokens cannot be split into `num_groups`.
   """
   mesh = make_mesh(1, 1, jax.devices()[:1])
   key = jax.random.key(seed)

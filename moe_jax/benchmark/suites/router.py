@@ -1,4 +1,4 @@
-"""Choosing and planning, as a share of the experts' matmuls.
+"""Selecting and planning, as a share of the experts' matmuls.
 
 Examples:
   python -m moe_jax.benchmark router

@@ -1,4 +1,4 @@
-"""The cost of choosing and planning, as a share of the experts' matmuls."""
+"""The cost of selecting experts and planning, as a share of the experts' matmuls."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -149,7 +149,7 @@ def _disagreement(one: Compiled, other: Compiled) -> float | None:
 
 
 def _arm(name: str, options: routing.RouterOptions, tokens: jax.Array, seed: int) -> Compiled:
-  """Returns a call that chooses and plans once."""
+  """Returns a call that selects and plans once."""
   router = routing.ROUTERS[name]
   _, num_tokens, embed_dim = tokens.shape
   rng = np.random.default_rng(seed)

@@ -24,8 +24,8 @@ def shares(
 ) -> dict[str, Any]:
   """Measures the parts of a step, as shares of it.
 
-  Forward, forward + backward, and the whole step are compiled apart and run in turn on the same
-  batch, `rounds` times. Then `steps` real steps run with the data pipeline behind them.
+  Forward, forward + backward, and the whole step are compiled apart and run one after the other on
+  the same batch, `rounds` times. Then `steps` real steps run with the data pipeline behind them.
 
   Returns:
     Medians over rounds: `forward`, `backward`, `optimizer` (the rest: clipping and update), as

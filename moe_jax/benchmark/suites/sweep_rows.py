@@ -64,7 +64,7 @@ def rows(
 def _calls(
   config: ml_collections.ConfigDict, mesh: Mesh, number: int, seed: int
 ) -> Callable[[], None]:
-  """Returns a call that does one step of so many trials together and waits for it."""
+  """Returns a call that does one step of N trials together and waits for it."""
   vocab_size = config.data.vocab_size or ByteTokenizer().vocab_size
   microbatch = config.data.batch_size // config.train.accumulation_steps
   task = build_task(config, mesh, vocab_size, 'train', microbatch)

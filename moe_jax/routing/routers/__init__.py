@@ -1,1 +1,1 @@
-"""One file for each way of choosing experts; `moe_jax.routing.registry` finds them."""
+"""One file for each router; `moe_jax.routing.registry` finds them."""

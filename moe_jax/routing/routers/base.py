@@ -1,4 +1,8 @@
-"""BASE: each training group is dealt out so that every expert gets the same number of tokens."""
+"""BASE: each training group is dealt out so that every expert gets the same number of tokens.
+
+One-letter dimensions: G routing groups, S tokens of a group, E experts, P = E C tokens of a group
+with fillers, C places of an expert.
+"""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -32,10 +36,10 @@ class _Auction(NamedTuple):
   """One group in the middle of the auction. P = E * C tokens, fillers included.
 
   Attributes:
-    expert: who holds the token; E if nobody.
-    bid: what a held token pays.
-    start: the price of an empty place in this phase.
-    price: what a place at each expert costs now: the lowest bid held if it is full, else `start`.
+    expert: that holds the token; E if none does.
+    bid: of a token that is held.
+    start: the price of an empty slot in this phase.
+    price: of a slot at each expert now: the lowest bid held if it is full, else `start`.
     epsilon: by how much at least a bid is above the price.
     complete: the assignment at the end of the last finished phase; E before the first.
     rounds: so far.
@@ -57,7 +61,7 @@ def balanced_assignment(
 ) -> Int[Array, 'G S']:
   """Gives each token an expert, ceil(S / E) tokens at most to each, for the largest sum of scores.
 
-  Padding takes places too, with the same score everywhere; so do the tokens that S lacks to a
+  Padding takes slots, too, with the same score everywhere; so do the tokens that S lacks to a
   multiple of E. With E dividing S and no padding, each expert gets exactly S / E tokens.
 
   The sum over a group is below its maximum by at most max(1/2, P * range / 2**18), where P = E *
@@ -65,21 +69,21 @@ def balanced_assignment(
   with the first of the two it is the maximum. Of several optima any may come out; the same input
   gives the same one.
 
-  The method is the auction of Bertsekas with P places of which those of one expert are alike, all
-  tokens without a place bidding at once. A token t bids for the expert with the largest
-  score - price, and bids so much that this is epsilon less than at its second expert. An expert
-  holds the C highest bids. Its price never falls in a phase, so that at the end
+  The method is the auction of Bertsekas with P slots of which those of one expert are alike, all
+  tokens without a slot bidding at once. A token t bids for the expert with the largest score -
+  price, and raises its bid until this is epsilon less than at its second expert. An expert holds
+  the C highest bids. Its price never falls in a phase, so that at the end
 
     scores[t, a_t] - price[a_t] >= max_e (scores[t, e] - price[e]) - epsilon   for all t,
 
-  and the sum over t, with every place taken, is the bound P * epsilon by linear duality. Phases
+  and the sum over t, with every slot taken, is the bound P * epsilon by linear duality. Phases
   with falling epsilon start from the prices of the one before.
 
   Args:
     scores: non-finite ones are read as 0 or the largest finite number; nothing hangs on them.
     valid: False for padding.
     max_rounds: after these the assignment of the last finished phase stands, with its larger
-      epsilon; if there is none, the tokens without a place get the free ones in order.
+      epsilon; if there is none, the tokens without a slot get the free ones in order.
   """
   group_size, num_experts = scores.shape[1:]
   if num_experts == 1:
@@ -111,6 +115,8 @@ def _assign_group(scores: Float[Array, 'P E'], capacity: int, max_rounds: int) -
     rounds=jnp.int32(0),
     done=jnp.bool_(False),
   )
+  # A round: all tokens without a place bid, and each expert keeps its C highest bids. A phase is
+  # rounds until no token waits; a smaller epsilon then starts over, from the prices reached.
   auction = jax.lax.while_loop(
     lambda state: ~state.done & (state.rounds < max_rounds),
     lambda state: _end_phase(_bid(state, scores, capacity), last_epsilon),
@@ -121,15 +127,17 @@ def _assign_group(scores: Float[Array, 'P E'], capacity: int, max_rounds: int) -
 
 
 def _bid(auction: _Auction, scores: Float[Array, 'P E'], capacity: int) -> _Auction:
-  """Lets all tokens without a place bid once."""
+  """Lets all tokens without a slot bid once."""
   num_tokens, num_experts = scores.shape
-  # Each waiting token bids for its favourite, so much that it gains epsilon less than at its
-  # second.
+  # Each waiting token bids for its favourite, up to where it gains epsilon less than at its second.
   waiting = auction.expert == num_experts
   values = scores - auction.price[None, :]
   favourite = jnp.argmax(values, axis=-1).astype(jnp.int32)
+  # [P E] without the favourite: the largest that is left is the value of the second.
   others = jnp.where(jnp.arange(num_experts)[None, :] == favourite[:, None], -jnp.inf, values)
   lead = jnp.max(values, axis=-1) - jnp.max(others, axis=-1)
+  # Without epsilon two tokens that like the same two experts equally could bid the same price
+  # forever. With it every bid is above the price, so a phase ends.
   offer = auction.price[favourite] + lead + auction.epsilon
   expert = jnp.where(waiting, favourite, auction.expert)
   bid = jnp.where(waiting, offer, auction.bid)
@@ -153,10 +161,11 @@ def _bid(auction: _Auction, scores: Float[Array, 'P E'], capacity: int) -> _Auct
 
 
 def _end_phase(auction: _Auction, last_epsilon: Float[Array, '']) -> _Auction:
-  """Goes on to the next epsilon when every token has a place."""
+  """Proceeds to the next epsilon when every token has a slot."""
   num_experts = auction.price.shape[0]
   over = jnp.all(auction.expert < num_experts)
-  # All prices less a constant are the same prices; so they stay small beside epsilon's rounding.
+  # All prices less a constant are the same prices; so they stay small and epsilon is not rounded
+  # away.
   start = jnp.where(over, auction.price - jnp.min(auction.price), auction.start)
   return auction._replace(
     complete=jnp.where(over, auction.expert, auction.complete),
@@ -171,7 +180,7 @@ def _end_phase(auction: _Auction, last_epsilon: Float[Array, '']) -> _Auction:
 
 
 def _fill(expert: Int[Array, 'P'], num_experts: int, capacity: int) -> Int[Array, 'P']:
-  """Gives the tokens without an expert the free places, both in order."""
+  """Gives the tokens without an expert the free slots, both in order."""
   taken = jax.ops.segment_sum(jnp.ones_like(expert), expert, num_experts + 1)[:-1]
   waiting = expert == num_experts
   place = jnp.cumsum(waiting.astype(jnp.int32)) - 1
@@ -189,7 +198,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   balanced assignment by an auction in training, the best expert in evaluation, sigmoid gate.
   Differs: balance is within the routing groups of the config, whichever devices hold them. In
   fairseq each worker solves its own share, after it has sent random tokens to the others if
-  args.base_shuffle asks for it; here nothing is shuffled, so tokens of one group, which are of few
+  args.base_shuffle is set; here nothing is shuffled, so tokens of one group, which are of few
   sequences, compete with one another. There the router reads the tokens before the expert's own
   norm, here after the layer's norm. There non-finite scores become the smallest finite one; for
   ours, and for padding, see `balanced_assignment`. `gate_scale` is not of the source. Equal logits
@@ -199,11 +208,14 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   """
   del state
   router_logits = router_lib.logits(params, inputs.tokens, options)
+  # The assignment weighs tokens against later ones, so evaluation must do without it.
   if options.training:
     expert_index = balanced_assignment(jax.lax.stop_gradient(router_logits), inputs.valid)
   else:
     expert_index = jnp.argmax(router_logits, axis=-1).astype(jnp.int32)
   expert_index = expert_index[..., None]
+  # Not a softmax: the gate says how much this expert helps the token, whether or not the token
+  # would rather have another.
   gates = jax.nn.sigmoid(jnp.take_along_axis(router_logits, expert_index, axis=-1))
   return Choice(
     expert_index=expert_index,

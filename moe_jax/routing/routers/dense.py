@@ -1,4 +1,7 @@
-"""Dense mixture: every token goes to every expert, weighted by a softmax gate."""
+"""Dense mixture: every token goes to every expert, weighted by a softmax gate.
+
+One-letter dimensions: G routing groups, S tokens of a group, E experts.
+"""
 
 import dataclasses
 from typing import Any
@@ -36,6 +39,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   del state
   router_logits = router_lib.logits(params, inputs.tokens, options)
   router_probs = jax.nn.softmax(router_logits, axis=-1)
+  # [1 1 E] -> [G S E]: assignment e is expert e.
   experts = jnp.arange(options.num_experts, dtype=jnp.int32)[None, None, :]
   return Choice(
     expert_index=jnp.broadcast_to(experts, router_logits.shape),

@@ -1,4 +1,8 @@
-"""Expert choice: each expert takes the tokens it scores highest, as many as it has places."""
+"""Expert choice: each expert takes the tokens it scores highest, as many as it has slots.
+
+One-letter dimensions: G routing groups, S tokens of a group, E experts, K experts of a token in
+evaluation, C slots of an expert.
+"""
 
 import dataclasses
 from typing import Any
@@ -55,6 +59,8 @@ def take_best(
   # Below any score, so that padding comes last.
   masked = jnp.where(valid[..., None], scores, -1)
   best, last = selection.k_largest(masked, capacity)
+  # With fewer valid tokens than C padding is among the best: it is not taken, and -1, its score, is
+  # no threshold. [G 1 E] -> [G E].
   return best & valid[..., None], jnp.maximum(last[:, 0], 0)
 
 
@@ -63,6 +69,7 @@ def best_experts(
 ) -> Bool[Array, 'G S E']:
   """Returns which experts are among the K best of each token; of equals the lower index."""
   num_experts = router_logits.shape[-1]
+  # [G S K] -> [G S K E] -> [G S E].
   expert_index = jax.lax.top_k(router_logits, num_selected_experts)[1]
   return jnp.any(expert_index[..., None] == jnp.arange(num_experts)[None, None, None, :], axis=2)
 
@@ -71,7 +78,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   """Training: see `take_best`. A token may get any number of experts, none too.
 
   Scores are the softmax of each token over the experts, and so are the gates, never renormalised.
-  Scores that round to the same float are equal. No gradient passes through who is taken.
+  Scores that round to the same float are equal. No gradient passes through the selection of tokens.
 
   In training a token's experts depend on all tokens of its group, later ones too. So a language
   model learns to use what it cannot have in decoding. What evaluation does is an option:
@@ -84,22 +91,26 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   Source: Zhou et al. 2022, arXiv:2202.09368, eq. 1 (softmax over experts, top-C over tokens, gates
   are the scores), as in Flaxformer (399ea3a) and V-MoE's code (942a78b). Differs: the tokens are
   those of one routing group of the config, without its padding, which Flaxformer sets to zero and
-  can still pick; no noise, V-MoE adds some of deviation 1 / E; decoders too can have it, Flaxformer
-  uses token choice in them; the three evaluations are ours; `gate_scale` is not of the source.
+  can still pick; no noise, V-MoE adds some of deviation 1 / E; it is possible in decoders, too,
+  Flaxformer uses token choice in them; the three evaluations are ours; `gate_scale` is not of the
+  source.
   """
   router_logits = router_lib.logits(params, inputs.tokens, options)
   scores = jax.nn.softmax(router_logits, axis=-1)
   num_experts = scores.shape[-1]
   valid = inputs.valid
+  # Experts choose tokens, eq. 1: the order is along S, for each column.
   taken, threshold = take_best(jax.lax.stop_gradient(scores), valid, options.capacity)
   chosen = taken
   if not options.training and options.evaluation == 'token_choice':
     chosen = best_experts(router_logits, options.num_selected_experts)
   elif not options.training and options.evaluation == 'threshold':
     chosen = scores > state['threshold'][None, None, :]
-  # Groups of padding alone count for nothing in the mean of the thresholds.
+  # Groups of only padding count for nothing in the mean of the thresholds.
   has_tokens = jnp.any(valid, axis=-1)
   return Choice(
+    # Any number of experts may take a token, so each token has E assignments, one for each
+    # expert; `chosen` says which exist.
     expert_index=jnp.broadcast_to(jnp.arange(num_experts, dtype=jnp.int32), scores.shape),
     gates=scores * options.gate_scale,
     chosen=chosen,
@@ -113,7 +124,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
 
 
 def initial_state(options: Options, embed_dim: int, vocab_size: int) -> State:
-  """Thresholds, and how many steps they are made of: the first replaces the start."""
+  """Returns thresholds, and the number of steps in their mean: the first replaces the start."""
   del embed_dim, vocab_size
   return {
     'threshold': jnp.zeros((options.num_experts,), jnp.float32),

@@ -17,10 +17,13 @@ What differs, and what is silent in code of this kind:
   (`options.renormalize`).
 - The sequence loss counts the K largest scores WITHOUT bias and without limit to groups. Sequences
   are averaged with weight of their valid tokens, so that it adds up over devices; the source
-  averages over sequences of equal length, for which the two are the same. Sequences of padding
-  alone count for nothing. At perfect balance the loss is 1, whatever K and E. It agrees with the
-  paper and with Megatron-LM.
+  averages over sequences of equal length, for which the two are the same. Sequences of only padding
+  count for nothing. At perfect balance the loss is 1, whatever K and E. It agrees with the paper
+  and with Megatron-LM.
 - The bias moves by the counts of the experts selected with it, before any drop.
+
+One-letter dimensions: G routing groups, S tokens of a group, E experts, K assignments of a token, Q
+sequences of a group.
 """
 
 import dataclasses
@@ -61,10 +64,13 @@ def limit_to_groups(
   """Returns the biased scores with -inf for the experts of all groups but the best."""
   group, size, num_experts = selection.shape
   per_group = num_experts // num_expert_groups
+  # [G S E] -> [G S groups E/groups].
   grouped = selection.reshape(group, size, num_expert_groups, per_group)
+  # A group is rated by the sum of its two best: [G S groups].
   top, _ = jax.lax.top_k(grouped, min(2, per_group))
   _, best = jax.lax.top_k(jnp.sum(top, axis=-1), num_selected_groups)
   kept = _marked(best, num_expert_groups)[..., None] > 0
+  # Not 0: a biased score may be below it.
   return jnp.where(kept, grouped, -jnp.inf).reshape(selection.shape)
 
 
@@ -75,6 +81,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   selection = loss_free.biased_scores(scores, state['bias'], options.bias_update)
   selection = limit_to_groups(selection, options.num_expert_groups, options.num_selected_groups)
   _, expert_index = jax.lax.top_k(selection, options.num_selected_experts)
+  # Scores without bias: it decides who is selected and never how much an output weighs.
   gates = gates_of(scores, expert_index, options.renormalize) * options.gate_scale
   chosen: Bool[Array, 'G S K'] = jnp.ones(expert_index.shape, bool)
   balance = sequence_balance(scores, router_probs, inputs.valid, options)
@@ -92,14 +99,16 @@ def sequence_balance(
   """Returns the sum over the sequences of a group of n * sum_e f_e P_e.
 
   n is the number of valid tokens of the sequence, f_e = E / (K n) times the number of them whose K
-  largest scores have e, P_e their mean router probability. Carries gradient through P alone.
+  largest scores have e, P_e their mean router probability. Carries gradient only through P.
   """
   num_experts, num_selected = options.num_experts, options.num_selected_experts
+  # Source, eq. 17-20. f: who would be selected without bias and groups.
   _, favourites = jax.lax.top_k(jax.lax.stop_gradient(scores), num_selected)
   mask = valid[..., None]
   tokens = _per_sequence(mask.astype(jnp.float32), options.group_size)
   counts = _per_sequence(jnp.where(mask, _marked(favourites, num_experts), 0), options.group_size)
   prob_sum = _per_sequence(jnp.where(mask, router_probs, 0), options.group_size)
+  # n f_e P_e = E / K * counts_e * prob_sum_e / n; E / K follows at the end. [G Q E] -> [G Q].
   products = jnp.sum(counts * prob_sum, axis=-1) / jnp.maximum(tokens[..., 0], 1)
   return jnp.sum(products, axis=-1) * (num_experts / num_selected)
 
@@ -120,6 +129,7 @@ def _per_sequence(values: Float[Array, 'G S E'], group_size: int) -> Float[Array
   """Sums over the tokens of each of the sequences of a group; token s is of s % group_size."""
   group, size, width = values.shape
   places = -(-size // group_size)
+  # [G S E] -> [G places n E] -> [G n E], with n = Q sequences.
   values = jnp.pad(values, ((0, 0), (0, places * group_size - size), (0, 0)))
   return jnp.sum(values.reshape(group, places, group_size, width), axis=1)
 

@@ -1,4 +1,7 @@
-"""Token choice of two experts, the second of which may be left out at random (GShard)."""
+"""Token choice of two experts, the second of which may be left out at random (GShard).
+
+One-letter dimensions: G routing groups, S tokens of a group, E experts.
+"""
 
 import dataclasses
 from typing import Any
@@ -16,7 +19,7 @@ from moe_jax.routing.stats import RouterSums
 
 SECOND_CHOICES = ('random', 'threshold', 'all')
 
-# Of `threshold`: a second gate of at least this always asks for a slot.
+# Of `threshold`: a second gate of at least this always requests a slot.
 SECOND_GATE_THRESHOLD = 0.2
 
 
@@ -35,21 +38,21 @@ class Options(MatrixOptions, GateScaleOptions):
 
   @classmethod
   def example(cls, num_experts: int, num_selected_experts: int) -> dict[str, Any]:
-    """Returns the one way of dividing its gates that it allows."""
+    """Returns the one renormalization of its gates that it allows."""
     del num_experts, num_selected_experts
     return {'renormalize': 'before_drop'}
 
 
 def choose(params: Params, state: State, inputs: RouterInputs, options: Options) -> Choice:
-  """Selects the two largest logits; the second asks for a slot the likelier, the larger its gate.
+  """Selects the two largest logits; the second requests a slot the likelier, the larger its gate.
 
   Gates are g_i / (g_1 + g_2), g the softmax over all experts, before any capacity. They stay so
   when the second choice is left out or dropped: the first gate is not raised to 1. Equal logits go
   to the lower expert index.
 
-  In training the second choice asks for a slot if one U(0, 1) per token lies below 2 g_2 (`random`)
+  In training the second choice requests a slot if one U(0, 1) per token lies below 2 g_2 (`random`)
   or g_2 / 0.2 (`threshold`), g_2 being the gate above and so at most 1/2; with `all`, always. In
-  evaluation always, and nothing is drawn. Assignments that ask for no slot are not counted as load.
+  evaluation always, and nothing is drawn. Assignments that request no slot are not counted as load.
 
   Source: Lepikhin et al. 2020, arXiv:2006.16668, algorithm 1 (`random`). `threshold` is what Mesh
   TensorFlow (da90793) calls `random`, with its threshold of 0.2. Lingvo's `random`
@@ -57,16 +60,17 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   its default policy is `all`. Both apply their policy in evaluation too, and what Mesh TensorFlow
   calls `threshold`, a hard limit, is not here.
 
-  In algorithm 1 a second choice that is left out uses up a place all the same, and first choices
-  over capacity go on counting in c_e; in Mesh TensorFlow, Lingvo and here neither does. Differs
-  from all: the order in which capacity is given out is `moe.priority`, GShard's is `choice`.
-  `gate_scale` multiplies the gates at last, after the draw.
+  In algorithm 1 a second choice that is left out uses up a slot all the same, and first choices
+  over capacity still count in c_e; in Mesh TensorFlow, Lingvo and here neither does. Differs from
+  all: the order in which capacity is given out is `moe.priority`, GShard's is `choice`.
+    `gate_scale` multiplies the gates last, after the draw.
   """
   del state
   if options.second_choice not in SECOND_CHOICES:
     raise ValueError(f'second_choice={options.second_choice!r}: must be one of {SECOND_CHOICES}')
   if options.num_selected_experts != 2:
     raise ValueError(f'num_selected_experts={options.num_selected_experts!r}: must be 2')
+  # Divided by their sum here, before the draw: a first choice left alone keeps its gate below 1.
   choice = top_k.choose_top_k(
     router_lib.logits(params, inputs.tokens, options),
     num_selected_experts=2,
@@ -75,12 +79,15 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   second: Bool[Array, 'G S'] = jnp.ones(inputs.valid.shape, bool)
   if options.training and options.second_choice != 'all':
     limit = 0.5 if options.second_choice == 'random' else SECOND_GATE_THRESHOLD
+    # The second choice asks with probability min(1, g_2 / limit): one number per token, drawn from
+    # the key of its group.
     draw = router_lib.per_group(
       lambda key: jax.random.uniform(key, inputs.valid.shape[1:]), inputs.keys
     )
     second = draw < choice.gates[..., 1] / limit
   # Not a slice of the top-k: see `selection.smallest_selected`.
   first = jnp.argmax(choice.router_logits, axis=-1)
+  # [G S E]. Counted apart: `tokens_per_expert` has second choices in it.
   first_choices = jax.nn.one_hot(first, options.num_experts)
   return choice._replace(
     gates=choice.gates * options.gate_scale,
@@ -101,13 +108,14 @@ def loss(sums: RouterSums, state: State, options: Options) -> Float[Array, '']:
   del state
   num_experts = options.num_experts
   tokens = jnp.maximum(jnp.sum(sums.tokens), 1)
+  # c_e / S and m_e of algorithm 1.
   first_share = jax.lax.stop_gradient(sums.own['first_choices']) / tokens
   mean_prob = jnp.sum(sums.prob_sum.reshape(-1, num_experts), axis=0) / tokens
   return num_experts * jnp.sum(first_share * mean_prob)
 
 
 def allowed(options: Options) -> tuple[str, str] | None:
-  """Rejects all that GShard's gating is not."""
+  """Rejects all options other than those of GShard's gating."""
   if options.num_selected_experts != 2:
     return 'num_selected_experts', 'must be 2: a first and a second choice'
   if options.renormalize != 'before_drop':

@@ -1,4 +1,7 @@
-"""Hash layer: a fixed table says which experts a token id goes to."""
+"""Hash layer: a fixed table gives the experts of each token id.
+
+One-letter dimensions: V vocabulary, K assignments of a token.
+"""
 
 import dataclasses
 import heapq
@@ -37,11 +40,12 @@ def new_state(options: Options, embed_dim: int, vocab_size: int) -> State:
     options.num_experts,
     options.num_selected_experts,
   )
+  # State is float32, in which expert numbers are exact up to 2**24.
   return {'table': table.astype(jnp.float32)}
 
 
 def from_counts(state: State, counts: Num[Array | np.ndarray, 'V'], options: Options) -> State:
-  """Returns the balanced table if the options ask for it. Runs once, on the host.
+  """Returns the balanced table if the options select it. Runs once, on the host.
 
   Ids in descending order of count, equal counts by lower id; each takes the K distinct experts with
   the fewest tokens so far, the lightest first, equal ones by lower index, and each of the K is
@@ -51,12 +55,16 @@ def from_counts(state: State, counts: Num[Array | np.ndarray, 'V'], options: Opt
   if options.hash_table != 'balanced':
     return state
   table = np.array(state['table'])
+  # int64: the tokens of a text, summed for an expert, may leave int32.
   counts = np.asarray(counts).astype(np.int64)
+  # A heap of (load, expert), of equal loads the lower expert first; sorted, so a heap already.
   lightest = [(0, expert) for expert in range(options.num_experts)]
   for token_id in np.argsort(-counts, kind='stable'):
     count = int(counts[token_id])
     if not count:
+      # In descending order: all ids from here on never occur.
       break
+    # All K are taken before any is put back, so they are distinct.
     taken = [heapq.heappop(lightest) for _ in range(options.num_selected_experts)]
     for choice, (load, expert) in enumerate(taken):
       table[token_id, choice] = expert

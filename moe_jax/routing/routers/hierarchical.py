@@ -1,4 +1,8 @@
-"""Two levels of noisy top-k: tokens select groups of experts, then experts in them (Shazeer)."""
+"""Two levels of noisy top-k: tokens select groups of experts, then experts in them (Shazeer).
+
+One-letter dimensions: G routing groups, S tokens of a group, E experts, K assignments of a token,
+or its selected groups, N candidates, Q = S times the selected groups.
+"""
 
 import dataclasses
 import functools
@@ -51,7 +55,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   At both levels h = x W_r + N(0, 1) * (softplus(x W_n) + noise_floor), with matrices of their own.
   In evaluation there is no noise and nothing is drawn. Group i holds the experts i E / n ..
   (i + 1) E / n - 1, n = `num_expert_groups`. In each of the `num_selected_groups` groups a token
-  selects equally many experts; its other groups are not looked at, however good their experts.
+  selects equally many experts; its other groups are not considered, however good their experts.
   Equal h go to the lower group and the lower expert. Assignments stand by group, best group first,
   and within it best expert first: not by descending gate.
 
@@ -61,7 +65,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   Source: Shazeer et al. 2017, arXiv:1701.06538, app. B; eq. 3-5 (noise), app. A (probability).
   Differs: the matrices of the logits do not start at zero, only those of the noise. `noise_floor`
   is 0 as in the paper; Tensor2Tensor adds 1e-2. The paper has no `before`; without it, though, one
-  group alone or one expert of each could not be selected.
+  single group, or one expert of each, could not be selected.
   """
   del state
   kept = options.num_selected_groups
@@ -72,6 +76,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   level = {'router': params['router_primary'], 'noise': params['noise_primary']}
   primary = router_lib.logits(level, inputs.tokens, options)
   secondary = router_lib.logits(params, inputs.tokens, options)
+  # A key for each level, or both would draw their noise from the same bits.
   keys = router_lib.per_group(jax.random.split, inputs.keys)
   deviation = noisy_top_k.noise_deviation(level, inputs.tokens, options)
   groups, group_probability = _select(primary, deviation, keys[:, 0], kept, options.training)
@@ -87,6 +92,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   gates = _gates(groups, experts, options)
 
   router_probs, router_logits = _probs_and_logits(primary, secondary)
+  # [G S K] -> [G S E].
   importance = noisy_top_k.spread(expert_index, gates, options.num_experts)
   return Choice(
     expert_index=expert_index,
@@ -108,6 +114,7 @@ def _in_groups(
   values: Float[Array, 'G S E'], selected_groups: Int[Array, 'G S K'], size: int
 ) -> Float[Array, 'G Q {size}']:
   """Returns one row for each selected group of each token, Q = S * groups."""
+  # [G S E] -> [G S groups size] -> [G S selected size] -> [G Q size].
   rows = values.reshape(*values.shape[:2], -1, size)
   rows = jnp.take_along_axis(rows, selected_groups[..., None], axis=2)
   return rows.reshape(len(values), -1, size)
@@ -127,14 +134,17 @@ def _gates(groups: Choice, experts: Choice, options: Options) -> Float[Array, 'G
   """
   kept = options.num_selected_groups
   num_tokens = groups.expert_index.shape[:2]
+  # `after`: each softmax over the selected alone, as in app. B. [G S kept 1] * [G S kept K/kept].
   if options.softmax_order == 'after':
     gates = groups.gates[..., None] * experts.gates.reshape(*num_tokens, kept, -1)
     return gates.reshape(*num_tokens, -1)
   # `before`: the product of both levels' softmax over all candidates, read at the selected ones.
   size = experts.router_probs.shape[-1]
   of_group = jnp.take_along_axis(groups.router_probs, groups.expert_index, axis=-1)
+  # [G S kept 1] * [G S kept size]: every candidate of the selected groups.
   products = of_group[..., None] * experts.router_probs.reshape(*num_tokens, kept, size)
   index_in_group = experts.expert_index.reshape(*num_tokens, kept, -1)
+  # The selected ones in such a row of kept * size candidates.
   place = jnp.arange(kept)[None, None, :, None] * size + index_in_group
   return top_k.gates_of(
     products.reshape(*num_tokens, -1), place.reshape(*num_tokens, -1), options.renormalize
@@ -144,12 +154,13 @@ def _gates(groups: Choice, experts: Choice, options: Options) -> Float[Array, 'G
 def _probs_and_logits(
   primary: Float[Array, 'G S groups'], secondary: Float[Array, 'G S E']
 ) -> tuple[Float[Array, 'G S E'], Float[Array, 'G S E']]:
-  """Returns what losses and statistics read of every expert, in a selected group or not.
+  """Returns probabilities and logits for losses, of every expert, in a selected group or not.
 
   The probabilities are products of both levels' softmax over all, the logits sums of primary and
   secondary logit; both are without noise. The softmax of these sums is not the products, but z-loss
   holds both levels small.
   """
+  # P(group) P(expert | group), which sums to 1 over all E.
   within = jax.nn.softmax(secondary.reshape(*primary.shape, -1), axis=-1)
   probs = jax.nn.softmax(primary, axis=-1)[..., None] * within
   logits = primary[..., None] + secondary.reshape(probs.shape)
@@ -164,7 +175,7 @@ def _sums(
   selected_groups: Int[Array, 'G S K'],
   valid: Bool[Array, 'G S'],
 ) -> dict[str, Float[Array, 'G ...']]:
-  """Returns what `loss` reads, over the valid tokens of each routing group.
+  """Returns the sums that `loss` reads, over the valid tokens of each routing group.
 
   `importance` sums the gates of each expert, before `gate_scale`. `load_primary` sums, for each
   group, the probability that it would be selected if its own noise were drawn again and that of the
@@ -180,6 +191,7 @@ def _sums(
   return {
     'importance': router_lib.masked_sum(importance, valid),
     'load_primary': router_lib.masked_sum(group_probability, valid),
+    # Each selected group adds its experts' loads to its own row: [G groups size].
     'load_secondary': jnp.einsum('gskn,gskz->gnz', in_group, in_load, precision='highest'),
     'group_tokens': jnp.sum(in_group, axis=(1, 2)),
   }
@@ -192,13 +204,14 @@ def _select(
   num_selected: int,
   training: bool,
 ) -> tuple[Choice, Float[Array, 'G Q N']]:
-  """Returns the noisy top-k, gates over the selected alone, and the probabilities of selection."""
+  """Returns the noisy top-k, gates over only the selected, and the probabilities of selection."""
   selection = router_logits
   if training:
     selection = router_logits + deviation * noisy_top_k.normal(keys, router_logits.shape[1:])
   choice = top_k.choose_top_k(selection, num_selected_experts=num_selected, softmax_order='after')
   num_candidates = router_logits.shape[-1]
   selected = noisy_top_k.spread(choice.expert_index, jnp.ones_like(choice.gates), num_candidates)
+  # Where all are selected no threshold exists, and without noise nothing is random.
   if not training or num_selected == num_candidates:
     return choice, selected
   return choice, noisy_top_k.selection_probability(
@@ -217,6 +230,7 @@ def loss(sums: RouterSums, state: State, options: Options) -> Float[Array, '']:
   """
   del state, options
   own = sums.own
+  # App. B: Load_primary_i * Load_i(X_i)_j / |X_i|, X_i the tokens that selected group i.
   share = own['load_primary'] / jnp.maximum(own['group_tokens'], 1)
   load = jnp.ravel(share[:, None] * own['load_secondary'])
   importance = router_lib.squared_variation(own['importance'])

@@ -1,4 +1,8 @@
-"""k-means routing: a token goes to its nearest centroids, which follow the tokens they attract."""
+"""k-means routing: a token goes to its nearest centroids, which follow the tokens they attract.
+
+One-letter dimensions: G routing groups, S tokens of a group, D embed, E experts, K assignments of a
+token.
+"""
 
 import dataclasses
 from typing import Any
@@ -16,6 +20,7 @@ UPDATES = ('ema', 'minibatch')
 LAYER_NORM_EPSILON = 1e-6
 # How far from the fullest centroid an empty one is put, both of length 1.
 RESEED_DISTANCE = 0.1
+# Constants: every device, and every run, draws the same directions.
 START_SEED, RESEED_SEED = 0, 1
 
 
@@ -51,9 +56,9 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
 
   x_hat is the token after layer normalisation without scale and bias (epsilon 1e-6), of length
   sqrt(D); mu_e has length 1, so the largest product is the nearest centroid. The gates are the
-  softmax over the K chosen products divided by `kmeans_temperature`, 1 with K = 1; `router_logits`
-  are the products divided by it, `router_probs` their softmax over all E. Gradients reach the
-  token, never the centroids: those are state, which `update` moves.
+  softmax over the K selected products divided by `kmeans_temperature`, 1 with K = 1;
+  `router_logits` are the products divided by it, `router_probs` their softmax over all E. Gradients
+  reach the token, never the centroids: those are state, which `update` moves.
 
   Source: Roy et al. 2021, arXiv:2003.05997 (k-means with moving averages, for sparse attention),
   checked in google-research's routing_transformer (0c1bbe5). Differs: it routes tokens to experts,
@@ -109,14 +114,14 @@ def update(state: State, sums: Any, options: Options) -> State:
 
   A centroid without a token in `kmeans_reseed_after` steps on end is put next to the one with the
   most tokens in the batch (equal ones: the lower index), off it by 0.1 in a direction of its own,
-  and counts its tokens from 0. A batch of padding alone is not a step.
+  and counts its tokens from 0. A batch of only padding is not a step.
 
   Source: `ema`: Roy et al. 2021, arXiv:2003.05997; google-research's routing_transformer (0c1bbe5)
   keeps moving averages of the sum and of the count apart and takes their ratio, here the means of
   the batches are averaged. `minibatch`: Sculley 2010 (Web-scale k-means), who moves token by token;
   as assignments are cached there, the batch mean is the same. Differs: unit length; the re-seeding,
-  which is ours: the token farthest from its centroid would have to be looked for over all devices,
-  which no sum can do.
+  which is ours: the token farthest from its centroid would have to be found over all devices, which
+  no sum can do.
   """
   batch_sum, count = sums.own['centroid_sum'], sums.own['centroid_count']
   counts = state['counts'] + count
@@ -125,6 +130,7 @@ def update(state: State, sums: Any, options: Options) -> State:
   if options.kmeans_update == 'ema':
     rate = jnp.full(count.shape, 1 - options.kmeans_decay, jnp.float32)
   else:
+    # Sculley: a step of 1 / (tokens so far) for each token makes the mean of all of them.
     rate = count / jnp.maximum(counts, 1)
   old = state['centroids']
   moved = _to_unit_length(old + rate[:, None] * (mean - old), old)
@@ -135,6 +141,7 @@ def update(state: State, sums: Any, options: Options) -> State:
   empty_steps = jnp.where(count > 0, 0, state['empty_steps'] + is_step)
   reseed = (empty_steps >= options.kmeans_reseed_after) & is_step
   fullest = centroids[jnp.argmax(count)][None, :]
+  # A direction for each expert, so that two put down in one step do not coincide.
   offset = RESEED_DISTANCE * _unit_directions(RESEED_SEED, *old.shape)
   seeds = _to_unit_length(fullest + offset, old)
   return {
@@ -164,7 +171,7 @@ def _to_unit_length(
 
 
 def allowed(options: Options) -> tuple[str, str] | None:
-  """Rejects numbers with which nothing moves, or moves away."""
+  """Rejects values with which nothing moves, or moves away."""
   if options.kmeans_update not in UPDATES:
     return 'kmeans_update', f'must be one of {UPDATES}'
   if not 0 <= options.kmeans_decay < 1:

@@ -1,17 +1,19 @@
 """Balance without a loss: a bias per expert that moves against the load, read in selection only.
 
 Source: Wang et al. 2024, arXiv:2408.15664, read in a copy of its LaTeX: select the K largest of
-score + bias, weigh with the score alone, and after each step add bias_rate * sign(mean load - load)
+score + bias, weigh with only the score, and after each step add bias_rate * sign(mean load - load)
 to the bias. Megatron-LM (d98e8a6) and torchtitan (b5bcd76) agree.
 
 What differs, and what is silent in code of this kind:
 - Counts are those of the whole batch (all devices and micro-batches), before any drop. They move
-  the bias after the step, so a token is routed by the counts of earlier batches alone: causal.
+  the bias after the step, so a token is routed only by the counts of earlier batches: causal.
 - Equal biased scores go to the lower expert index. Selection is on float32 scores, not on logits:
   two logits so large that their scores round to the same number are a tie.
 - `options.score` may be any; the source's is `sigmoid`; with softmax it steps by bias_rate * (mean
   load - load), without the sign. `options.renormalize` divides the gates before any drop or never.
 - Nothing bounds the bias.
+
+One-letter dimensions: G routing groups, S tokens of a group, E experts, K assignments of a token.
 """
 
 import dataclasses
@@ -56,9 +58,10 @@ def state(options: BiasOptions, embed_dim: int, vocab_size: int) -> State:
 def biased_scores(
   scores: Float[Array, 'G S E'], bias: Float[Array, 'E'], bias_update: str
 ) -> Float[Array, 'G S E']:
-  """Returns what the selection reads. Carries no gradient."""
+  """Returns the scores that the selection reads. Carries no gradient."""
   if bias_update not in BIAS_UPDATES:
     raise ValueError(f'bias_update={bias_update!r}: must be one of {BIAS_UPDATES}')
+  # The bias is state: nothing but `update` moves it.
   scores, bias = jax.lax.stop_gradient((scores, bias[None, None, :]))
   return scores * bias if bias_update == 'multiplicative' else scores + bias
 
@@ -89,13 +92,18 @@ def update(state: State, sums: RouterSums, options: BiasOptions) -> State:
   A batch without tokens moves nothing.
   """
   bias, rate = state['bias'], options.bias_rate
+  # [N E] -> [E], of all devices and micro-batches.
   counts = jnp.sum(sums.tokens_per_expert.reshape(-1, options.num_experts), axis=0)
+  # Above 0 where an expert had less than the mean: its bias rises.
   error = jnp.mean(counts) - counts
   if options.bias_update == 'proportional':
     # Below one assignment there is none, and the error is 0 too.
     new_bias = bias + rate * error / jnp.maximum(jnp.mean(counts), 1 / options.num_experts)
   elif options.bias_update == 'multiplicative':
+    # A factor, so the bias stays above 0 as long as the rate is below 1.
     new_bias = bias * (1 + rate * jnp.sign(error))
+  # The sign alone: a step does not grow with the batch. What all biases share selects
+  # nobody, so `centred` may take it away.
   elif options.bias_update in ('sign', 'centred'):
     step = rate * jnp.sign(error)
     new_bias = bias + (step - jnp.mean(step) if options.bias_update == 'centred' else step)

@@ -1,4 +1,8 @@
-"""Token choice by logits with learned noise; loss on importance and smooth load (Shazeer)."""
+"""Token choice by logits with learned noise; loss on importance and smooth load (Shazeer).
+
+One-letter dimensions: G routing groups, S tokens of a group, D embed, E experts, K assignments of a
+token.
+"""
 
 import dataclasses
 from typing import Any
@@ -18,7 +22,7 @@ from moe_jax.routing.router import Choice, Params, RouterInputs, State, Weight
 from moe_jax.routing.routers import top_k
 from moe_jax.routing.stats import RouterSums
 
-# What the load estimator divides by is never smaller, so that its gradient stays finite when the
+# Lower bound of the divisor in the load estimator, so that its gradient stays finite when the
 # learned deviation has gone to 0.
 SMALLEST_DEVIATION = 1e-6
 
@@ -43,7 +47,7 @@ def params(options: Options, embed_dim: int) -> dict[str, Weight]:
 def choose(params: Params, state: State, inputs: RouterInputs, options: Options) -> Choice:
   """Selects the K largest of h = x W_r + N(0, 1) * (softplus(x W_n) + noise_floor).
 
-  Gates are the softmax over the K selected h alone, so K must be at least 2. `router_probs` and
+  Gates are the softmax over only the K selected h, so K must be at least 2. `router_probs` and
   `router_logits` are those of the logits without noise. In evaluation there is no noise and nothing
   is drawn. Equal h go to the lower expert index: before the first step, when both matrices are
   zero, evaluation sends every token to experts 0..K-1.
@@ -63,14 +67,17 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   router_logits = router_lib.logits(params, inputs.tokens, options)
   selection = router_logits
   if options.training:
+    # Eq. 4: logits plus normal noise, whose deviation each expert learns.
     deviation = noise_deviation(params, inputs.tokens, options)
     selection = router_logits + deviation * normal(inputs.keys, router_logits.shape[1:])
+  # Eq. 3 and 5: the softmax over the K largest, as if all others were -inf.
   choice = top_k.choose_top_k(
     selection, num_selected_experts=options.num_selected_experts, softmax_order='after'
   )
   selected = spread(choice.expert_index, jnp.ones_like(choice.gates), num_experts)
   load = selected
   if options.training and options.num_selected_experts < num_experts:
+    # App. A: counts have no gradient, the probability of being counted has one.
     load = selection_probability(router_logits, selection, selected, choice, deviation)
   return choice._replace(
     gates=choice.gates * options.gate_scale,
@@ -113,9 +120,11 @@ def selection_probability(
   choice: Choice,
   deviation: Float[Array, 'G S E'],
 ) -> Float[Array, 'G S E']:
-  """Returns P(expert is selected), its own noise drawn anew, all other noise as it is; K < E."""
+  """Returns P(expert is selected), its own noise drawn again, all other noise as it is; K < E."""
   last_in = selection_lib.smallest_selected(selection, choice.expert_index)
   first_out = jnp.max(jnp.where(selected > 0, -jnp.inf, selection), axis=-1, keepdims=True)
+  # What an expert must beat if its noise is drawn again: kth_excluding of app. A, the K-th largest
+  # of all other experts.
   threshold = jnp.where(selected > 0, first_out, last_in)
   return jax.scipy.special.ndtr(
     (router_logits - threshold) / jnp.maximum(deviation, SMALLEST_DEVIATION)

@@ -1,4 +1,8 @@
-"""Token choice among real experts and null experts, which compute nothing."""
+"""Token choice among real experts and null experts, which compute nothing.
+
+One-letter dimensions: G routing groups, S tokens of a group, E experts, N null experts, K
+assignments of a token.
+"""
 
 import dataclasses
 from typing import Any
@@ -45,7 +49,7 @@ def params(options: Options, embed_dim: int) -> dict[str, Weight]:
 def choose(params: Params, state: State, inputs: RouterInputs, options: Options) -> Choice:
   """Selects the K largest logits of E real and N null experts.
 
-  A null expert's output is 0: an assignment to one asks for no slot (`chosen` False, expert 0, gate
+  A null expert's output is 0: an assignment to one requests no slot (`chosen` False, expert 0, gate
   0), is not counted as load and cannot be dropped. So a token pays for the real experts it selected
   and no more; one that selected none gets 0 from the layer. Equal logits go to the lower index,
   real experts before null ones.
@@ -75,11 +79,13 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
     renormalize=options.renormalize,
     gate_scale=options.gate_scale,
   )
+  # The plan never sees a null expert: `chosen` is False there, and expert 0 an index in bounds.
   real = choice.expert_index < num_experts
   return Choice(
     expert_index=jnp.where(real, choice.expert_index, 0),
     gates=jnp.where(real, choice.gates, 0),
     chosen=real,
+    # [G S E+N] -> [G S E].
     router_probs=choice.router_probs[..., :num_experts],
     router_logits=choice.router_logits[..., :num_experts],
     sums={'null': router_lib.masked_sum(jnp.sum(~real, axis=-1).astype(jnp.float32), inputs.valid)},
@@ -95,8 +101,8 @@ def loss(sums: RouterSums, state: State, options: Options) -> Float[Array, '']:
   f are shares of all K T assignments, without gradient, P mean router probabilities. The N null
   experts compute the same, so only their common share f_null = 1 - sum_e f_e, and P_null, count.
 
-  The common load-balancing loss sees real experts alone: it is smallest where every token goes to
-  null experts. Use this one in its place.
+  The common load-balancing loss sees only real experts: it is smallest where every token goes to
+  null experts. Use this one instead.
 
   Source: the code of AdaMoE (180f122), experiment 1, where each null expert has their mean f: the
   same value, with tau = 1. Jin et al. 2024, arXiv:2410.07348 (MoE++), eq. 7, for tau. Differs from
@@ -110,8 +116,10 @@ def loss(sums: RouterSums, state: State, options: Options) -> Float[Array, '']:
   assignments = options.num_selected_experts * tokens
   counts = jnp.sum(sums.tokens_per_expert.reshape(-1, num_experts), axis=0)
   prob_sum = jnp.sum(sums.prob_sum.reshape(-1, num_experts), axis=0)
+  # A token's probabilities sum to 1: what the real experts lack, null experts have.
   null_prob_sum = jnp.sum(sums.tokens) - jnp.sum(prob_sum)
   real = jnp.sum(jax.lax.stop_gradient(counts) * prob_sum)
+  # N equal terms, (f_null / N) (P_null / N) each.
   null = jax.lax.stop_gradient(sums.own['null']) * null_prob_sum / max(num_null, 1)
   return (num_experts + num_null / weight) * (real + weight * null) / (assignments * tokens)
 

@@ -18,9 +18,11 @@ What differs, and what is silent in code of this kind:
   mean 0.
 - r = bias_rate; 1 in the source's practical form, 0.1 in its part 7, an exponential moving average
   with 0.9.
-- The bias moves after the step: a token is routed by earlier batches alone, so it is causal.
+- The bias moves after the step: a token is routed only by earlier batches, so it is causal.
 - Equal biased scores go to the lower expert index. Gates are the scores without the bias.
 - Nothing is measured in evaluation.
+
+One-letter dimensions: G routing groups, S tokens of a group, E experts, K assignments of a token.
 """
 
 import dataclasses
@@ -50,7 +52,7 @@ def state(options: Options, embed_dim: int, vocab_size: int) -> State:
 
 
 def choose(params: Params, state: State, inputs: RouterInputs, options: Options) -> Choice:
-  """Selects the K largest of score + bias and, in training, measures how far the bias is off."""
+  """Selects the K largest of score + bias and, in training, measures the error of the bias."""
   router_logits = router_lib.logits(params, inputs.tokens, options)
   scores, router_probs = scores_and_probs(router_logits, options.score)
   biased = loss_free.biased_scores(scores, state['bias'], 'sign')
@@ -58,8 +60,8 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   expert_index = jax.lax.top_k(biased, num_selected)[1]
   gates = gates_of(scores, expert_index, options.renormalize) * options.gate_scale
   if options.training:
-    # By how much an expert is above (or below) being selected; its quota-th largest is what the
-    # bias is off by.
+    # By how much an expert is above (or below) being selected; its quota-th largest is the error of
+    # the bias.
     margin = biased - to_beat(biased, expert_index)
     threshold = group_threshold(margin, inputs.valid, num_selected)
   else:
@@ -78,6 +80,7 @@ def to_beat(
     return selection.from_key(jnp.min(key, axis=-1, keepdims=True))
   experts = jnp.arange(biased.shape[-1])[None, None, None, :]
   selected = jnp.any(expert_index[..., None] == experts, axis=2)
+  # With the K largest out of the way the largest is the (K+1)-th.
   left_out = jnp.where(selected, selection.SMALLEST, key)
   return selection.from_key(jnp.max(left_out, axis=-1, keepdims=True))
 
@@ -97,6 +100,8 @@ def group_threshold(
   tokens = jnp.sum(valid, axis=-1, dtype=jnp.int32)[:, None]
   # K n / E tokens are an expert's share; the (q + 1)-th margin separates these from the others.
   quota = jnp.clip(tokens * num_selected_experts // num_experts, 0, jnp.maximum(tokens - 1, 0))
+  # `jax.lax.top_k` wants a k that is known when compiling. This quota is data, and differs between
+  # groups; the k-th largest is found by counting.
   masked = jnp.where(valid[..., None], margin, -jnp.inf)
   beta = selection.kth_largest(masked, quota[..., None] + 1)[:, 0]
   return jnp.where(tokens > 0, tokens * beta, 0).astype(jnp.float32)
@@ -104,6 +109,7 @@ def group_threshold(
 
 def update(state: State, sums: RouterSums, options: Options) -> State:
   """Moves the bias by -bias_rate times the mean of beta; not at all in a batch without tokens."""
+  # Each group came in times its valid tokens; this is their weighted mean.
   mean = sums.own['threshold'] / jnp.maximum(jnp.sum(sums.tokens), 1)
   return {'bias': state['bias'] - options.bias_rate * mean}
 

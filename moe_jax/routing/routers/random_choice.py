@@ -1,4 +1,7 @@
-"""Control: K distinct experts drawn uniformly for each token."""
+"""Control: K distinct experts drawn uniformly for each token.
+
+One-letter dimensions: G routing groups, S tokens of a group, E experts, K assignments of a token.
+"""
 
 import jax
 from jaxtyping import Array, Int, Key
@@ -7,7 +10,7 @@ from moe_jax.routing import router as router_lib
 from moe_jax.routing.router import Choice, Params, RouterInputs, RouterOptions, State
 from moe_jax.routing.routers.round_robin import fixed_choice
 
-# What evaluation draws from, whatever the run's seed.
+# The key of evaluation, whatever the run's seed.
 EVALUATION_SEED = 0
 
 
@@ -26,9 +29,9 @@ def distinct_experts(
 def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOptions) -> Choice:
   """Draws K distinct experts for each token, gate 1 / K each.
 
-  In training from the key of the group, anew in every step. In evaluation from the token's position
-  in its document and a constant alone: all tokens at one position, of whatever sequence, group or
-  layer, go to the same experts, today and tomorrow, in training's evaluation and in decoding.
+  In training from the key of the group, again in every step. In evaluation only from the token's
+  position in its document and a constant: all tokens at one position, of whatever sequence, group
+  or layer, go to the same experts every time, in training's evaluation and in decoding.
 
   A control, of no paper; random routing that never changes for a token id is `hash`. Nearest is
   apply_random_logits of Megatron-LM (005742f); THOR draws one expert for all tokens of a layer's
@@ -43,6 +46,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
     )
   else:
     key = jax.random.key(EVALUATION_SEED)
+    # A key for each position, so that decoding, which sees one at a time, draws the same.
     at_position = jax.vmap(
       lambda position: distinct_experts(jax.random.fold_in(key, position), 1, *experts)[0]
     )

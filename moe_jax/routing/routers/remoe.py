@@ -1,4 +1,7 @@
-"""ReMoE: ReLU gates; a token takes every expert whose gate is positive."""
+"""ReMoE: ReLU gates; a token takes every expert whose gate is positive.
+
+One-letter dimensions: G routing groups, S tokens of a group, E experts, K assignments of a token.
+"""
 
 import dataclasses
 from typing import Any
@@ -47,6 +50,8 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   """
   del state
   router_logits = router_lib.logits(params, inputs.tokens, options)
+  # Gate and selection in one: an expert enters and leaves with weight 0, so that the output is
+  # continuous in the logit.
   gates = jax.nn.relu(router_logits)
   # Never a division by a smaller number: its square, in the gradient, would underflow.
   total = jnp.maximum(jnp.sum(gates, axis=-1, keepdims=True), 1e-12)
@@ -81,6 +86,8 @@ def loss(sums: Any, state: State, options: Options) -> Float[Array, '']:
   num_tokens, active = _tokens_and_active(sums, options)
   tokens = jnp.maximum(num_tokens, 1)
   expert_share = active * options.num_experts / (options.num_selected_experts * tokens)
+  # The L1 norm makes the gates sparse; f_e, above 1 for experts with more than their share, makes
+  # them balanced, too.
   weighted = jnp.sum(jax.lax.stop_gradient(expert_share) * sums.own['gate_sum']) / tokens
   return jax.lax.stop_gradient(state['coefficient']) * weighted
 
@@ -98,6 +105,7 @@ def update(state: State, sums: Any, options: Options) -> State:
   stays, as in the paper; the official code (463c6af) divides.
   """
   num_tokens, active = _tokens_and_active(sums, options)
+  # More than K active on average: the penalty grows, by a factor; fewer: it shrinks.
   direction = jnp.sign(jnp.sum(active) - options.num_selected_experts * num_tokens)
   factor = jnp.float32(options.sparsity_factor) ** direction
   coefficient = jnp.clip(state['coefficient'] * factor, SMALLEST_COEFFICIENT, LARGEST_COEFFICIENT)
@@ -111,7 +119,7 @@ def _tokens_and_active(sums: Any, options: Options) -> tuple[Float[Array, ''], F
 
 
 def allowed(options: Options) -> tuple[str, str] | None:
-  """Rejects what would stop the coefficient, or make of the ReLU gates something else."""
+  """Rejects options that would stop the coefficient, or change the ReLU gates."""
   if options.sparsity_factor <= 1:
     return 'sparsity_factor', 'must be above 1'
   if not SMALLEST_COEFFICIENT <= options.sparsity_start <= LARGEST_COEFFICIENT:

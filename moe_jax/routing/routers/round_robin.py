@@ -1,4 +1,7 @@
-"""Control: experts by turns, in the order of the positions of a text."""
+"""Control: experts in rotation, in the order of the positions of a text.
+
+One-letter dimensions: G routing groups, S tokens of a group, E experts, K assignments of a token.
+"""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int
@@ -8,14 +11,15 @@ from moe_jax.routing.router import Choice, Params, RouterInputs, RouterOptions, 
 
 
 def fixed_choice(expert_index: Int[Array, 'G S K'], num_experts: int) -> Choice:
-  """Returns the choice of a router that knows experts and no scores: gates 1 / K.
+  """Returns the choice of a router with experts but no scores: gates 1 / K.
 
-  `router_probs` are 1 / K for the chosen and 0 for the others; nothing carries gradient.
+  `router_probs` are 1 / K for the selected experts and 0 for the others; nothing carries gradient.
   `router_logits` are 0, so the z-loss is the constant (log E)^2.
   """
   num_groups, num_tokens, num_selected = expert_index.shape
   gates = jnp.full(expert_index.shape, 1 / num_selected, jnp.float32)
   experts = jnp.arange(num_experts, dtype=expert_index.dtype)[None, None, None, :]
+  # [G S K E]; the K experts are distinct, so the sum over K is 0 or 1.
   is_chosen = (expert_index[..., None] == experts).astype(jnp.float32)
   return Choice(
     expert_index=expert_index,

@@ -1,4 +1,7 @@
-"""S-BASE: experts are selected from a balanced transport plan, found by Sinkhorn's iteration."""
+"""S-BASE: experts are selected from a balanced transport plan, found by Sinkhorn's iteration.
+
+One-letter dimensions: S tokens of a group, E experts, K assignments of a token.
+"""
 
 import dataclasses
 from typing import NamedTuple
@@ -13,7 +16,7 @@ from moe_jax.routing import router as router_lib
 from moe_jax.routing.router import Choice, Params, RouterInputs, State
 from moe_jax.routing.routers.greedy import taken_gates
 
-# What is divided by is at least this. Far below any sum but that of a column that exp rounds to 0.
+# Lower bound of divisors. Far below any sum but that of a column that exp rounds to 0.
 SMALLEST_SUM = 1e-30
 # A guard: normal logits need 5 to 10 for a tolerance of 1e-4, those ten times as large up to 200.
 MAX_ROUNDS = 500
@@ -60,7 +63,7 @@ def sinkhorn(
   tolerance: float,
   max_rounds: int = MAX_ROUNDS,
 ) -> Scales:
-  """Scales rows and columns in turn until each valid row sums to 1 / T and each column to 1 / E.
+  """Scales rows and columns alternately until each valid row sums to 1 / T, each column to 1 / E.
 
   T is the number of valid tokens. From columns = 1:
 
@@ -74,7 +77,7 @@ def sinkhorn(
     cost: of `normalized_cost`.
     valid: False for padding, whose rows are 0.
     tolerance: columns are about 1 with balanced tokens, but large when some experts are far less
-      liked; an absolute tolerance could then lie below float32's rounding and never be met.
+      preferred; an absolute tolerance could then lie below float32's rounding and never be met.
     max_rounds: after these the scales stand as they are.
   """
   num_experts = cost.shape[1]
@@ -90,6 +93,7 @@ def sinkhorn(
     change = jnp.mean(jnp.abs(scaled - columns) / jnp.maximum(scaled, 1))
     return _Iteration(Scales(rows, scaled), change, state.rounds + 1)
 
+  # Columns are all that a step reads; the rows here are never used.
   start = Scales(jnp.zeros(cost.shape[:1]), jnp.ones(cost.shape[1:]))
   return jax.lax.while_loop(
     lambda state: (state.change > tolerance) & (state.rounds < max_rounds),
@@ -110,11 +114,11 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   Source: Clark et al. 2022, arXiv:2202.01169 (S-BASE), whose own gate was not checked; iteration,
   gates and evaluation are those of Megatron-LM (moe/router.py, 005742f). Differs: one plan for each
   routing group of the config; padding has no row; each row of the cost is divided by its largest
-  element, see `normalized_cost`; nothing is added to what is divided by, where Megatron-LM adds
-  1e-8 and so never balances experts that are far less liked; the tolerance is relative to large
-  columns, see `sinkhorn`, and there are at most 500 rounds; the selection is by logits +
-  log(columns), which is the order of the plan within a row without its underflow; an auxiliary loss
-  may be added, which Megatron-LM refuses. `gate_scale` is not of the source.
+  element, see `normalized_cost`; nothing is added to divisors, where Megatron-LM adds 1e-8 and so
+  never balances experts that are far less preferred; the tolerance is relative to large columns,
+  see `sinkhorn`, and there are at most 500 rounds; the selection is by logits + log(columns), which
+  is the order of the plan within a row without its underflow; an auxiliary loss may be added, which
+  Megatron-LM refuses. `gate_scale` is not of the source.
   """
   del state
   router_logits = router_lib.logits(params, inputs.tokens, options)
@@ -124,13 +128,15 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   if options.training:
 
     def log_columns(logits, valid):
-      # Within a row the plan is in order of logits + log(columns): the rows' scales fall out.
+      # Within a row the plan is in order of logits + log(columns): the rows' scales cancel.
       cost = normalized_cost(logits, valid)
       return jnp.log(sinkhorn(cost, valid, tolerance=options.assignment_tolerance).columns)
 
     selection += router_lib.per_group(log_columns, selection, inputs.valid)[:, None, :]
   expert_index = jax.lax.top_k(selection, num_selected)[1].astype(jnp.int32)
   chosen = jnp.ones(expert_index.shape, bool)
+  # Gates come from logits. The plan depends on the other tokens of the group, and in evaluation
+  # there is none.
   if num_selected == 1:
     gates = jax.nn.sigmoid(jnp.take_along_axis(router_logits, expert_index, axis=-1))
   else:

@@ -1,6 +1,9 @@
 """Soft MoE: experts read mixtures of tokens and tokens read mixtures of experts; no choice at all.
 
-`mix` has the weights of both mixtures, `choose` what statistics and losses read of them.
+`mix` returns the weights of both mixtures, `choose` what statistics and losses read of them.
+
+One-letter dimensions: G routing groups, S tokens of a group, D embed, E experts, P slots of an
+expert.
 """
 
 import dataclasses
@@ -22,7 +25,7 @@ from moe_jax.routing.router import (
 )
 
 NORM_EPSILON = 1e-6
-# Not -inf: the softmax of a group of padding alone would be NaN before it is masked.
+# Not -inf: the softmax of a group of only padding would be NaN before it is masked.
 LEAST_LOGIT = -1e30
 
 
@@ -60,6 +63,7 @@ def mix(params: Params, state: State, inputs: RouterInputs, options: Options) ->
   del state
   logits = _slot_logits(params, inputs, options)
   valid = inputs.valid[:, :, None, None]
+  # One set of logits, two softmaxes: along S for each slot, along E P for each token.
   over_tokens = jax.nn.softmax(jnp.where(valid, logits, LEAST_LOGIT), axis=1)
   flat = logits.reshape(*logits.shape[:2], -1)
   over_slots = jax.nn.softmax(flat, axis=-1).reshape(logits.shape)
@@ -67,14 +71,15 @@ def mix(params: Params, state: State, inputs: RouterInputs, options: Options) ->
 
 
 def choose(params: Params, state: State, inputs: RouterInputs, options: Options) -> Choice:
-  """Returns what a token gets of each expert: its combine weights, summed over the expert's slots.
+  """Returns each expert's weight in a token: its combine weights, summed over the expert's slots.
 
   `router_logits` are the logsumexp over an expert's slots, so their softmax over experts is
-  `router_probs`, which are 0 for padding. Every assignment is chosen; it takes no slot of its own.
-  `num_selected_experts`, `score`, `renormalize` and `gate_scale` are not read.
+  `router_probs`, which are 0 for padding. Every assignment is selected; it takes no slot of its
+  own. `num_selected_experts`, `score`, `renormalize` and `gate_scale` are not read.
   """
   combine = mix(params, state, inputs, options).combine
   router_probs = jnp.sum(combine, axis=-1)
+  # [G S E P] -> [G S E].
   router_logits = jax.nn.logsumexp(_slot_logits(params, inputs, options), axis=-1)
   experts = jnp.arange(options.num_experts, dtype=jnp.int32)[None, None, :]
   return Choice(
@@ -90,6 +95,8 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
 def _slot_logits(params: Params, inputs: RouterInputs, options: Options) -> Float[Array, 'G S E P']:
   # Padding may hold anything; its logits are those of a zero token.
   tokens = _to_unit_length(jnp.where(inputs.valid[..., None], inputs.tokens, 0), axis=-1)
+  # Both factors have length 1, so logits lie within the scale: one number for how sharp all the
+  # mixtures are.
   phi = params['scale'][:, None] * _to_unit_length(params['phi'], axis=0)
   logits = router_lib.product(tokens, phi, options)
   return logits.reshape(*logits.shape[:2], options.num_experts, options.slots_per_expert)

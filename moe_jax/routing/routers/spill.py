@@ -1,4 +1,8 @@
-"""Spill-over: tokens in order of position, each takes its best experts that still have room."""
+"""Spill-over: tokens in order of position, each takes its best experts that are not full.
+
+One-letter dimensions: G routing groups, S tokens of a group, E experts, K assignments of a token, C
+slots of an expert.
+"""
 
 import dataclasses
 
@@ -28,11 +32,11 @@ def spill_assignment(
 
   Each takes the K experts with the largest logits among those that have fewer than C tokens so far;
   all of them if they are fewer than K. Equal logits go to the lower expert index. Padding takes no
-  place.
+  slot.
 
   Returns:
     expert_index: the experts of each token, best first.
-    chosen: False for what a token did not get.
+    chosen: False for the experts that a token did not get.
   """
   num_tokens, num_experts = router_logits.shape[1:]
   if capacity >= num_tokens:
@@ -43,10 +47,14 @@ def spill_assignment(
   def serve(
     count: Int[Array, 'E'], token: tuple[Float[Array, 'E'], Bool[Array, '']]
   ) -> tuple[Int[Array, 'E'], tuple[Int[Array, 'K'], Bool[Array, 'K']]]:
+    # A token sees the loads that those before it left, and nothing of those after it: causal, but
+    # S steps that cannot run at once.
     logits, is_valid = token
     has_room = count < capacity
     _, expert_index = jax.lax.top_k(jnp.where(has_room, logits, -jnp.inf), num_selected_experts)
+    # Fewer than K with room: top-k goes on with full ones, which are not chosen.
     chosen = has_room[expert_index]
+    # Padding chooses like any token, but takes no place.
     count = count.at[expert_index].add((chosen & is_valid).astype(jnp.int32), unique_indices=True)
     return count, (expert_index.astype(jnp.int32), chosen)
 
@@ -64,7 +72,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   the sum over the experts the token got. No gradient passes through the assignment.
 
   A choice depends on the tokens before it in the group. With group_size 1 these are the earlier
-  tokens of its sequence. With more, the other sequences of the group take places too: by position
+  tokens of its sequence. With more, the other sequences of the group take slots, too: by position
   first, so earlier and equal positions only, but a sequence then depends on its neighbours.
   Decoding step by step starts each step with empty experts.
 

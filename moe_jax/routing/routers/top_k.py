@@ -1,4 +1,7 @@
-"""Token choice: each token selects its K best experts by its router logits."""
+"""Token choice: each token selects its K best experts by its router logits.
+
+One-letter dimensions: G routing groups, S tokens of a group, E experts, K assignments of a token.
+"""
 
 import dataclasses
 
@@ -36,10 +39,10 @@ def choose_top_k(
       `sqrt_softplus`, the square root of softplus of each logit. All rise with the logit, so the
       selection is the same. `router_probs` are the scores divided by their sum over all experts.
     softmax_order: `before` reads the gates from the scores of all E experts; `after` takes the
-      softmax over the K selected logits alone (gates sum to 1); only with `softmax`.
+      softmax over only the K selected logits (gates sum to 1); only with `softmax`.
     renormalize: `none`; `before_drop` divides the K gates by their sum; `after_drop` leaves that to
       `make_plan`, which divides by the sum over the experts that kept the token.
-    gate_scale: multiplies the gates at last (with `after_drop`, before the division).
+    gate_scale: multiplies the gates last (with `after_drop`, before the division).
 
   Raises:
     ValueError: for an unknown name, K outside 1..E, or logits that are not float32.
@@ -65,6 +68,8 @@ def choose_top_k(
   # Select on the logits in all cases: two logits can share a rounded score, never an order.
   top_logits, expert_index = jax.lax.top_k(router_logits, num_selected_experts)
   scores, router_probs = scores_and_probs(router_logits, score)
+  # `after` is `before` divided by the sum over the selected, exact where those probabilities
+  # underflow.
   if softmax_order == 'after':
     gates = jax.nn.softmax(top_logits, axis=-1)
   else:
@@ -101,7 +106,7 @@ def gates_of(
 
 
 def _at_least(total: Float[Array, 'G S 1']) -> Float[Array, 'G S 1']:
-  """Keeps a divisor so far from 0 that its square, in the gradient, does not underflow."""
+  """Bounds a divisor away from 0, so that its square, in the gradient, does not underflow."""
   return jnp.maximum(total, 1e-12)
 
 

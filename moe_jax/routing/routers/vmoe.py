@@ -1,4 +1,7 @@
-"""Token choice by logits with noise of fixed size, gates as they are (V-MoE)."""
+"""Token choice by logits with noise of fixed size, gates as they are (V-MoE).
+
+One-letter dimensions: G routing groups, S tokens of a group, E experts.
+"""
 
 import dataclasses
 
@@ -33,7 +36,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   """Selects the K largest of h = x W_r + N(0, (noise_scale / E)^2).
 
   Gates are the softmax of h over all experts, at the selected ones; V-MoE has `renormalize` none,
-  any other value (and `softmax_order`) does what it does in `top_k`. `router_probs` and
+  any other value (and `softmax_order`) acts as in `top_k`. `router_probs` and
   `router_logits` are those of the logits without noise: the importance loss reads them, and so does
   `moe.priority`. In evaluation there is no noise and nothing is drawn. Equal h go to the lower
   expert index.
@@ -56,6 +59,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   noisy = options.training and options.noise_scale > 0
   selection = router_logits
   if noisy:
+    # Of fixed size: nothing about the noise is learned.
     noise = noisy_top_k.normal(inputs.keys, router_logits.shape[1:])
     selection = router_logits + noise * (options.noise_scale / num_experts)
   choice = top_k.choose_top_k(
@@ -96,6 +100,7 @@ def loss(sums: RouterSums, state: State, options: Options) -> Float[Array, '']:
   """
   del state
   importance = jnp.sum(sums.prob_sum.reshape(-1, options.num_experts), axis=0)
+  # App. A: the mean of importance loss and load loss.
   variation = router_lib.squared_variation(importance)
   return (variation + router_lib.squared_variation(sums.own['load'])) / 2
 
