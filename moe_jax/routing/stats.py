@@ -119,9 +119,8 @@ def router_sums(
 def add_sums(one: RouterSums, other: RouterSums) -> RouterSums:
   """Adds up two parts of a batch; NumPy arrays too."""
   total = jax.tree.map(operator.add, one, other)
-  # All are sums but this maximum.
-  is_larger = one.logsumexp_max > other.logsumexp_max
-  return total._replace(logsumexp_max=jnp.where(is_larger, one.logsumexp_max, other.logsumexp_max))
+  # All are sums but this maximum, which keeps a NaN of either part.
+  return total._replace(logsumexp_max=jnp.maximum(one.logsumexp_max, other.logsumexp_max))
 
 
 def _count(

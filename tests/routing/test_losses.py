@@ -197,3 +197,16 @@ def test_sequences_of_a_group_are_scopes():
     sums = routing.router_sums(choice, plan, valid, jnp.array(scope), num_scopes)
     np.testing.assert_allclose(routing.load_balancing_loss(sums, 1), value, rtol=1e-6)
   np.testing.assert_array_equal(sums.tokens_per_expert, [[3, 0], [0, 3]])
+
+
+@pytest.mark.parametrize('first', [True, False])
+def test_parts_of_a_batch_add_up_and_no_nan_is_lost(first):
+  logits, valid = draw()
+  parts = [sums_of(logits[rows], valid[rows]) for rows in (slice(0, 2), slice(2, 4))]
+  total = routing.add_sums(*parts)
+  np.testing.assert_allclose(total.tokens, valid.sum())
+  largest = np.log(np.exp(logits.astype(np.float64)).sum(-1))[valid].max()
+  np.testing.assert_allclose(total.logsumexp_max, largest, rtol=1e-6)
+  broken = parts[1]._replace(logsumexp_max=jnp.full_like(parts[1].logsumexp_max, jnp.nan))
+  pair = (broken, parts[0]) if first else (parts[0], broken)
+  assert np.isnan(routing.add_sums(*pair).logsumexp_max)

@@ -9,8 +9,9 @@ What differs, and what is silent in code of this kind:
   the bias after the step, so a token is routed only by the counts of earlier batches: causal.
 - Equal biased scores go to the lower expert index. Selection is on float32 scores, not on logits:
   two logits so large that their scores round to the same number are a tie.
-- `options.score` may be any; the source's is `sigmoid`; with softmax it steps by bias_rate * (mean
-  load - load), without the sign. `options.renormalize` divides the gates before any drop or never.
+- `options.score` may be any; the source's is `sigmoid`, and with softmax it steps by bias_rate *
+  (mean load - load), without the sign. Here `bias_update` decides, whatever the score.
+- `options.renormalize` divides the gates before any drop or never.
 - Nothing bounds the bias.
 
 One-letter dimensions: G routing groups, S tokens of a group, E experts, K assignments of a token.
