@@ -4,7 +4,7 @@ python -m moe_jax.train --config=configs/dense_matched.py --workdir=runs/dense_m
 python -m moe_jax.train --config=configs/dense_matched.py:lm_small --workdir=runs/lm_small_dense
 
 Each MoE layer becomes a dense layer whose hidden units are those of the experts one token passes
-(selected and shared). Only the router's own product, E / (3 K F) of the experts', is not replaced.
+(selected and shared). Only the router's own matmul, E / (3 K F) of the experts', is not replaced.
 """
 
 from configs import debug, lm_small, quickstart

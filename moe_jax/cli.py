@@ -123,7 +123,7 @@ def take_word(argv: list[str]) -> str | None:
 
 
 def print_help(text: str) -> NoReturn:
-  """Prints what a command says of itself, and leaves."""
+  """Prints the help of a command, and exits."""
   show(text)
   sys.exit(0)
 

@@ -87,7 +87,7 @@ def did_you_mean(word: str, known: Iterable[str], prefix: str = '') -> str:
 def raised_by(error: BaseException | None, path: str) -> str:
   """Returns 'line 3: NameError: ...' if the code of a file raised an error, or one of its causes.
 
-  Returns '' for what it did not raise, and for a UserError, which says itself what is wrong.
+  Returns '' for what it did not raise, and for a UserError, which names the error itself.
   """
   file = os.path.abspath(path)
   while error is not None and not isinstance(error, UserError):

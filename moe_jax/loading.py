@@ -117,7 +117,7 @@ class Run:
       {} where they carry nothing.
     tokenizer: `encode(text)` and `decode(ids)`.
     mesh: axes ('data', 'expert').
-    task: the model with its loss, in mode `eval`; its forward pass says all of its routing.
+    task: the model with its loss, in mode `eval`; its forward pass returns all of its routing.
   """
 
   def __init__(self, directory: str | os.PathLike, step: int | None, mesh: str | None):
@@ -242,7 +242,7 @@ class Run:
     return results[0] if isinstance(text, str) else results
 
   def _language_model(self) -> LanguageModel:
-    """Returns the task, if it is of a family that reads text and has layers to look at."""
+    """Returns the task, if it is of a family that reads text and has layers to read."""
     if not isinstance(self.task, LanguageModel):
       family = self.config.model.family
       raise UserError('model.family', family, 'has no forward pass or experts to look at yet')

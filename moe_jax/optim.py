@@ -64,8 +64,8 @@ def make_optimizer(
   Args:
     optim: the `optim` part of a config.
     num_steps: optimizer steps of the whole run.
-    labeller: says what a parameter is (`Task.param_label`): only matrices inside blocks decay, and
-      Muon takes those except a router's.
+    labeller: returns the kind of a parameter (`Task.param_label`): only matrices inside blocks
+      decay, and Muon takes those except a router's.
   """
   schedule = make_schedule(optim, num_steps)
   decayed = functools.partial(stacks.is_matrix, labeller=labeller)
@@ -144,7 +144,7 @@ def _muon_labels(params, labeller: stacks.Labeller):
 
 
 class Orthogonalized(NamedTuple):
-  """Says in a checkpoint by which rule it was made: one of an earlier rule lacks this number.
+  """Marks a checkpoint with the rule by which it was made: one of an earlier rule lacks this number.
 
   Attributes:
     gates_apart: 1.

@@ -1,8 +1,8 @@
 """The choices of papers, one file each, on a small model or on that of another config.
 
 A preset must name every choice that implementations make silently; `make` refuses one that does
-not. What a paper does not say, or what differs here, its docstring says. All have one sequence in a
-routing group, and one micro-batch: with more, `train.accumulation_scope` is a choice too.
+not. Each docstring names what the paper leaves open, and what differs here. All have one sequence
+in a routing group, and one micro-batch: with more, `train.accumulation_scope` is a choice too.
 """
 
 from typing import Any

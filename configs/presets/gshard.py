@@ -1,6 +1,6 @@
 """GShard: top-2, the second choice at random by its weight.
 
-Lepikhin et al. 2020, arXiv:2006.16668. Its loss counts first choices alone; 1 at balance here. Not
+Lepikhin et al. 2020, arXiv:2006.16668. Its loss counts only first choices; 1 at balance here. Not
 stated: the initial scale of the router. Differs: a MoE layer in every block, there in every second.
 
 The model around the experts is a language model, where the paper has an encoder and a decoder that

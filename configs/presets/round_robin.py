@@ -1,4 +1,4 @@
-"""Control: experts in turn, by position.
+"""Control: experts in rotation, by position.
 
 No paper.
 

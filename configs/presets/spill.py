@@ -1,4 +1,4 @@
-"""In order of position, each token takes the best experts that still have room.
+"""In order of position, each token takes the best experts that are not full.
 
 The causal relative of greedy assignment; see moe_jax/routing/routers/spill.py.
 

@@ -5,11 +5,11 @@ expert has 1.25 S / E slots, 2 S / E in evaluation: their factor leaves out K, s
 it. No jitter: the paper tries it on the input, finds that it costs quality, and takes the z-loss;
 Mesh TensorFlow's top-2 has none, in Flaxformer it is an option. The loss is 1 at balance.
 
-The second choice asks for a slot with probability min(1, g2 / 0.2), as in Mesh TensorFlow (the
-paper's threshold of 1/5, sec. 3.4), and the balance loss counts first choices alone (app. A): both
+The second choice requests a slot with probability min(1, g2 / 0.2), as in Mesh TensorFlow (the
+paper's threshold of 1/5, sec. 3.4), and the balance loss counts only first choices (app. A): both
 are those of the router gshard.
 
-Differs: in evaluation every second choice asks for a slot, there the draw is made too; a MoE layer
+Differs: in evaluation every second choice requests a slot, there the draw is made too; a MoE layer
 in every block, there in every fourth.
 
 The model around the experts is a decoder, where the paper has T5's encoder and decoder.

@@ -1,6 +1,6 @@
 """Switch Transformer: top-1 with a capacity and an auxiliary loss.
 
-Fedus et al. 2021, arXiv:2101.03961. Differs: the balance is asked for over
+Fedus et al. 2021, arXiv:2101.03961. Differs: the balance is over
 the batch, not per core; a MoE layer in every block, there in every second.
 
 The model around the experts is a decoder, where the paper has T5's encoder and decoder with

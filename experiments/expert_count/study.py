@@ -37,7 +37,7 @@ def study_of(name, config):
       Comparison('num_experts=64, k=2', 'num_experts=16, k=2'),
       Comparison('num_experts=16, k=1', 'num_experts=16, k=2'),
     ),
-    # The router's own products grow with E: at 64 experts they are a few percent.
+    # The router's own matmuls grow with E: at 64 experts they are a few percent.
     may_differ=('compute',),
     x='moe.num_experts',
     lines='moe.num_selected_experts',

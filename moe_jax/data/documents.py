@@ -65,7 +65,7 @@ def content_key(text: str) -> str:
 def assign_splits(
   keys: list[str], domains: list[str], num_bytes: list[int], valid_share: float, test_share: float
 ) -> list[str]:
-  """Puts whole documents into splits, domain by domain, the same way every time.
+  """Puts whole documents into splits, domain by domain, with the same result every time.
 
   Works are taken in the order of their content hash until the share of the domain's bytes is
   reached, so neither names nor the order of the files matter. Equal contents always go to the same

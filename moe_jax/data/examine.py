@@ -1,4 +1,4 @@
-"""Looks at a source that is not prepared: what of it is known without a network and encoding."""
+"""Examines a source that is not prepared: properties known without a network and encoding."""
 
 import collections
 import dataclasses
@@ -11,7 +11,7 @@ from moe_jax.data import local_text, sources
 
 @dataclasses.dataclass(frozen=True)
 class Examined:
-  """What is known of a source that is not prepared.
+  """Properties of a source that is not prepared.
 
   Attributes:
     name: the user's `data.name`.

@@ -216,7 +216,7 @@ def _may_be(tokenizer: tokenizer_lib.Tokenizer, kind: str) -> bool:
     return False
   if len(rest) == _HASH:
     return tokenizer.fingerprint[:_HASH] == rest
-  # A text with few pairs that repeat gives fewer tokens than asked.
+  # A text with few pairs that repeat gives fewer tokens than requested.
   return not rest or tokenizer.vocab_size <= int(rest)
 
 

@@ -1,4 +1,4 @@
-"""Says how far a long preparation is; a short one stays silent."""
+"""Progress of a long preparation, in lines; a short one stays silent."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -14,7 +14,7 @@ def watched(
   say: Callable[[str], None],
   clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[documents_lib.Document]:
-  """Yields the documents, and every 15 s says how many of them there were.
+  """Yields the documents, and every 15 s prints how many of them there were.
 
   Args:
     documents: what to pass on.

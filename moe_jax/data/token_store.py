@@ -188,7 +188,7 @@ def write(
     tokenizer: encodes them.
     identity: what the documents are said to be, part of the fingerprint.
     provenance: JSON-able metadata to keep in meta.json.
-    kind: which tokenizer was asked for; a small text may give one of fewer tokens.
+    kind: which tokenizer was requested; a small text may give one of fewer tokens.
     skip_short: leave out documents of fewer than two tokens instead of raising.
 
   Returns:

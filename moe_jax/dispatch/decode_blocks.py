@@ -2,8 +2,8 @@
 
 Few tokens meet many experts: slots for every token at every expert would make a step cost E / K
 times its active FLOPs, and read the weights of all experts. Here assignments are sorted by expert
-and cut into blocks of b rows. There are as many blocks as assignments need, which only the data
-says; a step that goes through only these reads no weights of an expert that no token selected.
+and cut into blocks of b rows. There are as many blocks as assignments need, which depends on the
+data; a step that goes through only these reads no weights of an expert that no token selected.
 
   assignments of expert 0: a d f   1: -   2: b   3: c e        b = 2
 

@@ -1,7 +1,6 @@
 """Computation of the experts: two matmuls with an activation between them. Plain JAX.
 
-Which implementation runs when (`implementations.py` decides, and nothing else looks at the
-platform):
+Which implementation runs when (`implementations.py` decides, and nothing else reads the platform):
 
   platform     in          condition                              implementation
   GPU, TPU     training    always                                 `batched`: all experts at once

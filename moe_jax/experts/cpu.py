@@ -57,7 +57,8 @@ def _rounded(size: float) -> int:
   return MULTIPLE * math.ceil(size / MULTIPLE)
 
 
-# A custom gradient: reverse mode cannot pass a loop whose number of turns depends on the data.
+# A custom gradient: reverse mode cannot differentiate a loop whose number of iterations depends on
+# the data.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def run_filled(
   activation: str,
@@ -113,7 +114,7 @@ def _looped_forward(activation, keeps_hidden, rows, filled, w_in, w_out):
 
   def body(size, expert, results):
     # Rows from `filled` to `size` are zero and stay zero: every activation maps 0 to 0. One that
-    # does not would leave outputs in slots that nobody holds.
+    # does not would leave outputs in slots that no token holds.
     hidden = _first(rows, expert, size) @ _of(w_in, expert)
     y = activate(hidden, activation) @ _of(w_out, expert)
     return tuple(map(functools.partial(_put, expert), results, (y, hidden)))
@@ -144,7 +145,7 @@ def _looped_backward(activation, d_y, rows, filled, hidden, w_in, w_out):
   else:
     shape = (num_experts, capacity, w_out.shape[1])
     others = (jnp.zeros_like(hidden), jnp.zeros(shape, hidden.dtype))
-  # A loop must start from what it goes on with: values that differ between devices.
+  # A loop must start from values that differ between devices, as its later ones do.
   results = varying_like((jnp.zeros_like(rows), *others), rows)
   d_rows, *others = _for_each_expert(body, filled, capacity, results)
   if weights_in_loop:
@@ -193,7 +194,7 @@ def _for_each_expert(
   order = jnp.argsort(rank).astype(jnp.int32)
   # ends[i] to ends[i + 1]: the experts of sizes[i] in that order.
   ends = count(rank[order], jnp.arange(len(sizes) + 1), side='right').astype(jnp.int32)
-  # One loop for each size: how many turns it takes is data, the shape of a turn is static.
+  # One loop for each size: the number of iterations is data, the shape of an iteration is static.
   for i, size in enumerate(sizes):
     one = functools.partial(lambda size, j, results: body(size, order[j], results), size)
     results = jax.lax.fori_loop(ends[i], ends[i + 1], one, results)

@@ -18,8 +18,8 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax.experts import batched
 
-# Sizes are multiples of this, and there are so many steps from half of all rows on: more take
-# longer to compile, and the least cost is flat.
+# Sizes are multiples of the first, the second is the number of steps from half of all rows on: more
+# take longer to compile, and the least cost is flat.
 MULTIPLE = 4
 STEPS = 2
 # Adding to an expert's gradient takes as long as multiplying this many rows more; the optimum is
@@ -36,7 +36,7 @@ def filled_gradients(
 
   Args:
     filled: how many rows of each expert count; the others are zero.
-    pairs: what went into the experts' matrices, and the gradients of what came out.
+    pairs: inputs of the experts' matrices, and gradients of their outputs.
   """
   capacity = pairs[0][0].shape[1]
   sizes = sizes_of(capacity)

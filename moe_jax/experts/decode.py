@@ -91,7 +91,7 @@ def _looped(blocks: Blocks, weights, activation: str, layer) -> Float[Array, 'N 
 
   # Blocks without a token keep the zeros that they start from.
   start = varying_like((jnp.int32(0), jnp.zeros_like(blocks.rows)), blocks.rows)
-  # A while loop, because only the data says how many blocks there are. Reverse mode cannot pass it.
+  # A while loop, because the number of blocks depends on the data. Reverse mode cannot pass it.
   return jax.lax.while_loop(lambda carry: carry[0] < blocks.num_filled, run_one, start)[1]
 
 

@@ -44,10 +44,10 @@ def packing_of(counts: Int[Array, 'E P'], capacity: int) -> Packing:
   slot = jnp.arange(capacity, dtype=jnp.int32)[None, None, :]
   # Part p of an expert begins behind the filled rows of the parts before it.
   starts = jnp.cumsum(counts, axis=1) - counts
-  # [E P C]: the packed place of each slot, N for an empty one.
+  # [E P C]: the packed index of each slot, N for an empty one.
   back = jnp.where(slot < counts[..., None], starts[..., None] + slot, num_rows)
   back = back.reshape(num_experts, num_rows).astype(jnp.int32)
-  # The same the other way around. Empty slots all name place N, which is past the end: dropped.
+  # The same the other way around. Empty slots all have index N, which is past the end: dropped.
   there = jnp.full_like(back, num_rows)
   expert = jnp.arange(num_experts)[:, None]
   there = there.at[expert, back].set(jnp.arange(num_rows, dtype=jnp.int32), mode='drop')

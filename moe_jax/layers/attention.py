@@ -100,8 +100,8 @@ class Attention(nn.Module):
       )
       return (x @ kernel.astype(x.dtype)).reshape(*x.shape[:2], heads, self.head_dim)
 
-    # Rotated before they are cached: the dot product of two rotated vectors depends on the
-    # difference of their positions alone, so a cached key stays valid.
+    # Rotated before they are cached: the dot product of two rotated vectors depends only on the
+    # difference of their positions, so a cached key stays valid.
     query = rotate(project('query', self.num_heads, 'heads'), positions, self.rope_theta)
     key = rotate(project('key', self.num_kv_heads, 'kv_heads'), positions, self.rope_theta)
     value = project('value', self.num_kv_heads, 'kv_heads')

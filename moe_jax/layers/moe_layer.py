@@ -74,7 +74,7 @@ def moe_layer(
     platform=platform,
   )
 
-  # Tokens are split over both axes, experts over `expert` alone, router and state are copied. The
+  # Tokens are split over both axes, experts only over `expert`, router and state are copied. The
   # sums leave as copies because `_sum_over_devices` summed them over both axes.
   by_token: Any = spec('batch')
   copied: Any = spec()
@@ -108,7 +108,7 @@ def _local_layer(
   """Runs the layer on one device: its tokens, its experts."""
   # [b T D] -> [g S D]. A group lies whole on one device, so that routing needs no communication.
   tokens_GSD = to_groups(x, options.group_size)
-  # [b T] -> [g S], by way of a last dimension of 1.
+  # [b T] -> [g S], through a last dimension of 1.
   info_GS = TokenInfo(*(to_groups(a[..., None], options.group_size)[..., 0] for a in info))
   router = routing.ROUTERS[options.router]
   sizes = sizes_of(options, tokens_GSD.shape[1])

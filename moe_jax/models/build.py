@@ -1,4 +1,4 @@
-"""From a config to a task: the only place where config fields become layer options.
+"""From a config to a task: the only file in which config fields become layer options.
 
 `FAMILIES` names the families of models, each a function from a config to its `Task`.
 """

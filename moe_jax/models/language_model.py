@@ -88,7 +88,7 @@ class LanguageModel(Task):
     return LossTerms(nats, out.router_sums, selected)
 
   def with_selected(self) -> 'LanguageModel':
-    """Returns the same model, whose losses also say which experts tokens selected."""
+    """Returns the same model, whose losses also return the experts that tokens selected."""
     if self.moe is None:
       return self
     moe = dataclasses.replace(self.moe, returns_choices=True)

@@ -116,7 +116,7 @@ class Task:
     raise NotImplementedError
 
   def with_selected(self) -> 'Task':
-    """Returns the task whose losses also say which experts tokens selected."""
+    """Returns the task whose losses also return the experts that tokens selected."""
     return self
 
   def param_label(self, path: tuple[str, ...], shape: tuple[int, ...]) -> str:

@@ -150,7 +150,7 @@ def set_title(figure: Figure, study: Study, text: str) -> None:
 
 
 def note(figure: Figure, records: Sequence[Record], shown: str = '') -> None:
-  """Says below a figure how many trials are not in its means."""
+  """Notes below a figure how many trials are not in its means."""
   counts = [(s, sum(r.status == s for r in records)) for s in STATUSES if s != FINISHED]
   text = ', '.join(f'{count} {status}' for status, count in counts if count)
   if text:

@@ -44,7 +44,7 @@ STYLE: dict[Any, Any] = {
   'legend.columnspacing': 1,
   'pdf.fonttype': 42,
 }
-# Of figures that are looked at on a screen.
+# Of figures for a screen.
 SCREEN = STYLE | {
   'font.size': 9,
   **dict.fromkeys(['axes.labelsize', 'xtick.labelsize', 'ytick.labelsize'], 'medium'),

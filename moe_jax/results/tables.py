@@ -20,7 +20,7 @@ from moe_jax.results.summary import SIGNIFICANCE, Absent, ArmSummary, Summary
 
 _SCALES = ((1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k'))
 _LONGEST_BASELINE = 20
-# Half widths below come of rounding.
+# Half widths below are due to rounding.
 _MOST_DECIMALS = 12
 _NOTHING = Interval(math.nan, math.nan, math.nan, 0)
 NOTHING = '-'

@@ -99,7 +99,7 @@ def make_plan(
   slot_index, source_index = jax.vmap(plan_group)(
     choice.expert_index, choice.router_probs, asked, keys
   )
-  # Here alone an assignment is dropped: its rank among its expert's is not below C.
+  # Only here is an assignment dropped: its rank among its expert's is not below C.
   keep = (slot_index < capacity) & asked
   combine_weights = jnp.where(keep, choice.gates, 0)
   if renormalize == 'after_drop':

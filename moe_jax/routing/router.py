@@ -1,6 +1,6 @@
 """Interface of a router, between the choice of experts and everything else.
 
-A router looks at the tokens of the routing groups that lie on one device and returns a `Choice`:
+A router reads the tokens of the routing groups that lie on one device and returns a `Choice`:
 which experts each token selects, with what weight. Capacity, dispatch, statistics and the common
 losses are the same for all. A new router is one file in `routers/` whose `ROUTER` describes it
 and whose `Options` declare its hyperparameters; the registry and `moe_jax.schema` find them there.
@@ -176,7 +176,7 @@ class Router:
     cost: per token, besides the experts; for the table.
     options: the class of its options, declared in its file: `RouterOptions` and what else its
       functions read. Presets must set these fields, and no config may change another router's.
-    reads_tokens: whether it looks at the tokens' vectors, not only at their ids and positions.
+    reads_tokens: True if it reads the tokens' vectors, not only at their ids and positions.
     by_group: whether what it chooses, draws or counts for a token depends on its routing group.
     always: its effective value of a field that it does not read, where that is not the default: the
       one other value that a config may give. `allowed` may read it, if the options have it.
@@ -276,5 +276,5 @@ def varying_like(values: Any, reference: Array) -> Any:
 
 def per_group(function: Callable, *arrays: Any) -> Any:
   """Maps a function of one group over all groups."""
-  # A group is routed as if it were alone, so it does not matter which device holds it.
+  # A group is routed by itself, so it does not matter which device holds it.
   return jax.vmap(function)(*arrays)

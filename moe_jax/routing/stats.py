@@ -70,8 +70,8 @@ def router_sums(
   """
   router_logits, router_probs = choice.router_logits, choice.router_probs
   num_experts = router_logits.shape[-1]
-  # Before the drop: what the router wanted, which losses read. After it: `kept` and `lost`, for
-  # metrics alone.
+  # Before the drop: what the router wanted, which losses read. After it: `kept` and `lost`, only
+  # for metrics.
   mask = valid.astype(jnp.float32)
   # Counts go through an int32 segment sum: a float32 sum of ones stops at 2**24.
   groups, group_size, _ = plan.expert_index.shape
@@ -108,7 +108,7 @@ def router_sums(
     tokens_all_dropped=jnp.sum(lost.astype(jnp.float32)),
     logsumexp_squared=jnp.sum(jnp.square(logsumexp) * mask),
     entropy=jnp.sum(entropy * mask),
-    # Metrics alone: without gradient.
+    # Only metrics: without gradient.
     top_prob=jax.lax.stop_gradient(jnp.sum(jnp.max(router_probs, axis=-1) * mask)),
     logsumexp_max=jax.lax.stop_gradient(jnp.max(jnp.where(valid, logsumexp, -jnp.inf))),
     slots=jnp.float32(plan.source_index.size),

@@ -66,7 +66,7 @@ def announce(
 def warn_of_lost_lines(
   workdir: str, old: dict[str, Any], step: int, say: Callable[[str], None]
 ) -> None:
-  """Says which lines of metrics.jsonl up to a step are damaged or gone."""
+  """Prints which lines of metrics.jsonl up to a step are damaged or gone."""
   path = pathlib.Path(workdir) / metrics_file.FILE
   found = metrics_file.read_file(path)
   finished = old['status'] == 'finished'

@@ -257,7 +257,7 @@ def _position_digest(data_position: dict[str, Any]) -> str:
   return hashlib.sha256(json.dumps(data_position, sort_keys=True).encode()).hexdigest()
 
 
-# What TensorStore, Orbax and Python say of files, and what it means.
+# Messages of TensorStore, Orbax and Python on files, and their meaning.
 _MEANINGS = (
   (r'NOT_FOUND|was not found|No such file', 'a file of it is missing'),
   (r'OUT_OF_RANGE', 'a file of it is cut short'),

@@ -41,7 +41,7 @@ def instead(field: str, value: Any, ways: str) -> Iterator[None]:
   Args:
     field: that is named.
     value: of it.
-    ways: to do something about it.
+    ways: possible remedies.
 
   Raises:
     UserError: in place of JAX's error, when memory is exhausted; every other error as it is.

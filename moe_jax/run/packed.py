@@ -56,7 +56,7 @@ class PackOutcome(NamedTuple):
   """Outcome of a pack.
 
   Attributes:
-    diverged: for each member, what its DivergedError says; '' if it did not.
+    diverged: for each member, the text of its DivergedError; '' if it did not.
     interrupted_by: the signal that ended it, if one did.
   """
 

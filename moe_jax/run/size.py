@@ -26,7 +26,7 @@ _OF_BATCH = ('data.batch_size', 'data.sequence_length', 'model.embed_dim')
 
 
 def check_size(config: ml_collections.ConfigDict, vocab_size: int) -> None:
-  """Refuses a config whose parameters alone, or one activation, are larger than all memory.
+  """Refuses a config of which only the parameters, or one activation, exceed all memory.
 
   What passes may still be too large: optimizer, gradients and activations come on top.
 

@@ -148,7 +148,7 @@ def _check_text(
   Args:
     study: of the trial.
     trial: to be run.
-    texts: those looked at so far, which grow here; each is read once.
+    texts: those read so far, which grow here; each is read once.
 
   Raises:
     UserError: if it is not there, can't be read, or lacks a split or domain.

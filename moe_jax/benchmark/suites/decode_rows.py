@@ -238,7 +238,7 @@ def bytes_of_expert(shape: Shape) -> int:
 
 
 def _too_much(name: str, shape: Shape, num_experts: int) -> str:
-  """Says why an arm is not measured; empty if it is."""
+  """Returns why an arm is not measured; empty if it is."""
   if name == 'slots' and num_experts * shape.num_tokens > MOST_SLOTS:
     return f'{num_experts * shape.num_tokens:,} slots for {shape.num_tokens} tokens'
   copied = shape.num_tokens * shape.num_selected_experts * bytes_of_expert(shape)

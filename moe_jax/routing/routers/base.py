@@ -115,7 +115,7 @@ def _assign_group(scores: Float[Array, 'P E'], capacity: int, max_rounds: int) -
     rounds=jnp.int32(0),
     done=jnp.bool_(False),
   )
-  # A round: all tokens without a place bid, and each expert keeps its C highest bids. A phase is
+  # A round: all tokens without a slot bid, and each expert keeps its C highest bids. A phase is
   # rounds until no token waits; a smaller epsilon then starts over, from the prices reached.
   auction = jax.lax.while_loop(
     lambda state: ~state.done & (state.rounds < max_rounds),

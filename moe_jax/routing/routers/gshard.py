@@ -70,7 +70,8 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
     raise ValueError(f'second_choice={options.second_choice!r}: must be one of {SECOND_CHOICES}')
   if options.num_selected_experts != 2:
     raise ValueError(f'num_selected_experts={options.num_selected_experts!r}: must be 2')
-  # Divided by their sum here, before the draw: a first choice left alone keeps its gate below 1.
+  # Divided by their sum here, before the draw: a first choice without a second keeps its gate below
+  # 1.
   choice = top_k.choose_top_k(
     router_lib.logits(params, inputs.tokens, options),
     num_selected_experts=2,
@@ -79,8 +80,8 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   second: Bool[Array, 'G S'] = jnp.ones(inputs.valid.shape, bool)
   if options.training and options.second_choice != 'all':
     limit = 0.5 if options.second_choice == 'random' else SECOND_GATE_THRESHOLD
-    # The second choice asks with probability min(1, g_2 / limit): one number per token, drawn from
-    # the key of its group.
+    # The second choice requests a slot with probability min(1, g_2 / limit): one number per token,
+    # drawn from the key of its group.
     draw = router_lib.per_group(
       lambda key: jax.random.uniform(key, inputs.valid.shape[1:]), inputs.keys
     )

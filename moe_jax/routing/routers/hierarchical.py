@@ -134,7 +134,7 @@ def _gates(groups: Choice, experts: Choice, options: Options) -> Float[Array, 'G
   """
   kept = options.num_selected_groups
   num_tokens = groups.expert_index.shape[:2]
-  # `after`: each softmax over the selected alone, as in app. B. [G S kept 1] * [G S kept K/kept].
+  # `after`: each softmax over only the selected, as in app. B. [G S kept 1] * [G S kept K/kept].
   if options.softmax_order == 'after':
     gates = groups.gates[..., None] * experts.gates.reshape(*num_tokens, kept, -1)
     return gates.reshape(*num_tokens, -1)

@@ -103,8 +103,8 @@ def update(state: State, sums: RouterSums, options: BiasOptions) -> State:
   elif options.bias_update == 'multiplicative':
     # A factor, so the bias stays above 0 as long as the rate is below 1.
     new_bias = bias * (1 + rate * jnp.sign(error))
-  # The sign alone: a step does not grow with the batch. What all biases share selects
-  # nobody, so `centred` may take it away.
+  # Only the sign: a step does not grow with the batch. What all biases share selects no expert, so
+  # `centred` may take it away.
   elif options.bias_update in ('sign', 'centred'):
     step = rate * jnp.sign(error)
     new_bias = bias + (step - jnp.mean(step) if options.bias_update == 'centred' else step)

@@ -65,7 +65,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   Source: Zeng et al. 2024, arXiv:2406.13233 (AdaMoE), with its code, CengZihao/AdaMoE (180f122);
   its gates are `after_drop` where nothing is dropped. Differs: a capacity.
 
-  The zero experts of Jin et al. 2024, arXiv:2410.07348 (MoE++; 7f43967) are the same thing. Differs
+  The zero experts of Jin et al. 2024, arXiv:2410.07348 (MoE++; 7f43967) are the same. Differs
   from these: no copy and no constant experts, no gating residuals between layers, one capacity, and
   the loss below. MoE++'s code leaves the zero expert out of the sum that gates are divided by.
   """

@@ -52,9 +52,9 @@ def spill_assignment(
     logits, is_valid = token
     has_room = count < capacity
     _, expert_index = jax.lax.top_k(jnp.where(has_room, logits, -jnp.inf), num_selected_experts)
-    # Fewer than K with room: top-k goes on with full ones, which are not chosen.
+    # Fewer than K that are not full: top-k continues with full ones, which are not selected.
     chosen = has_room[expert_index]
-    # Padding chooses like any token, but takes no place.
+    # Padding selects like any token, but takes no slot.
     count = count.at[expert_index].add((chosen & is_valid).astype(jnp.int32), unique_indices=True)
     return count, (expert_index.astype(jnp.int32), chosen)
 
