@@ -144,7 +144,7 @@ def _muon_labels(params, labeller: stacks.Labeller):
 
 
 class Orthogonalized(NamedTuple):
-  """Marks a checkpoint with the rule by which it was made: one of an earlier rule lacks this number.
+  """Marks a checkpoint with the rule that made it: one of an earlier rule lacks this number.
 
   Attributes:
     gates_apart: 1.
