@@ -197,9 +197,11 @@ class Run:
       which = f'be in 0..{num_layers - 1}, the MoE layers' if moe else 'not be given: it is dense'
       raise UserError('layer', layer, f'of {self.directory} must {which}')
     block = self.params['layers'][f'block_{every - 1}']
-    of_layer = {name: np.asarray(value[layer]) for name, value in block['moe'].items()}
-    result: dict[str, Any] = _apart(of_layer.pop('w_in'), of_layer.pop('w_out'), moe.activation)
-    result['router'] = of_layer
+    layer_weights = {name: np.asarray(value[layer]) for name, value in block['moe'].items()}
+    result: dict[str, Any] = _apart(
+      layer_weights.pop('w_in'), layer_weights.pop('w_out'), moe.activation
+    )
+    result['router'] = layer_weights
     result['router_state'] = {k: np.asarray(v[layer]) for k, v in self.router_state.items()}
     if 'shared' in block:
       shared = {name: np.asarray(value[layer]) for name, value in block['shared'].items()}

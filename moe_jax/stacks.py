@@ -108,8 +108,8 @@ def for_each(function: Callable, params: Any, *others: Any, num_results: int = 1
     A tree for each result.
   """
 
-  def one(p, stack, *of_others):
-    arrays = [jnp.asarray(x) for x in (p, *of_others)]
+  def one(p, stack, *rest):
+    arrays = [jnp.asarray(x) for x in (p, *rest)]
     arrays = [_split(x, stack) if x.shape == p.shape else x for x in arrays]
     mapped = function
     for _ in range(arrays[0].ndim - stack.rank):

@@ -108,21 +108,21 @@ def _unread_by_layer(config: ml_collections.ConfigDict) -> dict[str, str]:
   """Returns the fields that the layer reads for its router but that this router leaves unread."""
   moe = config.moe
   router = routing.ROUTERS[moe.router]
-  of_router = f'moe.router={router.name}'
+  setting = f'moe.router={router.name}'
   found: dict[str, str] = {}
   if router.keeps_all or not config_lib.limits_slots(moe):
-    why = of_router if router.keeps_all else f'moe.dispatch={moe.dispatch}'
+    why = setting if router.keeps_all else f'moe.dispatch={moe.dispatch}'
     found |= dict.fromkeys(('moe.capacity_factor', 'moe.eval_capacity_factor', 'moe.priority'), why)
     # Noise is drawn by group, too.
     by_scope = moe.balance_scope == 'group' and any(moe[weight] for weight in SCOPED)
     noisy = moe.jitter and router.reads_tokens
     if not (router.by_group or noisy or by_scope):
-      found['moe.group_size'] = f'{why}, {of_router}' if why != of_router else why
+      found['moe.group_size'] = f'{why}, {setting}' if why != setting else why
   if not router.reads_tokens:
-    found['moe.jitter'] = of_router
+    found['moe.jitter'] = setting
   weights = router.params(config_lib.router_options(config), config.model.embed_dim)
   if not any(weight.init == 'scaled' for weight in weights.values()):
-    found['moe.router_init_scale'] = of_router
+    found['moe.router_init_scale'] = setting
   return found
 
 

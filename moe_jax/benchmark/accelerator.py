@@ -94,8 +94,13 @@ def _run_all(
 ) -> None:
   """Adds the rows that the benchmarks measured, and the names of those that failed."""
   end = time.monotonic() + 60 * flags.minutes
-  of_check = [*PROGRAM, '--only_check', f'--smaller={flags.smaller}', *['--peers'] * flags.peers]
-  check_ = Child(of_check, end)
+  check_command = [
+    *PROGRAM,
+    '--only_check',
+    f'--smaller={flags.smaller}',
+    *['--peers'] * flags.peers,
+  ]
+  check_ = Child(check_command, end)
   for line in check_:
     print(line, flush=True)
   if check_.is_late:

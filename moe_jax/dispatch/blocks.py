@@ -111,7 +111,7 @@ def forward(
 
 def backward(
   gradients: Gradients,
-  grad_y: Float[Array, 'T D'],
+  d_y: Float[Array, 'T D'],
   tokens: Float[Array, 'T D'],
   scales: Float[Array, 'M'],
   weights: Weights,
@@ -127,14 +127,14 @@ def backward(
     inputs, own = rows(tokens, token)[None], _weights_of(weights, expert)
     # The block's forward pass again, cheaper than to keep every block's hidden units.
     outputs, pull = jax.vjp(experts, inputs, own)
-    of_y = rows(grad_y, token).astype(jnp.float32)
-    of_scales = jnp.sum(outputs[0].astype(jnp.float32) * of_y, axis=-1)
-    of_outputs = of_y * rows(scales[:, None], items)
-    of_inputs, of_weights = pull(of_outputs.astype(outputs.dtype)[None])
+    d_y_rows = rows(d_y, token).astype(jnp.float32)
+    d_scales = jnp.sum(outputs[0].astype(jnp.float32) * d_y_rows, axis=-1)
+    d_outputs = d_y_rows * rows(scales[:, None], items)
+    d_inputs, d_weights = pull(d_outputs.astype(outputs.dtype)[None])
     return Gradients(
-      gradients.tokens.at[token].add(of_inputs[0].astype(jnp.float32), mode='drop'),
-      gradients.scales.at[items].add(of_scales, mode='drop'),
-      jax.tree.map(lambda total, part: add_at(total, part, expert), gradients.weights, of_weights),
+      gradients.tokens.at[token].add(d_inputs[0].astype(jnp.float32), mode='drop'),
+      gradients.scales.at[items].add(d_scales, mode='drop'),
+      jax.tree.map(lambda total, part: add_at(total, part, expert), gradients.weights, d_weights),
     )
 
   return jax.lax.fori_loop(0, blocks.ends[-1], add, gradients)

@@ -128,7 +128,7 @@ def run(
   with jax.named_scope('plan'):
     # One group of all, so that an expert's rows are contiguous: base slots first, the rest after
     # them.
-    of_base, beyond = merged.merge(plan, sizes.base)
+    base_plan, beyond = merged.merge(plan, sizes.base)
   rows = tokens.reshape(groups * size, width)
   y = None
   # With as many slots as tokens nothing can lie beyond the base, and the loops aren't compiled.
@@ -137,15 +137,15 @@ def run(
     with jax.named_scope('plan'):
       # Zero for what the base computes: blocks then add nothing for it.
       scales = jnp.where(beyond, plan.combine_weights.reshape(beyond.shape), 0).ravel()
-      rest = find_rest(of_base, beyond, sizes.base)
+      rest = find_rest(base_plan, beyond, sizes.base)
     axis = axis_name if num_devices > 1 else None
     with jax.named_scope('experts'):
       y, rows, weights = add_rest(experts, sizes, axis, rows, scales, weights, rest)
   with jax.named_scope('dispatch'):
-    buffer = gather.dispatch(rows[None], of_base)
-  outputs = through(buffer, weights, of_base)
+    buffer = gather.dispatch(rows[None], base_plan)
+  outputs = through(buffer, weights, base_plan)
   with jax.named_scope('combine'):
-    most = gather.combine(outputs, of_base)[0]
+    most = gather.combine(outputs, base_plan)[0]
     if y is not None:
       most = (most + y).astype(tokens.dtype)
   return most.reshape(tokens.shape)
@@ -185,15 +185,15 @@ def _add_rest_fwd(experts, sizes, axis_name, tokens, scales, weights, rest):
 
 def _add_rest_bwd(experts, sizes, axis_name, residuals, grads):
   tokens, scales, weights, rest = residuals
-  grad_y, of_tokens, of_weights = grads
+  d_y, d_tokens, d_weights = grads
   # The base's gradients came in; the blocks add to them in place.
-  start = Gradients(of_tokens.astype(jnp.float32), jnp.zeros_like(scales), of_weights)
+  start = Gradients(d_tokens.astype(jnp.float32), jnp.zeros_like(scales), d_weights)
   if axis_name is None:
     blocks = blocks_lib.make_blocks(rest.expert, rest.rank, rest.counts, sizes.block)
-    done = blocks_lib.backward(start, grad_y, tokens, scales, weights, blocks, experts)
+    done = blocks_lib.backward(start, d_y, tokens, scales, weights, blocks, experts)
   else:
     rounds = _Rounds(experts, sizes, axis_name, weights, rest)
-    done = rounds.backward(start, grad_y, tokens, scales)
+    done = rounds.backward(start, d_y, tokens, scales)
   return done.tokens.astype(tokens.dtype), done.scales, done.weights, None
 
 
@@ -248,7 +248,7 @@ class _Rounds:
 
     return jax.lax.fori_loop(0, self._num_rounds, run, y)
 
-  def backward(self, start, grad_y, tokens, scales):
+  def backward(self, start, d_y, tokens, scales):
     fan_out = scales.size // tokens.shape[0]
 
     def run(index, gradients):
@@ -257,23 +257,23 @@ class _Rounds:
       # come back. Those of weights stay where the experts are.
       token = items // fan_out
       inputs = self._swap(blocks_lib.rows(tokens, token))
-      of_outputs = self._swap(blocks_lib.rows(grad_y, token))
+      d_outputs = self._swap(blocks_lib.rows(d_y, token))
       scale = self._swap(blocks_lib.rows(scales[:, None], items))[:, 0]
       blocks = self._received_blocks(items)
       nothing = varying_like(jnp.zeros(inputs.shape, jnp.float32), inputs)
       there = blocks_lib.backward(
         Gradients(nothing, jnp.zeros_like(scale), gradients.weights),
-        of_outputs,
+        d_outputs,
         inputs,
         scale,
         self._weights,
         blocks,
         self._experts,
       )
-      of_tokens, of_scales = self._swap(there.tokens), self._swap(there.scales[:, None])[:, 0]
+      d_tokens, d_scales = self._swap(there.tokens), self._swap(there.scales[:, None])[:, 0]
       return Gradients(
-        gradients.tokens.at[token].add(of_tokens, mode='drop'),
-        gradients.scales.at[items].set(of_scales, mode='drop'),
+        gradients.tokens.at[token].add(d_tokens, mode='drop'),
+        gradients.scales.at[items].set(d_scales, mode='drop'),
         there.weights,
       )
 

@@ -101,10 +101,10 @@ def _dispatch_fwd(tokens, plan):
   return _take_tokens(tokens, plan), plan
 
 
-def _dispatch_bwd(plan, grad):
+def _dispatch_bwd(plan, d_rows):
   if _has_fewer_slots(plan):
-    return _add_to_tokens(grad.astype(jnp.float32), plan).astype(grad.dtype), None
-  return jnp.sum(_take_slots(grad, plan).astype(jnp.float32), axis=2).astype(grad.dtype), None
+    return _add_to_tokens(d_rows.astype(jnp.float32), plan).astype(d_rows.dtype), None
+  return jnp.sum(_take_slots(d_rows, plan).astype(jnp.float32), axis=2).astype(d_rows.dtype), None
 
 
 _dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
@@ -133,19 +133,19 @@ def _combine_fwd(expert_outputs, combine_weights, plan):
   )
 
 
-def _combine_bwd(residuals, grad):
+def _combine_bwd(residuals, d_y):
   expert_outputs, combine_weights, plan = residuals
   # y = sum_k weight * output: the gradient of an output is its token's gradient, weighted; that of
   # a weight is the dot product of its token's gradient with the output.
-  grad_rows = _take_tokens(grad, plan).astype(jnp.float32)
-  grad_outputs = grad_rows * _slot_weights(combine_weights, plan)[..., None]
+  d_y_rows = _take_tokens(d_y, plan).astype(jnp.float32)
+  d_outputs = d_y_rows * _slot_weights(combine_weights, plan)[..., None]
   if _has_fewer_slots(plan):
-    of_slots = jnp.sum(expert_outputs.astype(jnp.float32) * grad_rows, axis=-1)
-    grad_weights = _give_to_assignments(of_slots, plan)
+    d_slot_weights = jnp.sum(expert_outputs.astype(jnp.float32) * d_y_rows, axis=-1)
+    d_weights = _give_to_assignments(d_slot_weights, plan)
   else:
     rows = _take_slots(expert_outputs, plan).astype(jnp.float32)
-    grad_weights = jnp.einsum('gskd,gsd->gsk', rows, grad.astype(jnp.float32), precision='highest')
-  return grad_outputs.astype(expert_outputs.dtype), grad_weights, None
+    d_weights = jnp.einsum('gskd,gsd->gsk', rows, d_y.astype(jnp.float32), precision='highest')
+  return d_outputs.astype(expert_outputs.dtype), d_weights, None
 
 
 _combine.defvjp(_combine_fwd, _combine_bwd)

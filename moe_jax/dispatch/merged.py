@@ -38,10 +38,10 @@ def merge(plan: Plan, base: int) -> tuple[Plan, Bool[Array, '1 N K']]:
   place = jnp.where(in_base, expert * base + slot, num_experts * base).ravel()
   source = jnp.full((num_experts * base,), expert.size, jnp.int32)
   source = source.at[place].set(jnp.arange(expert.size, dtype=jnp.int32), mode='drop')
-  of_base = Plan(
+  base_plan = Plan(
     expert, slot, asked, in_base, jnp.where(in_base, weights, 0), source.reshape(1, -1, base)
   )
-  return of_base, keep & ~in_base
+  return base_plan, keep & ~in_base
 
 
 def _kept_in_earlier_groups(plan: Plan, num_experts: int) -> Int[Array, 'G E']:

@@ -97,48 +97,48 @@ def _nats(rows, targets, valid, output):
 
   def add(total, part):
     rows, targets, valid = part
-    return total + _of_part(rows, targets, valid, output)[0], None
+    return total + _part_nats(rows, targets, valid, output)[0], None
 
   return jax.lax.scan(add, _zero(rows), (rows, targets, valid))[0]
 
 
 def _nats_fwd(rows, targets, valid, output):
   def add(carry, part):
-    total, grad_output = carry
+    total, d_output = carry
     rows, targets, valid = part
-    nats, probs = _of_part(rows, targets, valid, output)
+    nats, probs = _part_nats(rows, targets, valid, output)
     # The gradient of -log softmax(logits)[target] is softmax - one-hot; [R V].
-    grad = probs - jax.nn.one_hot(targets, output.shape[-1], dtype=probs.dtype)
-    grad = jnp.where(valid[:, None], grad, 0).astype(output.dtype)
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    grad_output += product('rd,rv->dv', rows, grad)
-    return (total + nats, grad_output), product('rv,dv->rd', grad, output).astype(rows.dtype)
+    d_logits = probs - jax.nn.one_hot(targets, output.shape[-1], dtype=probs.dtype)
+    d_logits = jnp.where(valid[:, None], d_logits, 0).astype(output.dtype)
+    matmul = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    d_output += matmul('rd,rv->dv', rows, d_logits)
+    return (total + nats, d_output), matmul('rv,dv->rd', d_logits, output).astype(rows.dtype)
 
   # The [D V] gradient is one float32 sum over parts; the rows' gradients are stacked to [P R D].
   empty = jnp.zeros(output.shape, jnp.float32) + _zero(rows)
-  (total, grad_output), grad_rows = jax.lax.scan(add, (_zero(rows), empty), (rows, targets, valid))
-  return total, (grad_rows, grad_output.astype(output.dtype))
+  (total, d_output), d_rows = jax.lax.scan(add, (_zero(rows), empty), (rows, targets, valid))
+  return total, (d_rows, d_output.astype(output.dtype))
 
 
-def _nats_bwd(residuals, grad):
-  grad_rows, grad_output = residuals
+def _nats_bwd(residuals, d_nats):
+  d_rows, d_output = residuals
   # The loss is one number, so its gradient is one, too, and scales what was left.
-  rows, output = ((x * grad).astype(x.dtype) for x in (grad_rows, grad_output))
-  return rows, None, None, output
+  d_rows, d_output = ((x * d_nats).astype(x.dtype) for x in (d_rows, d_output))
+  return d_rows, None, None, d_output
 
 
 _nats.defvjp(_nats_fwd, _nats_bwd)
 
 
-def _of_part(rows, targets, valid, output):
+def _part_nats(rows, targets, valid, output):
   """Returns the nats of a part, and its probabilities [R V]."""
-  of_rows = logits(rows, output)
+  row_logits = logits(rows, output)
   # The largest logit is taken out, lest exp overflow, and put back after the logarithm. The powers
   # serve loss and probabilities alike.
-  largest = jnp.max(of_rows, axis=-1, keepdims=True)
-  powers = jnp.exp(of_rows - largest)
+  largest = jnp.max(row_logits, axis=-1, keepdims=True)
+  powers = jnp.exp(row_logits - largest)
   total = jnp.sum(powers, axis=-1, keepdims=True)
-  picked = jnp.take_along_axis(of_rows, targets[:, None], axis=-1)
+  picked = jnp.take_along_axis(row_logits, targets[:, None], axis=-1)
   nats = (jnp.log(total) + largest - picked)[:, 0]
   return jnp.sum(jnp.where(valid, nats, 0.0)), powers / total
 

@@ -41,7 +41,7 @@ class Moe(nn.Module):
     x: Float[Array, 'B T D'],
     info: TokenInfo,
     deterministic: bool,
-    of_all_layers: tuple[Array, Array] | None = None,
+    all_layers: tuple[Array, Array] | None = None,
     layer: Int[Array, ''] | None = None,
   ) -> LayerOutput:
     """Returns the output of `moe_layer`.
@@ -50,7 +50,7 @@ class Moe(nn.Module):
       x: normalised input.
       info: properties of each token.
       deterministic: evaluation.
-      of_all_layers: for decoding: `w_in` and `w_out` of all layers, to be read instead of its own.
+      all_layers: for decoding: `w_in` and `w_out` of all layers, to be read instead of its own.
       layer: the number of this one among them.
     """
     options = self.options
@@ -76,10 +76,10 @@ class Moe(nn.Module):
       ),
     )
     # Unless it decodes, a layer reads its own weights, which have no dimension L to index.
-    if of_all_layers is None:
+    if all_layers is None:
       layer = None
     else:
-      params = MoeParams(params.router, *of_all_layers)
+      params = MoeParams(params.router, *all_layers)
     # Evaluation needs no key: what a policy draws there is drawn from a fixed one, so that the same
     # text always gives the same number.
     key = jax.random.key(0) if deterministic else self.make_rng('routing')

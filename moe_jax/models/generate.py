@@ -247,12 +247,12 @@ def continue_rows(
 
 
 def _draw(
-  of_rows: Float[Array, 'B V'], row_keys: Key[Array, 'B'], index: Int[Array, ''], how: Sampling
+  row_logits: Float[Array, 'B V'], row_keys: Key[Array, 'B'], index: Int[Array, ''], how: Sampling
 ) -> Int[Array, 'B']:
   """Draws the token number `index` of each row."""
   keys = jax.vmap(lambda row_key: jax.random.fold_in(row_key, index))(row_keys)
   numbers = (how.temperature, how.top_k, how.top_p)
-  return jax.vmap(lambda row, key: sample_token(row, key, *numbers))(of_rows, keys)
+  return jax.vmap(lambda row, key: sample_token(row, key, *numbers))(row_logits, keys)
 
 
 def _by_row(rows: Rows, task: Task) -> Rows:

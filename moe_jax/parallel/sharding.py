@@ -99,7 +99,7 @@ def stacked(shardings: Any, dim: str) -> Any:
   )
 
 
-def of_leading_dims(whole: NamedSharding, number: int) -> NamedSharding:
+def leading_dims_sharding(whole: NamedSharding, number: int) -> NamedSharding:
   """Returns the sharding of an array that shares the first `number` dimensions of another."""
   return NamedSharding(whole.mesh, PartitionSpec(*whole.spec[:number]))
 

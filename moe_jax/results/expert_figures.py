@@ -72,9 +72,9 @@ def load(study: Study, records: Sequence[Record]) -> Figure | None:
   highest = 0.0
   for layer, axes in zip(layers.astype(int), panels, strict=True):
     for row, loads in enumerate(arms.values()):
-      for seed, of_layers in enumerate(loads):
-        if layer < len(of_layers):
-          relative_E = np.asarray(of_layers[layer], np.float64) * len(of_layers[layer])
+      for seed, layer_loads in enumerate(loads):
+        if layer < len(layer_loads):
+          relative_E = np.asarray(layer_loads[layer], np.float64) * len(layer_loads[layer])
           highest = max(highest, float(relative_E.max()))
           # Seeds of an arm below each other, so that they are told apart.
           y = row + 0.5 * ((seed + 0.5) / len(loads) - 0.5)

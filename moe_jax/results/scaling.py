@@ -85,7 +85,7 @@ def fit(study: Study, records: Sequence[Record]) -> list[ExpertScaling]:
 
 def _fit_line(chosen: int, values: dict[float, dict[int, float]]) -> ExpertScaling:
   expansions = tuple(sorted(values))
-  seeds = sorted(set.intersection(*(set(of_seed) for of_seed in values.values())))
+  seeds = sorted(set.intersection(*(set(by_seed) for by_seed in values.values())))
   nothing = mean_interval([])
   if len(expansions) < MIN_FOR_SLOPE or not seeds:
     why = f'{len(expansions)} expansions and {len(seeds)} seeds that have all of them'

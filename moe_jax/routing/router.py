@@ -117,10 +117,10 @@ def logits(
   params: Params, tokens: Float[Array, 'G S D'], options: MatrixOptions
 ) -> Float[Array, 'G S E']:
   """Returns the logits of a router of one matrix, in float32."""
-  return product(tokens, params['router'], options)
+  return matmul(tokens, params['router'], options)
 
 
-def product(
+def matmul(
   tokens: Float[Array, 'G S D'], matrix: Float[Array, 'D N'], options: MatrixOptions
 ) -> Float[Array, 'G S N']:
   """Multiplies tokens with the matrix of a router, in float32.
@@ -132,14 +132,14 @@ def product(
   """
   if options.router_dtype == 'bfloat16':
     # The custom gradient is each device's own; this mark makes JAX add them up.
-    return _narrow_product(tokens, varying_like(matrix, tokens))
+    return _narrow_matmul(tokens, varying_like(matrix, tokens))
   # [G S D] -> [G S N]. Without `highest` GPUs and TPUs round float32 factors to TF32 or bfloat16.
   return jnp.einsum('gsd,dn->gsn', tokens, matrix, precision='highest')
 
 
 # A custom gradient, so that both matmuls of the backward pass take bfloat16 factors, too.
 @jax.custom_vjp
-def _narrow_product(tokens, matrix):
+def _narrow_matmul(tokens, matrix):
   return _summed_wide('gsd,dn->gsn', tokens, matrix)
 
 
@@ -148,17 +148,19 @@ def _summed_wide(spec: str, *factors: Array) -> Array:
   return jnp.einsum(spec, *narrow, preferred_element_type=jnp.float32)
 
 
-def _narrow_product_fwd(tokens, matrix):
+def _narrow_matmul_fwd(tokens, matrix):
   # The tokens are kept as the backward pass reads them, at half the size.
-  return _narrow_product(tokens, matrix), (tokens.astype(jnp.bfloat16), matrix)
+  return _narrow_matmul(tokens, matrix), (tokens.astype(jnp.bfloat16), matrix)
 
 
-def _narrow_product_bwd(residuals, grad):
+def _narrow_matmul_bwd(residuals, d_logits):
   tokens, matrix = residuals
-  return _summed_wide('gsn,dn->gsd', grad, matrix), _summed_wide('gsd,gsn->dn', tokens, grad)
+  return _summed_wide('gsn,dn->gsd', d_logits, matrix), _summed_wide(
+    'gsd,gsn->dn', tokens, d_logits
+  )
 
 
-_narrow_product.defvjp(_narrow_product_fwd, _narrow_product_bwd)
+_narrow_matmul.defvjp(_narrow_matmul_fwd, _narrow_matmul_bwd)
 
 
 @dataclasses.dataclass(frozen=True)

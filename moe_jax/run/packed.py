@@ -226,9 +226,9 @@ class _Pack:
 
   def _next_batch(self) -> dict[str, jax.Array]:
     rows = [next(iterator) for iterator in self._iterators]
-    of_trials = sharding(self._mesh, 'trials', 'batch')
+    by_trial = sharding(self._mesh, 'trials', 'batch')
     return {
-      name: jax.device_put(np.stack([row[name] for row in rows]), of_trials)
+      name: jax.device_put(np.stack([row[name] for row in rows]), by_trial)
       for name in self._task.batch_fields
     }
 
@@ -251,9 +251,9 @@ class _Pack:
     for i, member in enumerate(self._members):
       if self._diverged[i]:
         continue
-      of_member = jax.tree.map(lambda x, i=i: x[i], joint)
-      record = metrics.step_metrics(of_member, self._mesh.shape['expert'])
-      bad_metric = not_finite(of_member, record)
+      member_metrics = jax.tree.map(lambda x, i=i: x[i], joint)
+      record = metrics.step_metrics(member_metrics, self._mesh.shape['expert'])
+      bad_metric = not_finite(member_metrics, record)
       if bad_metric:
         error = DivergedError(step, *bad_metric)
         self._diverged[i] = str(error)

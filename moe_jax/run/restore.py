@@ -75,8 +75,8 @@ def restore_run(
   task = build_task(config, device_mesh, facts['vocab_size'], 'eval')
   optimizer = optimizer_of(config, task)
   step, state = _state(workdir, facts, abstract_state(task, optimizer), step=step, flag=flag)
-  of_state = state.params, state.router_state, device_mesh, tokenizer, state.opt_state
-  return RestoredRun(config, facts, step, *of_state)
+  arrays = state.params, state.router_state, device_mesh, tokenizer, state.opt_state
+  return RestoredRun(config, facts, step, *arrays)
 
 
 def _tokenizer_of(workdir: str, facts: dict[str, Any]) -> Tokenizer:

@@ -12,7 +12,7 @@ from moe_jax.schema import SCHEMA
 from moe_jax.train import accounting
 
 # Fields that make a model, or a batch, larger.
-_OF_MODEL = (
+_MODEL_FIELDS = (
   'moe.num_experts',
   'moe.mlp_dim',
   'moe.num_shared_experts',
@@ -22,7 +22,7 @@ _OF_MODEL = (
   'model.num_heads',
   'model.head_dim',
 )
-_OF_BATCH = ('data.batch_size', 'data.sequence_length', 'model.embed_dim')
+_BATCH_FIELDS = ('data.batch_size', 'data.sequence_length', 'model.embed_dim')
 
 
 def check_size(config: ml_collections.ConfigDict, vocab_size: int) -> None:
@@ -39,25 +39,25 @@ def check_size(config: ml_collections.ConfigDict, vocab_size: int) -> None:
   """
   memory = _memory()
 
-  def of_model(config):
+  def model_bytes(config):
     return 4 * accounting.parameter_counts(config, vocab_size)['total']
 
-  def of_batch(config):
+  def batch_bytes(config):
     microbatch = config.data.batch_size // config.train.accumulation_steps
     return 4 * microbatch * config.data.sequence_length * config.model.embed_dim
 
   for needed, what, fields in (
-    (of_model, 'the parameters', _OF_MODEL),
-    (of_batch, 'the tokens of a batch, a vector each,', _OF_BATCH),
+    (model_bytes, 'the parameters', _MODEL_FIELDS),
+    (batch_bytes, 'the tokens of a batch, a vector each,', _BATCH_FIELDS),
   ):
     size = needed(config)
     if memory is None or size <= memory:
       continue
     smaller = {field: needed(_at_default(config, field)) for field in fields}
-    culprit = min(smaller, key=smaller.__getitem__)
+    largest = min(smaller, key=smaller.__getitem__)
     raise UserError(
-      culprit,
-      field_value(config, culprit),
+      largest,
+      field_value(config, largest),
       f'{what} would take {size / 2**30:,.0f} GiB, more than the {memory / 2**30:,.0f} GiB of '
       'memory here',
     )

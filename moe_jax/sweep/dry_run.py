@@ -57,7 +57,7 @@ def make_plan(study: Study, trials: Sequence[Trial], workdir: str | None, probes
     assert workdir is not None
     if outcome.is_done(study, trial, workdir):
       done.add(trial.id)
-      for key, one in time_estimate.of_outcome(work[trial.id], _outcome(trial, workdir)).items():
+      for key, one in time_estimate.measured_in(work[trial.id], _outcome(trial, workdir)).items():
         measured.setdefault(key, []).append(one)
   left = [trial for trial in trials if trial.id not in done]
   if probes and not found:
@@ -173,23 +173,23 @@ def _check_text(
 def _num_batches(study: Study, trials: Sequence[Trial]) -> dict[str, int]:
   """Returns the batches of an evaluation by trial, of those whose data is prepared."""
   found = {}
-  of_data: dict[str, int | None] = {}
+  known: dict[str, int | None] = {}
   for trial in trials:
     config = trial.config
     microbatch = config.data.batch_size // config.train.accumulation_steps
     length = config.data.sequence_length
     key = json.dumps([config.data.to_dict(), microbatch], sort_keys=True)
-    if key not in of_data:
+    if key not in known:
       try:
         dataset = setup.prepared_dataset_of(config)
       except (UserError, DamagedError):
         dataset = None  # `problems` reports the error.
-      of_data[key] = (
+      known[key] = (
         None
         if dataset is None
         else evaluation_batches.num_batches(dataset, study.split, length, microbatch)
       )
-    count = of_data[key]
+    count = known[key]
     if count is not None:
       found[trial.id] = count
   return found

@@ -86,8 +86,8 @@ def check_name(name: str, evaluations: tuple[str, ...], user: Mapping[str, Any])
 def _is_known(path: str, pooled: bool) -> bool:
   numbers, lists = _names(pooled)
   metric, _, statistic = path.rpartition('/')
-  of_layers = statistic in STATISTICS or _LAYER.fullmatch(statistic) is not None
-  return path in numbers or (metric in lists and of_layers)
+  is_list = statistic in STATISTICS or _LAYER.fullmatch(statistic) is not None
+  return path in numbers or (metric in lists and is_list)
 
 
 def _names(pooled: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:

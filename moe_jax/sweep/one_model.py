@@ -57,8 +57,8 @@ def _spelled_out(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict
   result.model.head_dim = config_lib.head_dim(config)
   result.optim.adam_learning_rate = result.optim.adam_learning_rate or result.optim.learning_rate
   # Those that the loads of earlier micro-batches are part of.
-  of_loads = moe.load_balancing_weight or moe.device_balance_weight or moe.router_loss_weight
-  if train.accumulation_scope == 'running' and not of_loads:
+  reads_loads = moe.load_balancing_weight or moe.device_balance_weight or moe.router_loss_weight
+  if train.accumulation_scope == 'running' and not reads_loads:
     train.accumulation_scope = 'microbatch'
   return result
 

@@ -101,10 +101,10 @@ def work_of(study: Study, trial: Trial, num_batches: int | None) -> list[Work]:
   forward = accounting.computed_flops_per_token(config, vocab_size_of(config))
   work = [Work(TRAINING, program_of(config), config.train.num_steps, 3 * forward * tokens)]
   for name in study.evaluations:
-    of_evaluation = config_for(config, name)
-    program = evaluate_trials.evaluation_program(of_evaluation)
-    of_evaluation.moe.capacity_factor = of_evaluation.moe.eval_capacity_factor
-    forward = accounting.computed_flops_per_token(of_evaluation, vocab_size_of(config))
+    eval_config = config_for(config, name)
+    program = evaluate_trials.evaluation_program(eval_config)
+    eval_config.moe.capacity_factor = eval_config.moe.eval_capacity_factor
+    forward = accounting.computed_flops_per_token(eval_config, vocab_size_of(config))
     microbatch = tokens / config.train.accumulation_steps
     work.append(Work(EVALUATION, program, num_batches, forward * microbatch))
   return work
@@ -136,7 +136,7 @@ def estimate(work: Sequence[Sequence[Work]], measured: Measurements, rate: float
   """
   seconds, basis, unknown = {}, {}, ''
   for part in (TRAINING, EVALUATION):
-    every = [one for of_trial in work for one in of_trial if one.part == part]
+    every = [one for trial_work in work for one in trial_work if one.part == part]
     known = [one for one in every if one.steps is not None]
     if len(known) < len(every):
       unknown = 'evaluation, as its data is not prepared here (--probe prepares and measures it)'
@@ -171,7 +171,7 @@ def _basis(part: str, known: Sequence[Work], hows: Sequence[str], rate: float) -
 
 def _compiling(work: Sequence[Sequence[Work]], measured: Measurements) -> tuple[float, str]:
   """Returns the seconds that programs take once: the longest set-up of each, else an assumption."""
-  programs = {(one.part, one.program) for of_trial in work for one in of_trial}
+  programs = {(one.part, one.program) for trial_work in work for one in trial_work}
   known = {key: max(m.setup for m in measured[key]) for key in programs if measured.get(key)}
   total = sum(known.values())
   for part in (TRAINING, EVALUATION):
@@ -199,7 +199,9 @@ def _starting(num_trials: int, measured: Measurements) -> tuple[float, str]:
   return num_trials * each, f'{num_trials} trials, {each:.1f} s each as measured'
 
 
-def of_outcome(work: Sequence[Work], outcome: Mapping[str, Any]) -> dict[tuple[str, str], Measured]:
+def measured_in(
+  work: Sequence[Work], outcome: Mapping[str, Any]
+) -> dict[tuple[str, str], Measured]:
   """Returns the measurements of a finished trial of its programs.
 
   Args:

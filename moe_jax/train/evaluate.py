@@ -47,12 +47,12 @@ def make_eval_step(task: Task, packed: bool = False) -> EvalStep:
 
   by_sequence = {name: batch_sharding(task.mesh) for name in task.batch_fields}
   everywhere, own = replicated(task.mesh), batch_sharding(task.mesh)
-  of_params = params_shardings(task)
+  param_shardings = params_shardings(task)
   if packed:
-    of_params, own = packed_shardings((of_params, own))
+    param_shardings, own = packed_shardings((param_shardings, own))
   return jax.jit(
     jax.vmap(step, (0, 0, None, 0)) if packed else step,
-    in_shardings=(of_params, everywhere, by_sequence, own),
+    in_shardings=(param_shardings, everywhere, by_sequence, own),
     out_shardings=(everywhere, everywhere, everywhere, own),
     donate_argnums=3,
   )
@@ -134,10 +134,10 @@ def evaluate_packed(
   Raises:
     UserError: for an unknown or empty split.
   """
-  of_params, own = packed_shardings((params_shardings(task), batch_sharding(task.mesh)))
+  param_shardings, own = packed_shardings((params_shardings(task), batch_sharding(task.mesh)))
   stack = jax.jit(
     lambda *trees: jax.tree.map(lambda *x: jnp.stack(x), *trees),
-    out_shardings=(of_params, replicated(task.mesh)),
+    out_shardings=(param_shardings, replicated(task.mesh)),
   )
   counts = jax.tree.map(
     lambda x: jnp.zeros((len(weights), *x.shape), x.dtype, device=own),
@@ -209,14 +209,14 @@ def _result(
   split: str, totals: _Totals, counts: Any, params: Any, task: Task, with_matrices: bool
 ) -> dict[str, Any]:
   """Returns the result of `evaluate`, from the sums and counts of one trial."""
-  domains = {domain: _summary(*of_domain, task) for domain, of_domain in totals.items()}
+  domains = {domain: _summary(*total, task) for domain, total in totals.items()}
   pooled = functools.reduce(_add, (total for total, _ in totals.values()))
   result: dict[str, Any] = {'split': split, 'domains': domains}
   result |= _summary(pooled, sum(count for _, count in totals.values()), task)
   result |= expert_similarity(task, params)
   if counts is not None:
-    of_domains = [total for total, _ in totals.values()]
-    result |= _specialization(counts, of_domains, task, with_matrices)
+    domain_totals = [total for total, _ in totals.values()]
+    result |= _specialization(counts, domain_totals, task, with_matrices)
   return result
 
 

@@ -43,8 +43,10 @@ def expert_similarity(task: Task, params: Any) -> dict[str, list[float]]:
 
 @functools.cache
 def _dots(mesh: Mesh) -> Any:
-  def of_layer(weights: Float[Array, 'E M N']) -> Float[Array, 'E E']:
+  def layer_similarity(weights: Float[Array, 'E M N']) -> Float[Array, 'E E']:
     return jnp.einsum('emn,fmn->ef', weights, weights, precision='highest')
 
   # One layer at a time: each device then holds all experts of that one only.
-  return jax.jit(lambda weights: jax.lax.map(of_layer, weights), out_shardings=replicated(mesh))
+  return jax.jit(
+    lambda weights: jax.lax.map(layer_similarity, weights), out_shardings=replicated(mesh)
+  )

@@ -75,13 +75,13 @@ def expected_mutual_information(
   # Labels of as many tokens have the same expectation.
   sizes, times = np.unique(tokens[tokens > 0], return_counts=True)
   population = int(tokens.sum())
-  of_cells = sum(
+  cell_sum = sum(
     float(np.sum(times * _expected_xlogx(population, sizes, drawn)))
     for drawn in asked.tolist()
     if drawn
   )
-  of_labels = float(np.sum(times * _expected_xlogx_of_sums(population, sizes, num_asked)))
-  nats = of_cells - of_labels - float(np.sum(_xlogx(asked))) + float(_xlogx(total))
+  label_sum = float(np.sum(times * _expected_xlogx_of_sums(population, sizes, num_asked)))
+  nats = cell_sum - label_sum - float(np.sum(_xlogx(asked))) + float(_xlogx(total))
   return max(0.0, nats / total / math.log(2))
 
 
@@ -125,8 +125,8 @@ def _expected_xlogx_of_sums(
   numbers = np.arange(len(probs))
   each = float(probs @ numbers)
   variance = float(probs @ np.square(numbers - each))
-  of_sum = sizes * variance * (population - sizes) / max(population - 1, 1)
-  result = _xlogx(sizes * each) + of_sum / (2 * sizes * each)
+  sum_variance = sizes * variance * (population - sizes) / max(population - 1, 1)
+  result = _xlogx(sizes * each) + sum_variance / (2 * sizes * each)
   if variance:
     distribution = np.ones(1)
     for size in range(1, _MOST_CONVOLVED + 1):

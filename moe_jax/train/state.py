@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Int64
 
 from moe_jax import routing
 from moe_jax.models.task import Task
-from moe_jax.parallel.sharding import named_shardings, of_leading_dims, replicated
+from moe_jax.parallel.sharding import leading_dims_sharding, named_shardings, replicated
 
 
 class TrainState(NamedTuple):
@@ -57,11 +57,11 @@ def state_shardings(task: Task, optimizer: optax.GradientTransformation) -> Any:
   they share with it: those of layers and experts. Counters are copied to every device.
   """
   everywhere = replicated(task.mesh)
-  of_params = params_shardings(task)
+  param_shardings = params_shardings(task)
   params = jax.eval_shape(lambda: init_params(task, jnp.zeros((), jnp.int32)))
   opt_state = jax.eval_shape(optimizer.init, params)
 
-  def of_statistic(statistic, param, sharding):
+  def statistic_sharding(statistic, param, sharding):
     if isinstance(statistic, optax.MaskedNode):
       return statistic
     if statistic.shape == param.shape:
@@ -69,25 +69,25 @@ def state_shardings(task: Task, optimizer: optax.GradientTransformation) -> Any:
     # The dimensions in front that both have; where none is split, this is `everywhere`.
     pairs = zip(statistic.shape[:-1], param.shape[:-2], strict=False)
     shared = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
-    return of_leading_dims(sharding, shared)
+    return leading_dims_sharding(sharding, shared)
 
-  of_opt_state = optax.tree_utils.tree_map_params(
+  opt_shardings = optax.tree_utils.tree_map_params(
     optimizer,
-    of_statistic,
+    statistic_sharding,
     opt_state,
     params,
-    of_params,
+    param_shardings,
     transform_non_params=lambda _: everywhere,
     is_leaf=lambda x: isinstance(x, optax.MaskedNode),
   )
-  of_router_state = jax.tree.map(
+  router_shardings = jax.tree.map(
     lambda _: everywhere, jax.eval_shape(lambda: task.init_router_state())
   )
   shardings: tuple[Any, ...] = (
     everywhere,
-    of_params,
-    of_opt_state,
-    of_router_state,
+    param_shardings,
+    opt_shardings,
+    router_shardings,
     jax.tree.map(lambda _: everywhere, jax.eval_shape(lambda: init_average_load(task))),
     everywhere,
   )

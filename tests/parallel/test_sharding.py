@@ -136,8 +136,8 @@ def test_shardings_made_from_shardings():
   assert in_trials['w'].shard_shape((3, 8, 5, 7)) == (3, 2, 5, 7)
   assert in_trials['copied'].shard_shape((3, 8)) == (3, 8)
   # A statistic of one number per expert, and one of a single number.
-  assert sharding_lib.of_leading_dims(params['w'], 1).shard_shape((8,)) == (2,)
-  assert sharding_lib.of_leading_dims(params['w'], 0).shard_shape(()) == ()
+  assert sharding_lib.leading_dims_sharding(params['w'], 1).shard_shape((8,)) == (2,)
+  assert sharding_lib.leading_dims_sharding(params['w'], 0).shard_shape(()) == ()
 
 
 @pytest.mark.parametrize(

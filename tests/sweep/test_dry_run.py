@@ -76,9 +76,9 @@ def test_a_stopwatch_tells_set_up_from_steps():
   # What finished trials keep of it: 2 steps of 2 trials in 2.5 s, each 0.625 s of a trial.
   work = [Work(TRAINING, 'a', 3, 5e8), Work(EVALUATION, 'b', 3, 1e8)]
   seconds = {'training': {'setup': 7.0, 'running': 2.5, 'steps': 3, 'together': 2}}
-  kept = time_estimate.of_outcome(work, {'seconds': {**seconds, 'evaluation': {'dropless': {}}}})
+  kept = time_estimate.measured_in(work, {'seconds': {**seconds, 'evaluation': {'dropless': {}}}})
   assert kept == {(TRAINING, 'a'): Measured(7.0, 0.625, 5e8)}
-  assert time_estimate.of_outcome(work, {}) == {}
+  assert time_estimate.measured_in(work, {}) == {}
 
 
 def test_flops_count_empty_slots():

@@ -83,10 +83,10 @@ def rows(
   """
   for experts in num_experts:
     for batch in batches:
-      of_batch = shape._replace(num_tokens=batch)
-      yield _layer_row(of_batch, experts, rounds, seed, profile)
+      sized = shape._replace(num_tokens=batch)
+      yield _layer_row(sized, experts, rounds, seed, profile)
       if num_layers:
-        yield _model_row(of_batch, experts, num_layers, rounds, seed, profile)
+        yield _model_row(sized, experts, num_layers, rounds, seed, profile)
 
 
 def _layer_row(

@@ -116,9 +116,9 @@ def rows(
   # An arm that is too slow or too large is so again with more experts.
   left_out: dict[bool, dict[str, str]] = {False: {}, True: {}}
   for experts in num_experts:
-    of_experts = with_tokens_per_expert(shape, tokens_per_expert, experts)
+    sized = with_tokens_per_expert(shape, tokens_per_expert, experts)
     for name in routings:
-      case = _case(of_experts, experts, name, seed, trace)
+      case = _case(sized, experts, name, seed, trace)
       for backward in (False, True):
         out = left_out[backward]
         memory = Memory() if reuse_memory else None

@@ -85,8 +85,8 @@ def rows(
     if tokens % num_groups:
       raise UserError('--num_groups', num_groups, f'must divide {tokens} tokens')
   for experts in num_experts:
-    of_experts = with_tokens_per_expert(shape, tokens_per_expert, experts)
-    dims = (num_groups, of_experts.num_tokens // num_groups, shape.embed_dim)
+    sized = with_tokens_per_expert(shape, tokens_per_expert, experts)
+    dims = (num_groups, sized.num_tokens // num_groups, shape.embed_dim)
     x = jax.random.normal(key, dims, jnp.dtype(shape.dtype))
     options = options_of(shape, experts, dispatch)
     for backward in (False, True):

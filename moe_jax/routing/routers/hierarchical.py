@@ -140,9 +140,9 @@ def _gates(groups: Choice, experts: Choice, options: Options) -> Float[Array, 'G
     return gates.reshape(*num_tokens, -1)
   # `before`: the product of both levels' softmax over all candidates, read at the selected ones.
   size = experts.router_probs.shape[-1]
-  of_group = jnp.take_along_axis(groups.router_probs, groups.expert_index, axis=-1)
+  group_probs = jnp.take_along_axis(groups.router_probs, groups.expert_index, axis=-1)
   # [G S kept 1] * [G S kept size]: every candidate of the selected groups.
-  products = of_group[..., None] * experts.router_probs.reshape(*num_tokens, kept, size)
+  products = group_probs[..., None] * experts.router_probs.reshape(*num_tokens, kept, size)
   index_in_group = experts.expert_index.reshape(*num_tokens, kept, -1)
   # The selected ones in such a row of kept * size candidates.
   place = jnp.arange(kept)[None, None, :, None] * size + index_in_group

@@ -69,7 +69,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   del params
   centroids = jax.lax.stop_gradient(state['centroids'])
   x_hat = _layer_norm(inputs.tokens)
-  similarity = router_lib.product(x_hat, centroids.T, options)
+  similarity = router_lib.matmul(x_hat, centroids.T, options)
   # The selection reads the products before the division, which might round two to one.
   top_similarity, expert_index = jax.lax.top_k(similarity, options.num_selected_experts)
   router_logits = similarity / options.kmeans_temperature

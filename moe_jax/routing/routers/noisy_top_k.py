@@ -96,7 +96,7 @@ def noise_deviation(
   params: Params, tokens: Float[Array, 'G S D'], options: LearnedNoiseOptions
 ) -> Float[Array, 'G S E']:
   """Returns the standard deviation of the noise on each logit."""
-  raw = router_lib.product(tokens, params['noise'], options)
+  raw = router_lib.matmul(tokens, params['noise'], options)
   return jax.nn.softplus(raw) + options.noise_floor
 
 

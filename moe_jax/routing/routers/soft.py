@@ -98,7 +98,7 @@ def _slot_logits(params: Params, inputs: RouterInputs, options: Options) -> Floa
   # Both factors have length 1, so logits lie within the scale: one number for how sharp all the
   # mixtures are.
   phi = params['scale'][:, None] * _to_unit_length(params['phi'], axis=0)
-  logits = router_lib.product(tokens, phi, options)
+  logits = router_lib.matmul(tokens, phi, options)
   return logits.reshape(*logits.shape[:2], options.num_experts, options.slots_per_expert)
 
 

@@ -1,4 +1,4 @@
-"""The product of a router in bfloat16, against NumPy on rounded factors in float64."""
+"""The matmul of a router in bfloat16, against NumPy on rounded factors in float64."""
 
 import chex
 import jax
@@ -27,7 +27,7 @@ def make_inputs():
 
 def test_factors_are_rounded_and_sums_are_not():
   tokens, matrix, _ = make_inputs()
-  logits = router_lib.product(tokens, matrix, OPTIONS)
+  logits = router_lib.matmul(tokens, matrix, OPTIONS)
   assert logits.dtype == jnp.float32
   expected = np.einsum('gsd,dn->gsn', rounded(tokens), rounded(matrix))
   # A sum of 64 products in bfloat16 would be off by 1e-2 and more.
@@ -41,7 +41,7 @@ def test_gradients_are_those_of_rounded_factors(mesh):
   tokens, matrix, weight = make_inputs()
 
   def local(tokens, matrix, weight):
-    logits = router_lib.product(tokens, matrix, OPTIONS)
+    logits = router_lib.matmul(tokens, matrix, OPTIONS)
     return jax.lax.psum(jnp.sum(logits * weight), BATCH_AXES)
 
   everywhere, split = PartitionSpec(), PartitionSpec(BATCH_AXES)
@@ -59,7 +59,7 @@ def test_gradients_are_those_of_rounded_factors(mesh):
 
 def test_the_program_multiplies_bfloat16_alone():
   tokens, matrix, _ = make_inputs()
-  loss = lambda tokens, matrix: jnp.sum(router_lib.product(tokens, matrix, OPTIONS) ** 2)  # noqa: E731
+  loss = lambda tokens, matrix: jnp.sum(router_lib.matmul(tokens, matrix, OPTIONS) ** 2)  # noqa: E731
   text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(tokens, matrix).as_text()
   products = [line for line in text.splitlines() if 'stablehlo.dot_general' in line]
   assert len(products) == 3
