@@ -28,8 +28,8 @@ def get_config() -> ml_collections.ConfigDict:
   """Returns a new config with every field at its default."""
   return ml_collections.ConfigDict(
     {
-      room: {name: field.default for name, field in fields.items()}
-      for room, fields in SCHEMA.items()
+      section: {name: field.default for name, field in fields.items()}
+      for section, fields in SCHEMA.items()
     },
     type_safe=True,
   )
@@ -41,19 +41,19 @@ def validate(config: ml_collections.ConfigDict) -> None:
   Raises:
     UserError: for the first field that is unknown, missing, of the wrong type or out of bounds.
   """
-  for room in config:
-    if room not in SCHEMA:
-      raise UserError(f'config.{room}', '...', f'unknown{_instead(room, SCHEMA)}')
-    for name in config[room]:
-      if name not in SCHEMA[room]:
+  for section in config:
+    if section not in SCHEMA:
+      raise UserError(f'config.{section}', '...', f'unknown{_instead(section, SCHEMA)}')
+    for name in config[section]:
+      if name not in SCHEMA[section]:
         raise UserError(
-          f'{room}.{name}', config[room][name], f'unknown{_instead(name, SCHEMA[room])}'
+          f'{section}.{name}', config[section][name], f'unknown{_instead(name, SCHEMA[section])}'
         )
-  for room, fields in SCHEMA.items():
+  for section, fields in SCHEMA.items():
     for name, field in fields.items():
-      if room not in config or name not in config[room]:
-        raise UserError(f'{room}.{name}', None, f'missing; {field.allowed}')
-      check_field(f'{room}.{name}', config[room][name], field)
+      if section not in config or name not in config[section]:
+        raise UserError(f'{section}.{name}', None, f'missing; {field.allowed}')
+      check_field(f'{section}.{name}', config[section][name], field)
   _check_model(config)
   if config.moe.num_experts:
     _check_moe(config)
@@ -263,13 +263,13 @@ def is_causal(config: ml_collections.ConfigDict) -> bool:
 def fields() -> dict[str, dict[str, Any]]:
   """Returns {field: {default, meaning, allowed}} of every field."""
   return {
-    f'{room}.{name}': {
+    f'{section}.{name}': {
       'default': field.default,
       'meaning': field.meaning,
       'allowed': field.allowed,
     }
-    for room, section in SCHEMA.items()
-    for name, field in section.items()
+    for section, declared in SCHEMA.items()
+    for name, field in declared.items()
   }
 
 

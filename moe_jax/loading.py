@@ -131,7 +131,7 @@ class Run:
       logging.set_verbosity(verbosity)
     self.directory = pathlib.Path(directory)
     self.config = restored.config
-    self.manifest: dict[str, Any] = restored.facts
+    self.manifest: dict[str, Any] = restored.manifest
     self.step: int = restored.step
     self.params: Any = restored.params
     self.router_state: dict[str, jax.Array] = restored.router_state

@@ -64,21 +64,21 @@ def describe(run: pathlib.Path) -> dict[str, Any]:
   `unfinished` where that can't be known. The step of such a run is the last that it logged; a run
   that continues starts from its newest checkpoint, which may be earlier.
   """
-  facts, problem = _manifest(run)
+  metadata, problem = _manifest(run)
   loss_step, loss = _last_loss(run / _METRICS)
-  status, step = facts.get('status', 'damaged'), facts.get('step')
+  status, step = metadata.get('status', 'damaged'), metadata.get('step')
   if status == RUNNING:
     status = _who_holds(run)
     step = max(step or 0, loss_step or 0)
-  config = facts.get('config', {})
+  config = metadata.get('config', {})
   train = config.get('train', {})
   return {
     'status': status,
     'step': step,
     'num_steps': train.get('num_steps'),
     'seed': train.get('seed'),
-    'git_commit': facts.get('git_commit'),
-    'git_dirty': facts.get('git_dirty'),
+    'git_commit': metadata.get('git_commit'),
+    'git_dirty': metadata.get('git_dirty'),
     'loss': loss,
     'loss_step': loss_step,
     'bits_per_byte': _evaluations(run),
@@ -92,12 +92,12 @@ def describe(run: pathlib.Path) -> dict[str, Any]:
 
 def _manifest(run: pathlib.Path) -> tuple[dict[str, Any], str]:
   """Returns the manifest of a run and the error in it; {} if it can't be read."""
-  facts = _json_of(run / _MANIFEST)
-  if facts is None:
+  metadata = _json_of(run / _MANIFEST)
+  if metadata is None:
     gone = not (run / _MANIFEST).exists()
     return {}, f'{_MANIFEST} is {"missing" if gone else "not readable"}'
-  problem = problem_of(facts)
-  return ({}, f'{_MANIFEST}: {problem}') if problem else (facts, '')
+  problem = problem_of(metadata)
+  return ({}, f'{_MANIFEST}: {problem}') if problem else (metadata, '')
 
 
 def _who_holds(run: pathlib.Path) -> str:

@@ -85,10 +85,10 @@ def check_planned(
     UserError: naming the field, two arms and their values.
   """
   arms = _Compared(study, 'arms')
-  for excuse, fields in _PLANNED.items():
+  for reason, fields in _PLANNED.items():
     for field in fields:
       values = [(arm, field_value(config, field)) for arm, config in configs.items()]
-      arms.check_equal(excuse, field, values)
+      arms.check_equal(reason, field, values)
   arms.check_close('compute', 'training FLOPs', list(flops.items()))
 
 
@@ -103,29 +103,29 @@ class _Compared(NamedTuple):
   study: Study
   kind: str
 
-  def check_equal(self, excuse: str, field: str, values: Sequence[tuple[str, Any]]) -> None:
+  def check_equal(self, reason: str, field: str, values: Sequence[tuple[str, Any]]) -> None:
     """Checks that values, each with the name of its owner, are the same."""
-    if excuse in self.study.may_differ:
+    if reason in self.study.may_differ:
       return
     for name, value in values:
       if value != values[0][1]:
-        raise self._difference(excuse, field, [values[0], (name, value)], 'must agree')
+        raise self._difference(reason, field, [values[0], (name, value)], 'must agree')
 
-  def check_close(self, excuse: str, field: str, values: Sequence[tuple[str, int]]) -> None:
+  def check_close(self, reason: str, field: str, values: Sequence[tuple[str, int]]) -> None:
     """Checks that numbers agree to `TOLERANCE`."""
-    if excuse in self.study.may_differ or not values:
+    if reason in self.study.may_differ or not values:
       return
     least, most = (extreme(values, key=operator.itemgetter(1)) for extreme in (min, max))
     if most[1] > (1 + TOLERANCE) * least[1]:
-      raise self._difference(excuse, field, [least, most], f'must agree to {TOLERANCE:.0%}')
+      raise self._difference(reason, field, [least, most], f'must agree to {TOLERANCE:.0%}')
 
   def _difference(
-    self, excuse: str, field: str, values: Sequence[tuple[str, Any]], rule: str
+    self, reason: str, field: str, values: Sequence[tuple[str, Any]], rule: str
   ) -> UserError:
     return UserError(
       field,
       dict(values),
-      f'compared {self.kind} {rule}; if the study asks this, add {excuse!r} to its may_differ',
+      f'compared {self.kind} {rule}; if the study asks this, add {reason!r} to its may_differ',
     )
 
 

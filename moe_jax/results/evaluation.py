@@ -126,7 +126,7 @@ def _text(request: Request, run: RestoredRun) -> tuple[Dataset, str, str]:
   source = request.data
   if source is None:
     dataset = dataset_of(run.config, run.tokenizer)
-    if dataset.fingerprint != run.facts['data']['fingerprint']:
+    if dataset.fingerprint != run.manifest['data']['fingerprint']:
       raise UserError(
         'data.name',
         run.config.data.name,

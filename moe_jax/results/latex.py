@@ -59,8 +59,8 @@ def latex(summary: Summary, keys: Sequence[str] = (), *, wide: bool = False) -> 
   labels = labels_of(summary.study)
   names = _names(summary)
   width = _TEXT_WIDTH if wide else _COLUMN_WIDTH
-  room = _room(names, width)
-  blocks = _blocks(shown, room) if keys else [_first(shown, room)]
+  available = _space(names, width)
+  blocks = _blocks(shown, available) if keys else [_first(shown, available)]
   head = [f'% {one_line(summary.study.question)}', r'% Needs \usepackage{booktabs,tabularx}.']
   missing = left_out(summary, keys, wide=wide)
   if missing:
@@ -87,9 +87,9 @@ def left_out(
   if keys:
     return []
   columns = tables.columns(summary)
-  room = _room(_names(summary), _TEXT_WIDTH if wide else _COLUMN_WIDTH)
+  available = _space(_names(summary), _TEXT_WIDTH if wide else _COLUMN_WIDTH)
   shown = [_as_shown(summary, column) for column in columns]
-  taken = {column.title for column in _first(shown, room)}
+  taken = {column.title for column in _first(shown, available)}
   return [c for c, column in zip(columns, shown, strict=True) if column.title not in taken]
 
 
@@ -108,7 +108,7 @@ def _names(summary: Summary) -> _Column:
   return _Column('', tuple(labels[arm.name] for arm in tables.shown_arms(summary)))
 
 
-def _room(names: _Column, width: float) -> float:
+def _space(names: _Column, width: float) -> float:
   """Returns what is left for numbers next to the names, in points."""
   return width - min(_LEAST_FOR_NAMES, max(map(_width, names.cells), default=0.0))
 
@@ -152,29 +152,29 @@ def _tabular(names: _Column, numbers: Sequence[_Column], width: float) -> str:
   return '\n'.join(lines) + '\n'
 
 
-def _blocks(columns: Sequence[_Column], room: float) -> list[list[_Column]]:
+def _blocks(columns: Sequence[_Column], available: float) -> list[list[_Column]]:
   """Returns the columns in parts, each no wider than the space next to the names."""
   blocks: list[list[_Column]] = [[]]
-  left = room
+  left = available
   for column in columns:
     need = _width_of(column) + _SPACE
     if need > left and blocks[-1]:
       blocks.append([])
-      left = room
+      left = available
     blocks[-1].append(column)
     left -= need
   return blocks
 
 
-def _first(columns: Sequence[_Column], room: float) -> list[_Column]:
+def _first(columns: Sequence[_Column], available: float) -> list[_Column]:
   """Returns the columns that fit, the number of seeds after what it is of."""
   taken: list[_Column] = []
   for column in sorted(columns, key=lambda column: column.title == tables.SEEDS):
     need = _width_of(column) + _SPACE
-    if need > room and taken:
+    if need > available and taken:
       break
     taken.append(column)
-    room -= need
+    available -= need
   return taken
 
 

@@ -81,7 +81,9 @@ def _devices(record: Record) -> str:
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:
   return {
-    f'{room}.{field}': value for room, fields in config.items() for field, value in fields.items()
+    f'{section}.{field}': value
+    for section, fields in config.items()
+    for field, value in fields.items()
   }
 
 

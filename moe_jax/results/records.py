@@ -141,15 +141,15 @@ def encode_records(records: Iterable[Record], *, compact: bool = False) -> bytes
 def _share_config(values: dict[str, Any], configs: dict[int, dict[str, Any]]) -> dict[str, Any]:
   config = values['config']
   for number, other in configs.items():
-    if {room: set(fields) for room, fields in config.items()} != {
-      room: set(fields) for room, fields in other.items()
+    if {section: set(fields) for section, fields in config.items()} != {
+      section: set(fields) for section, fields in other.items()
     }:
       continue
     changed = {
-      room: {name: value for name, value in fields.items() if value != other[room][name]}
-      for room, fields in config.items()
+      section: {name: value for name, value in fields.items() if value != other[section][name]}
+      for section, fields in config.items()
     }
-    changed = {room: fields for room, fields in changed.items() if fields}
+    changed = {section: fields for section, fields in changed.items() if fields}
     rest = {name: value for name, value in values.items() if name != 'config'}
     return rest | {'config_from': {'line': number, 'changed': changed}}
   return values
@@ -160,9 +160,9 @@ def _whole(values: dict[str, Any], configs: dict[int, dict[str, Any]]) -> dict[s
   source = values.pop('config_from', None)
   if source is None:
     return values
-  config = {room: dict(fields) for room, fields in configs[source['line']].items()}
-  for room, fields in source['changed'].items():
-    config[room].update(fields)
+  config = {section: dict(fields) for section, fields in configs[source['line']].items()}
+  for section, fields in source['changed'].items():
+    config[section].update(fields)
   return values | {'config': config}
 
 

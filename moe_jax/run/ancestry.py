@@ -38,7 +38,7 @@ class Source(NamedTuple):
     given: the value of `train.init_from`.
     workdir: of the source, as given.
     step: of its checkpoint; None for the newest good one.
-    facts: its manifest.
+    manifest: the content of its manifest.
     config: that it was trained with.
     tokenizer: the same.
   """
@@ -46,7 +46,7 @@ class Source(NamedTuple):
   given: str
   workdir: str
   step: int | None
-  facts: dict[str, Any]
+  manifest: dict[str, Any]
   config: ml_collections.ConfigDict
   tokenizer: Tokenizer
 
@@ -115,8 +115,8 @@ def _open(config: ml_collections.ConfigDict, workdir: str, pinned: dict[str, Any
   if os.path.realpath(directory) == os.path.realpath(workdir):
     raise UserError(FIELD, given, 'is the run itself; it goes on without it')
   try:
-    facts = manifest.read(directory)
-    source_config = manifest.config_of(facts, directory)
+    metadata = manifest.read(directory)
+    source_config = manifest.config_of(metadata, directory)
   except UserError as error:
     reason = error.allowed if error.field == 'workdir' else str(error)
     raise UserError(FIELD, given, reason) from error
@@ -128,7 +128,7 @@ def _open(config: ml_collections.ConfigDict, workdir: str, pinned: dict[str, Any
   if step is not None and step not in steps:
     raise UserError(FIELD, given, f'no checkpoint of step {step} there, but of {steps}')
   tokenizer = load_tokenizer(str(pathlib.Path(directory) / TOKENIZER))
-  return Source(given, directory, step, facts, source_config, tokenizer)
+  return Source(given, directory, step, metadata, source_config, tokenizer)
 
 
 def _check_fits(source: Source, config: ml_collections.ConfigDict) -> None:
@@ -207,9 +207,9 @@ def start(
   entry = {
     'workdir': source.workdir,
     'step': restored.step,
-    'git_commit': source.facts.get('git_commit'),
-    'config_digest': same_run.config_digest(source.facts['config']),
-    'data_fingerprint': source.facts['data']['fingerprint'],
+    'git_commit': source.manifest.get('git_commit'),
+    'config_digest': same_run.config_digest(source.manifest['config']),
+    'data_fingerprint': source.manifest['data']['fingerprint'],
     'taken': sorted(taken),
     'digest': hashlib.sha256(json.dumps(sums).encode()).hexdigest(),
   }
@@ -266,4 +266,4 @@ def known(config: ml_collections.ConfigDict, old: dict[str, Any] | None) -> list
 
 def of(source: Source, entry: dict[str, Any]) -> list[dict[str, Any]]:
   """Returns the ancestry of a run, from the root on: that of its source, and the source."""
-  return [*source.facts.get('ancestry', []), entry]
+  return [*source.manifest.get('ancestry', []), entry]

@@ -24,17 +24,17 @@ def announce(
   config: ml_collections.ConfigDict,
   mesh: Mesh,
   dataset: Dataset,
-  facts: dict[str, Any],
+  metadata: dict[str, Any],
   say: Callable[[str], None],
 ) -> None:
   """Prints what will be trained, and warnings for a reader of the results."""
-  counts, routing = facts['parameters'], facts['routing']
+  counts, routing = metadata['parameters'], metadata['routing']
   data = config.data
   rows = len(dataset.windows('train', data.sequence_length))
   passes = config.train.num_steps * data.batch_size / rows
   say(
     f'{counts["total"]:,} parameters, {counts["active"]:,} active; '
-    f'mesh {named_mesh(dict(mesh.shape))} on {facts["devices"]["kind"]}; '
+    f'mesh {named_mesh(dict(mesh.shape))} on {metadata["devices"]["kind"]}; '
     f'{dataset.num_tokens("train"):,} training tokens, {passes:.3g} passes over them'
   )
   if passes > _MANY_PASSES:
@@ -54,12 +54,12 @@ def announce(
     )
     if routing['tokens_per_expert'] < 16 and not assigned and not unlimited:
       say('warning: below 16 tokens per expert and group even balanced routing drops many')
-  if not facts['causal']:
+  if not metadata['causal']:
     say(
       f'warning: {config_lib.why_not_causal(config)} is not causal: in training, later tokens '
       'decide where earlier ones go or who is dropped; in decoding they cannot'
     )
-  if facts['git_dirty']:
+  if metadata['git_dirty']:
     say('note: uncommitted changes; the manifest says so')
 
 

@@ -13,13 +13,13 @@ class DivergedError(UserError):
   Attributes:
     step: whose metrics said so.
     cause: what was not finite, as 'loss=nan'.
-    facts: entry in the manifest of the run.
+    metadata: entry in the manifest of the run.
   """
 
   def __init__(self, step: int, what: str, value: float):
     self.step = step
     self.cause = f'{what}={value}'
-    self.facts = {'step': step, 'status': 'diverged', 'cause': self.cause}
+    self.metadata = {'step': step, 'status': 'diverged', 'cause': self.cause}
     super().__init__(
       what,
       value,

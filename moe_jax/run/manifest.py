@@ -76,12 +76,12 @@ def new_manifest(
     'parameters': accounting.parameter_counts(config, vocab_size),
     'training_flops_per_token': accounting.training_flops_per_token(config, vocab_size),
     'causal': config_lib.is_causal(config),
-    'routing': _routing_facts(config),
+    'routing': _routing_metadata(config),
     'data': data,
   }
 
 
-def _routing_facts(config: ml_collections.ConfigDict) -> dict[str, Any]:
+def _routing_metadata(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """Returns the capacity in training."""
   moe = config.moe
   if not moe.num_experts:
@@ -206,18 +206,18 @@ def config_of(manifest: dict[str, Any], workdir: str | os.PathLike) -> ml_collec
     DamagedError: if a field is of another type.
   """
   config = config_lib.get_config()
-  for room, fields in manifest['config'].items():
+  for section, fields in manifest['config'].items():
     for name, value in fields.items():
-      if room not in config or name not in config[room]:
+      if section not in config or name not in config[section]:
         raise UserError(
-          f'{room}.{name}', value, f'of the run in {workdir} is unknown to this version'
+          f'{section}.{name}', value, f'of the run in {workdir} is unknown to this version'
         )
       try:
-        config[room][name] = value
+        config[section][name] = value
       except TypeError as error:
         raise DamagedError(
-          f'{pathlib.Path(workdir) / MANIFEST} is damaged: {room}.{name}={value!r} is not of type '
-          f'{type(config[room][name]).__name__}'
+          f'{pathlib.Path(workdir) / MANIFEST} is damaged: {section}.{name}={value!r} is not of '
+          f'type {type(config[section][name]).__name__}'
         ) from error
   return config
 

@@ -154,7 +154,7 @@ class _Pack:
     self._diverged = [''] * len(members)
     self._checkpoints = Checkpoints(str(pack_dir), config.train.keep_checkpoints)
     self._state, self._step = self._start()
-    self._facts = [
+    self._manifests = [
       setup.first_manifest(member.config, mesh, dataset)
       | {
         'step': self._step,
@@ -194,10 +194,10 @@ class _Pack:
     config = self._config
     with contextlib.ExitStack() as stack:
       writers = []
-      for member, facts in zip(self._members, self._facts, strict=True):
+      for member, metadata in zip(self._members, self._manifests, strict=True):
         setup.keep_tokenizer(member.workdir, self._dataset.tokenizer)
-        facts['pack'] = len(self._members)
-        manifest.write(member.workdir, facts)
+        metadata['pack'] = len(self._members)
+        manifest.write(member.workdir, metadata)
         writer = MetricsWriter(member.workdir, self._step, say=listener.say)
         writers.append(stack.enter_context(contextlib.closing(writer)))
       signals = stack.enter_context(Signals())
@@ -219,9 +219,9 @@ class _Pack:
       )
       self._checkpoints.wait()
     stopped = self._step < config.train.num_steps
-    for member, facts, why in zip(self._members, self._facts, self._diverged, strict=True):
+    for member, metadata, why in zip(self._members, self._manifests, self._diverged, strict=True):
       if stopped and not why:
-        manifest.write(member.workdir, facts | {'step': self._step, 'status': 'interrupted'})
+        manifest.write(member.workdir, metadata | {'step': self._step, 'status': 'interrupted'})
     return PackOutcome(self._diverged, signals.received if stopped else None)
 
   def _next_batch(self) -> dict[str, jax.Array]:
@@ -257,7 +257,7 @@ class _Pack:
       if bad_metric:
         error = DivergedError(step, *bad_metric)
         self._diverged[i] = str(error)
-        manifest.write(member.workdir, self._facts[i] | error.facts)
+        manifest.write(member.workdir, self._manifests[i] | error.metadata)
         continue
       throughputs[i].add(record['tokens'])
       if step % train.log_every == 0 or step == train.num_steps:
@@ -280,7 +280,7 @@ class _Pack:
         checkpoints.wait()
       manifest.write(
         member.workdir,
-        self._facts[i] | {'step': self._step, 'status': 'finished', 'compilations': 1},
+        self._manifests[i] | {'step': self._step, 'status': 'finished', 'compilations': 1},
       )
     self.close()
     shutil.rmtree(self._pack_dir)

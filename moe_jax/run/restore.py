@@ -26,7 +26,7 @@ class RestoredRun(NamedTuple):
 
   Attributes:
     config: that it was started with; `moe.exchange` as available here.
-    facts: its manifest.
+    manifest: the content of its manifest.
     step: of the checkpoint.
     params: on `mesh`.
     router_state: the same; {} where the routers have none.
@@ -36,7 +36,7 @@ class RestoredRun(NamedTuple):
   """
 
   config: ml_collections.ConfigDict
-  facts: dict[str, Any]
+  manifest: dict[str, Any]
   step: int
   params: Any
   router_state: Any
@@ -67,31 +67,31 @@ def restore_run(
     UserError: if there is no such run or step, or the mesh does not fit.
     DamagedError: if no checkpoint is good.
   """
-  facts = manifest.read(workdir)
-  config = manifest.config_of(facts, workdir)
-  tokenizer = _tokenizer_of(workdir, facts)
+  metadata = manifest.read(workdir)
+  config = manifest.config_of(metadata, workdir)
+  tokenizer = _tokenizer_of(workdir, metadata)
   device_mesh = _choose_mesh(config, mesh, mesh_flag)
   _choose_exchange(config, device_mesh)
-  task = build_task(config, device_mesh, facts['vocab_size'], 'eval')
+  task = build_task(config, device_mesh, metadata['vocab_size'], 'eval')
   optimizer = optimizer_of(config, task)
-  step, state = _state(workdir, facts, abstract_state(task, optimizer), step=step, flag=flag)
+  step, state = _state(workdir, metadata, abstract_state(task, optimizer), step=step, flag=flag)
   arrays = state.params, state.router_state, device_mesh, tokenizer, state.opt_state
-  return RestoredRun(config, facts, step, *arrays)
+  return RestoredRun(config, metadata, step, *arrays)
 
 
-def _tokenizer_of(workdir: str, facts: dict[str, Any]) -> Tokenizer:
+def _tokenizer_of(workdir: str, metadata: dict[str, Any]) -> Tokenizer:
   """Returns the tokenizer that a run was trained with."""
   try:
     tokenizer = load_tokenizer(str(pathlib.Path(workdir) / TOKENIZER))
   except DamagedError as error:
     raise DamagedError(f'{error}; the train command of the run puts it back') from error
-  if tokenizer.vocab_size != facts['vocab_size']:
+  if tokenizer.vocab_size != metadata['vocab_size']:
     raise UserError(
       'tokenizer.vocab_size',
       tokenizer.vocab_size,
-      f'the model in {workdir} has a vocabulary of {facts["vocab_size"]}',
+      f'the model in {workdir} has a vocabulary of {metadata["vocab_size"]}',
     )
-  if tokenizer.fingerprint != facts['data'].get('tokenizer', tokenizer.fingerprint):
+  if tokenizer.fingerprint != metadata['data'].get('tokenizer', tokenizer.fingerprint):
     raise DamagedError(
       f'{workdir}/{TOKENIZER} is not the tokenizer that the model was trained with; the train '
       'command of the run puts it back'
@@ -100,7 +100,7 @@ def _tokenizer_of(workdir: str, facts: dict[str, Any]) -> Tokenizer:
 
 
 def _state(
-  workdir: str, facts: dict[str, Any], abstract: TrainState, *, step: int | None, flag: str
+  workdir: str, metadata: dict[str, Any], abstract: TrainState, *, step: int | None, flag: str
 ) -> tuple[int, TrainState]:
   """Returns the step of a checkpoint, by default the newest good one, and its state."""
   with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
@@ -110,7 +110,7 @@ def _state(
     if step is not None and step not in steps:
       raise UserError(flag, step, f'must be one of {sorted(steps)}')
     found = saved_config(workdir)
-    differs = found and same_run.disagreement(facts, found[1])
+    differs = found and same_run.disagreement(metadata, found[1])
     if differs:
       raise DamagedError(
         f'manifest.json and the checkpoints in {workdir} disagree on {differs}; the train command '

@@ -29,9 +29,9 @@ def check_same_config(
     UserError: names the first field that differs; `FREE_FIELDS` may, and train.num_steps may grow
       where the schedule allows it.
   """
-  for room, fields in config.to_dict().items():
+  for section, fields in config.to_dict().items():
     for name, value in fields.items():
-      field = f'{room}.{name}'
+      field = f'{section}.{name}'
       old = _value(manifest['config'], field)
       if field in FREE_FIELDS or old == value:
         continue
@@ -142,9 +142,9 @@ def check_same_data(
 
 def first_difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
   """Returns the first field in which two saved configs differ, `FREE_FIELDS` apart."""
-  for room in sorted(one.keys() | other.keys()):
-    for name in sorted(one.get(room, {}).keys() | other.get(room, {}).keys()):
-      field = f'{room}.{name}'
+  for section in sorted(one.keys() | other.keys()):
+    for name in sorted(one.get(section, {}).keys() | other.get(section, {}).keys()):
+      field = f'{section}.{name}'
       if field not in FREE_FIELDS and _value(one, field) != _value(other, field):
         return field
   return None

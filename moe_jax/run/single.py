@@ -174,10 +174,10 @@ def _is_intact(run: _Run) -> bool:
 def _train(run: _Run, old: dict[str, Any] | None) -> Outcome:
   config, first = run.config, jax.process_index() == 0
   causal_claim = check_causal_claim(config, run.dataset.tokenizer.vocab_size)
-  facts = setup.first_manifest(config, run.mesh, run.dataset)
+  metadata = setup.first_manifest(config, run.mesh, run.dataset)
   if old:
-    facts['resumed_from'] = [*old.get('resumed_from', []), _provenance(old)]
-  announce(config, run.mesh, run.dataset, facts, run.say)
+    metadata['resumed_from'] = [*old.get('resumed_from', []), _provenance(old)]
+  announce(config, run.mesh, run.dataset, metadata, run.say)
   run.say(causal_claim)
   run.say('preparing model and state')
   with jax.set_mesh(run.mesh):
@@ -185,10 +185,10 @@ def _train(run: _Run, old: dict[str, Any] | None) -> Outcome:
     new = _from_source(run, optimizer, old)
     checkpoints = Checkpoints(run.workdir, config.train.keep_checkpoints)
     state, step, position = _start(run, optimizer, checkpoints, old, new and new[0])
-    facts |= {'step': step, 'logging': manifest.paces_from(old, config, step)}
-    facts |= same_run.lengthened(old, config, step)
+    metadata |= {'step': step, 'logging': manifest.paces_from(old, config, step)}
+    metadata |= same_run.lengthened(old, config, step)
     if config.train.init_from:
-      facts['ancestry'] = new[1] if new else ancestry.known(config, old)
+      metadata['ancestry'] = new[1] if new else ancestry.known(config, old)
     if old and same_run.lengthens(old, config):
       run.say(f'lengthened to {config.train.num_steps} steps; goes on from step {step}')
     if first:
@@ -197,7 +197,7 @@ def _train(run: _Run, old: dict[str, Any] | None) -> Outcome:
       setup.keep_tokenizer(run.workdir, run.dataset.tokenizer)
       if old and old['status'] == manifest.DAMAGED and manifest.exists(run.workdir):
         run.say(f'damaged manifest moved to {manifest.set_aside(run.workdir)}')
-      manifest.write(run.workdir, facts)
+      manifest.write(run.workdir, metadata)
     batches = train_iterator(
       run.dataset.windows('train', config.data.sequence_length),
       batch_size=config.data.batch_size,
@@ -216,18 +216,18 @@ def _train(run: _Run, old: dict[str, Any] | None) -> Outcome:
         outcome = _steps(run, train_step, state, batches, checkpoints, writer, step)
       except DivergedError as error:
         if first:
-          manifest.write(run.workdir, facts | error.facts)
+          manifest.write(run.workdir, metadata | error.metadata)
         raise
       with run.timer.phase('saving'):
         checkpoints.wait()
-  facts |= {
+  metadata |= {
     'step': outcome.step,
     'status': 'finished' if outcome.finished else 'interrupted',
     'compilations': train_step._cache_size() - compiled_before,
     'seconds': {phase: round(value, 3) for phase, value in run.timer.seconds().items()},
   }
   if first:
-    manifest.write(run.workdir, facts)
+    manifest.write(run.workdir, metadata)
   return outcome
 
 

@@ -133,25 +133,25 @@ def _record(study: Study, trial: Trial, workdir: str | os.PathLike, command: str
   }
   folder = trial.folder(workdir)
   try:
-    facts = manifest.read(folder) if manifest.exists(folder) else None
-    if facts:
-      known |= _of_manifest(trial, facts, folder)
+    metadata = manifest.read(folder) if manifest.exists(folder) else None
+    if metadata:
+      known |= _of_manifest(trial, metadata, folder)
       known['command'] = _environment(known['devices']) + known['command'] if command else ''
     try:
       ended = outcome.read(workdir, trial.id)
     except DamagedError as error:
       reason = f'{error}; the sweep makes it again from the run'
       return Record(status=records.DAMAGED, reason=reason, **known)
-    if ended is None and facts is None:
+    if ended is None and metadata is None:
       return Record(status=records.MISSING, reason='was not begun', **known)
     if ended is None:
-      return Record(status=records.UNFINISHED, reason=_how_far(facts), **known)
+      return Record(status=records.UNFINISHED, reason=_how_far(metadata), **known)
     if ended['status'] != records.FINISHED:
       return Record(status=ended['status'], reason=ended['reason'], **known)
-    if facts is None:
+    if metadata is None:
       raise DamagedError(f'{folder}/{manifest.MANIFEST} is missing')
-    if facts['status'] != 'finished':
-      raise DamagedError(f'{folder}/{manifest.MANIFEST} says {facts["status"]!r}, not finished')
+    if metadata['status'] != 'finished':
+      raise DamagedError(f'{folder}/{manifest.MANIFEST} says {metadata["status"]!r}, not finished')
     now = outcome.digests(folder)
     for name, digest in ended['digests'].items():
       if now.get(name) != digest:
@@ -175,31 +175,31 @@ def _record(study: Study, trial: Trial, workdir: str | os.PathLike, command: str
     return Record(status=records.DAMAGED, reason=f'{error}; {again}', **known)
 
 
-def _how_far(facts: dict[str, Any] | None) -> str:
-  assert facts is not None
-  if facts['status'] == 'finished':
+def _how_far(metadata: dict[str, Any] | None) -> str:
+  assert metadata is not None
+  if metadata['status'] == 'finished':
     return 'not evaluated yet'
-  return f'{facts["status"]} at step {facts["step"]}'
+  return f'{metadata["status"]} at step {metadata["step"]}'
 
 
-def _of_manifest(trial: Trial, facts: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
-  config = manifest.config_of(facts, folder)
+def _of_manifest(trial: Trial, metadata: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
+  config = manifest.config_of(metadata, folder)
   if trial_id(config) != trial.id:
     raise DamagedError(f'the manifest of trial {trial.id} is that of another config')
   data = config.data
   return {
-    'step': facts['step'],
-    'config': facts['config'],
-    'data': {key: facts['data'].get(key) for key in ('name', 'fingerprint', 'tokenizer')},
-    'git_commit': facts['git_commit'],
-    'git_date': _date_of(facts['git_commit']),
-    'git_dirty': facts['git_dirty'],
-    'devices': facts['devices'],
-    'pack': facts.get('pack', 1),
-    'mesh': facts['mesh'],
-    'parameters': facts['parameters'],
-    'flops_per_token': facts['training_flops_per_token'],
-    'tokens': facts['step'] * data.batch_size * data.sequence_length,
+    'step': metadata['step'],
+    'config': metadata['config'],
+    'data': {key: metadata['data'].get(key) for key in ('name', 'fingerprint', 'tokenizer')},
+    'git_commit': metadata['git_commit'],
+    'git_date': _date_of(metadata['git_commit']),
+    'git_dirty': metadata['git_dirty'],
+    'devices': metadata['devices'],
+    'pack': metadata.get('pack', 1),
+    'mesh': metadata['mesh'],
+    'parameters': metadata['parameters'],
+    'flops_per_token': metadata['training_flops_per_token'],
+    'tokens': metadata['step'] * data.batch_size * data.sequence_length,
   }
 
 

@@ -228,8 +228,8 @@ def _cause_of_divergence(trial: Trial, workdir: str) -> str:
   folder = trial.folder(workdir)
   if not manifest.exists(folder):
     return ''
-  facts = manifest.read(folder)
-  return facts.get('cause', 'not finite') if facts['status'] == 'diverged' else ''
+  metadata = manifest.read(folder)
+  return metadata.get('cause', 'not finite') if metadata['status'] == 'diverged' else ''
 
 
 def _run_one(
@@ -251,7 +251,7 @@ def _run_one(
     evaluated: if it was trained and evaluated in a pack.
   """
   name = f'{trial.id} {trial.arm}, seed {trial.seed}'
-  facts: dict[str, Any] = {'study': study.name, 'arm': trial.arm, 'seed': trial.seed}
+  metadata: dict[str, Any] = {'study': study.name, 'arm': trial.arm, 'seed': trial.seed}
   note = _logger(trial, workdir)
   progress.begin(trial)
   try:
@@ -267,7 +267,7 @@ def _run_one(
       if evaluated is None:
         progress.show_phase('evaluating')
         evaluated = evaluate_trial(study, trial, folder)
-      facts |= {
+      metadata |= {
         'evaluations': evaluated.results,
         'evaluated_together': evaluated.together,
         'digests': outcome.digests(folder),
@@ -283,12 +283,12 @@ def _run_one(
     # No error may end the other trials; it is in the outcome and in the report.
     status, reason = FAILED, one_line(error)
     note(reason)
-  outcome.write(workdir, trial.id, facts | {'status': status, 'reason': reason})
+  outcome.write(workdir, trial.id, metadata | {'status': status, 'reason': reason})
   progress.end(trial)
   say(f'{status}: {name}{": " + reason if reason else ""}')
   if status == FINISHED:
     # The trial stays finished: the functions are called again for every report.
-    _, errors = user_metrics.values_of(study, trial.finished(workdir, facts['evaluations']))
+    _, errors = user_metrics.values_of(study, trial.finished(workdir, metadata['evaluations']))
     for text in errors.values():
       say(f'warning: {name}: {text}')
   return status
@@ -299,10 +299,10 @@ def _pinned(trial: Trial, workdir: str) -> dict[str, Any] | None:
   given = trial.config.train.init_from
   for path in sorted(pathlib.Path(workdir).glob('trials/*')) if given else ():
     try:
-      facts = manifest.read(path)
+      metadata = manifest.read(path)
     except (UserError, DamagedError):
       continue
-    pin = ancestry.pin_of(facts)
-    if facts['config'].get('train', {}).get('init_from') == given and pin and 'digest' in pin:
+    pin = ancestry.pin_of(metadata)
+    if metadata['config'].get('train', {}).get('init_from') == given and pin and 'digest' in pin:
       return pin
   return None

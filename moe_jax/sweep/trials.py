@@ -157,11 +157,13 @@ def trial_id(config: ml_collections.ConfigDict) -> str:
   `LATER_FIELDS` at their default are left out, too: ids from before they came still hold.
   """
   fields = {
-    f'{room}.{name}': value
-    for room, section in config.to_dict().items()
-    for name, value in section.items()
-    if f'{room}.{name}' not in FREE_FIELDS
-    and not (f'{room}.{name}' in LATER_FIELDS and value == config_lib.SCHEMA[room][name].default)
+    f'{section}.{name}': value
+    for section, values in config.to_dict().items()
+    for name, value in values.items()
+    if f'{section}.{name}' not in FREE_FIELDS
+    and not (
+      f'{section}.{name}' in LATER_FIELDS and value == config_lib.SCHEMA[section][name].default
+    )
   }
   return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -171,15 +173,15 @@ def _config(
 ) -> ml_collections.ConfigDict:
   config = unfrozen(study.base)
   for field, value in {**arm.changes, **free, 'train.seed': seed}.items():
-    room, name = split_field(field)
-    known = config_lib.SCHEMA.get(room, {})
+    section, name = split_field(field)
+    known = config_lib.SCHEMA.get(section, {})
     if name not in known:
       raise UserError(field, value, f'of arm {arm.name!r}: unknown field{near_fields(field)}')
     try:
       # An int serves as a float, and as nothing else.
       if isinstance(known[name].default, float) and type(value) is int:
         value = float(value)
-      config[room][name] = value
+      config[section][name] = value
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
       kind = type(known[name].default).__name__
       raise UserError(field, value, f'of arm {arm.name!r}: must be of type {kind}') from error

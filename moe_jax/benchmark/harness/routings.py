@@ -118,7 +118,7 @@ def record(workdir: str, num_tokens: int, data_dir: str | None = None) -> Trace:
 def _choices(run: RestoredRun, workdir: str, num_tokens: int) -> Int[np.ndarray, 'L N K']:
   """Returns the choices of every MoE layer for tokens that are no padding."""
   dataset = dataset_of(run.config, run.tokenizer)
-  if dataset.fingerprint != run.facts['data']['fingerprint']:
+  if dataset.fingerprint != run.manifest['data']['fingerprint']:
     raise UserError(
       'data.name', run.config.data.name, f'is not the text that {workdir} was trained on'
     )

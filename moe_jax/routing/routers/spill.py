@@ -50,10 +50,10 @@ def spill_assignment(
     # A token sees the loads that those before it left, and nothing of those after it: causal, but
     # S steps that cannot run at once.
     logits, is_valid = token
-    has_room = count < capacity
-    _, expert_index = jax.lax.top_k(jnp.where(has_room, logits, -jnp.inf), num_selected_experts)
+    is_free = count < capacity
+    _, expert_index = jax.lax.top_k(jnp.where(is_free, logits, -jnp.inf), num_selected_experts)
     # Fewer than K that are not full: top-k continues with full ones, which are not selected.
-    chosen = has_room[expert_index]
+    chosen = is_free[expert_index]
     # Padding selects like any token, but takes no slot.
     count = count.at[expert_index].add((chosen & is_valid).astype(jnp.int32), unique_indices=True)
     return count, (expert_index.astype(jnp.int32), chosen)
