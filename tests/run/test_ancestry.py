@@ -16,6 +16,7 @@ from moe_jax.errors import UserError
 from moe_jax.models.build import build_task
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.run import ancestry, manifest, same_run, single
+from moe_jax.schema import FREE_FIELDS
 from moe_jax.study import Point, Study, product
 from moe_jax.sweep import collect, runner, trials
 from moe_jax.train.state import init_state
@@ -407,7 +408,7 @@ def test_trials_are_named_as_before_and_by_their_source(text):
     f'{section}.{name}': value
     for section, names in config.to_dict().items()
     for name, value in names.items()
-    if f'{section}.{name}' not in manifest.FREE_FIELDS and not name.startswith('init_')
+    if f'{section}.{name}' not in FREE_FIELDS and not name.startswith('init_')
   }
   digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
   assert trials.trial_id(config) == digest[:12]
