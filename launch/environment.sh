@@ -40,8 +40,8 @@ prepare_environment() {
     rm -rf .venv
     "$python" -m venv .venv || fail ".venv: cannot be made; is the venv module of Python installed?"
   fi
-  # Installed once for each state of setup.cfg and each set of extras.
-  wanted="$(cksum < setup.cfg) [$extras]"
+  # Installed once for each state of setup.cfg, each set of extras and each place of the checkout.
+  wanted="$(cksum < setup.cfg) [$extras] $PWD"
   if [ "$(cat ".venv/installed-$extras" 2>/dev/null)" != "$wanted" ]; then
     echo "installing the project${extras:+ with [$extras]}: about 1.3 GB, once"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \

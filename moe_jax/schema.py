@@ -19,12 +19,15 @@ from moe_jax.fields import (
   share,
 )
 
+# Families of models, those of `moe_jax.models.build`.
+FAMILIES = ('decoder',)
+
 # Hyperparameters that router files declare, as fields of `moe`.
 ROUTER_FIELDS = router_options.declared()
 
 SCHEMA: dict[str, dict[str, Field]] = {
   'model': {
-    'family': one_of('decoder', ('decoder',), 'Architecture; one file of moe_jax/models each.'),
+    'family': one_of('decoder', FAMILIES, 'Architecture; one file of moe_jax/models each.'),
     'num_layers': at_least(2, 1, 'L, transformer blocks.'),
     'embed_dim': at_least(128, 1, 'D, width of the residual stream.'),
     'num_heads': at_least(4, 1, 'Query heads.'),

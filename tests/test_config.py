@@ -18,10 +18,11 @@ from moe_jax import data, dispatch, experts, optim, routing
 from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.errors import UserError
 from moe_jax.layers import moe_layer
+from moe_jax.models import build
 from moe_jax.models.build import build_task
 from moe_jax.models.decoder import forward
 from moe_jax.parallel.mesh import make_mesh
-from moe_jax.schema import FREE_FIELDS, LATER_FIELDS, LATER_FIELDS_IN_IDS
+from moe_jax.schema import FAMILIES, FREE_FIELDS, LATER_FIELDS, LATER_FIELDS_IN_IDS
 from moe_jax.train import accounting
 from moe_jax.train.state import init_params
 from tests import tiny
@@ -55,6 +56,10 @@ def test_fields_that_are_newer_than_results_are_named():
   new = {f'{room}.{name}' for room, name in FIELDS} - old - {*FREE_FIELDS, *LATER_FIELDS}
   assert not new, f'add {sorted(new)} to LATER_FIELDS in moe_jax/schema.py'
   assert not old & set(LATER_FIELDS)
+
+
+def test_the_families_of_the_schema_are_those_that_can_be_built():
+  assert set(FAMILIES) == set(build.FAMILIES)
 
 
 def test_the_list_of_fields_is_that_of_the_schema():

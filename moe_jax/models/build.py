@@ -1,6 +1,7 @@
 """From a config to a task: the only file in which config fields become layer options.
 
-`FAMILIES` names the families of models, each a function from a config to its `Task`.
+`FAMILIES` names the families of models, each a function from a config to its `Task`; `moe_jax.schema`
+lists the names for `model.family`. A family without experts needs `moe.num_experts=0`.
 """
 
 import dataclasses
@@ -94,7 +95,7 @@ class Family(NamedTuple):
   """A family of models.
 
   Attributes:
-    make: takes the arguments of `build_task` and returns the task.
+    make: takes the arguments of `build_task`, `returns_routing` by keyword, and returns the task.
     plural: what its models are called, as in a methods section.
     shown: (field, 'text {}') of the sizes that such a section names.
   """

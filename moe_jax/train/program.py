@@ -59,5 +59,18 @@ def accumulation_scope(config: ml_collections.ConfigDict) -> str:
 
 
 def optimizer_of(config: ml_collections.ConfigDict, task: Task) -> optax.GradientTransformation:
-  """Returns the optimizer of a run."""
-  return optim.make_optimizer(config.optim, config.train.num_steps, task.param_label)
+  """Returns the optimizer of a run: one and the same object for all runs of a program.
+
+  Its peak learning rate is an argument of `update`, see `make_optimizer`.
+  """
+  optimizer = config.optim.to_dict()
+  if 'optim.learning_rate' in hyperparameter_fields(config):
+    optimizer['learning_rate'] = config_lib.get_config().optim.learning_rate
+  return _optimizer(json.dumps(optimizer, sort_keys=True), config.train.num_steps, task)
+
+
+@functools.lru_cache(maxsize=8)
+def _optimizer(optimizer: str, num_steps: int, task: Task) -> optax.GradientTransformation:
+  config = config_lib.get_config()
+  config.optim.update(json.loads(optimizer))
+  return optim.make_optimizer(config.optim, num_steps, task.param_label)

@@ -17,6 +17,10 @@ from moe_jax import routing
 from moe_jax.models.task import Task
 from moe_jax.parallel.sharding import leading_dims_sharding, named_shardings, replicated
 
+# Tracing a model takes a second or more. What follows from task and optimizer is remembered for the
+# trials of a sweep, and for a run that is restored, evaluated and trained on in one process.
+_REMEMBERED = 8
+
 
 class TrainState(NamedTuple):
   """Everything that a step changes. Random numbers are drawn only from (seed, step).
@@ -44,12 +48,14 @@ def init_params(task: Task, seed: Int[Array, '']) -> Any:
   return nn.unbox(task.init(jax.random.key(seed)))
 
 
+@functools.lru_cache(maxsize=_REMEMBERED)
 def params_shardings(task: Task) -> Any:
   """Returns a sharding for each parameter, from its logical dimensions and the table of rules."""
   boxed = jax.eval_shape(lambda: task.init(jax.random.key(0)))
   return named_shardings(task.mesh, nn.get_partition_spec(boxed))
 
 
+@functools.lru_cache(maxsize=_REMEMBERED)
 def state_shardings(task: Task, optimizer: optax.GradientTransformation) -> Any:
   """Returns a sharding for each array of the state.
 
@@ -99,6 +105,7 @@ def init_state(task: Task, optimizer: optax.GradientTransformation, seed: int) -
   return make_init(task, optimizer)(jnp.asarray(seed, jnp.int32))
 
 
+@functools.lru_cache(maxsize=_REMEMBERED)
 def make_init(
   task: Task, optimizer: optax.GradientTransformation
 ) -> Callable[[Int[Array, '']], TrainState]:
@@ -150,6 +157,7 @@ def with_token_counts(
   return state._replace(router_state=router_state)
 
 
+@functools.lru_cache(maxsize=_REMEMBERED)
 def abstract_state(task: Task, optimizer: optax.GradientTransformation) -> TrainState:
   """Returns shapes, dtypes and shardings of the state, into which a checkpoint is restored."""
   make = functools.partial(_new_state, task, optimizer)

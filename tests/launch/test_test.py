@@ -36,7 +36,7 @@ def checkout(tmp_path):
   with open(tmp_path / 'setup.cfg', 'rb') as file:
     checksum = subprocess.check_output('cksum', stdin=file, text=True).strip()
   for extras in ('test', 'test,tpu'):
-    (tmp_path / '.venv' / f'installed-{extras}').write_text(f'{checksum} [{extras}]\n')
+    (tmp_path / '.venv' / f'installed-{extras}').write_text(f'{checksum} [{extras}] {tmp_path}\n')
   return tmp_path
 
 
