@@ -64,8 +64,8 @@ class MatrixOptions(RouterOptions):
     fields.one_of(
       'float32',
       ('float32', 'bfloat16'),
-      "Of the factors of the router's product, which is summed in float32; bfloat16 is faster on "
-      'GPUs and picks other experts here and there (evaluate --compare_router_dtype).',
+      "Of the factors of the router's matmul, which is summed in float32; bfloat16 is faster on "
+      'GPUs and selects other experts here and there (evaluate --compare_router_dtype).',
     )
   )
 

@@ -217,7 +217,7 @@ def verdicts(rows: list[tuple[list[str], dict[str, Any]]]) -> list[str]:
   from moe_jax.benchmark.harness.tables import Ratio
 
   lines = [
-    f'{"D":>6}{"F":>7}{"E":>6} {"tokens/E":>9} {"pass":<17}{"arm":<10}{"products/arm":<21}target'
+    f'{"D":>6}{"F":>7}{"E":>6} {"tokens/E":>9} {"pass":<17}{"arm":<10}{"matmuls/arm":<21}target'
   ]
   for command, row in rows:
     if 'arms' not in row:

@@ -246,7 +246,7 @@ ROUTER = router_lib.Router(
   learns=True,
   by_group=True,
   balance='assignment',
-  cost='D E products; an auction: tens to hundreds of rounds of E and a sort of S',
+  cost='D E multiply-adds; an auction: tens to hundreds of rounds of E and a sort of S',
   allowed=allowed,
   always={'score': 'sigmoid'},
 )
