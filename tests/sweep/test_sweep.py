@@ -414,7 +414,7 @@ def whole(text, tmp_path_factory):
 
 
 def wait_for_steps(workdir, trials_begun):
-  """Waits until so many trials are in the middle, of workers started just now."""
+  """Waits until `trials_begun` trials are in the middle, of workers started just now."""
   started = time.time()
   while time.time() - started < 120:
     logs = [p for p in workdir.glob('trials/*/metrics.jsonl') if p.stat().st_mtime > started]

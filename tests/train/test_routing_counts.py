@@ -1,4 +1,4 @@
-"""Counts of who asked for which experts, against loops over tokens."""
+"""Counts of the experts that tokens selected, against loops over tokens."""
 
 import functools
 
@@ -18,7 +18,7 @@ NUM_LAYERS, NUM_EXPERTS, VOCAB_SIZE = 2, 8, tiny.VOCAB_SIZE
 
 
 def test_membership_by_hand():
-  # A token that asks for 2 and 0; one that asks for 3 alone; padding.
+  # A token that selects 2 and 0; one that selects only 3; padding.
   choices = jnp.array([[[2, 0], [3, -1], [-1, -1]]])
   expected = [[[1, 0, 1, 0], [0, 0, 0, 1], [0, 0, 0, 0]]]
   np.testing.assert_array_equal(routing_counts.membership(choices, 4), np.array(expected, bool))

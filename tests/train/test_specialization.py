@@ -23,7 +23,7 @@ def information(joint):
 
 
 def joint_of(labels, sets, num_labels):
-  """Counts of (label, expert); `sets` holds True for each expert that a token asked for."""
+  """Counts of (label, expert); `sets` holds True for each expert that a token selected."""
   joint = np.zeros((num_labels, sets.shape[1]), int)
   np.add.at(joint, labels, sets)
   return joint
@@ -125,7 +125,7 @@ def test_overlap_of_loads_by_hand():
 
 
 def test_coactivation_by_hand():
-  # 6 tokens ask for {0, 1}, 2 for {0, 2}, 4 for {1}; nobody for 3.
+  # 6 tokens select {0, 1}, 2 select {0, 2}, 4 select {1}; none selects 3.
   together = np.array([[8, 6, 2, 0], [6, 10, 0, 0], [2, 0, 2, 0], [0, 0, 0, 0]])
   matrix, number, baseline = specialization.coactivation(together)
   expected = [[1, 3 / 4, 1 / 4, 0], [3 / 5, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]]
