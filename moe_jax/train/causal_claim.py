@@ -88,7 +88,7 @@ def _what_moved(
   vocab_size: int,
   priority: str,
 ) -> str:
-  """Returns what of the past a redrawn future moves, '' if nothing."""
+  """Returns the part of the past that a redrawn future moves, '' if none."""
   router = dataclasses.replace(routing.ROUTERS[name], choose=choose)
   size = options.group_size
   keys = jax.random.split(jax.random.key(0), 5)
