@@ -115,7 +115,11 @@ def _what_moved(
       priority=priority,
       renormalize=options.renormalize,
     )
-    return jnp.where(plan.asked, plan.expert_index, -1)[0], plan.keep[0], plan.combine_weights[0]
+    return (
+      jnp.where(plan.requested, plan.expert_index, -1)[0],
+      plan.keep[0],
+      plan.combine_weights[0],
+    )
 
   def draw(number):
     key = jax.random.fold_in(keys[3], number)

@@ -84,7 +84,7 @@ def test_matches_the_oracle_and_keeps_the_invariants(drawn, priority):
   check_invariants(plan, choice.chosen & valid[..., None], slots)
 
 
-def check_invariants(plan, asked, slots):
+def check_invariants(plan, requested, slots):
   """Checks what holds for any plan, whatever the priority."""
   num_groups, size, k = plan.keep.shape
   num_experts = plan.source_index.shape[1]
@@ -92,7 +92,7 @@ def check_invariants(plan, asked, slots):
   for g in range(num_groups):
     expert_of = np.asarray(plan.expert_index[g]).ravel()
     kept, slot = keep[g].ravel(), slot_index[g].ravel()
-    wanted = np.asarray(asked[g]).ravel()
+    wanted = np.asarray(requested[g]).ravel()
     # Padding never takes a slot, nor what is not chosen.
     assert not (kept & ~wanted).any()
     # An expert keeps what it is offered up to C: it drops only when it is full.
@@ -263,13 +263,13 @@ def test_slots_where_one_sort_key_would_leave_int32(num_experts):
   size, k = 1024, 2
   expert_index = (rng.integers(0, 5, (size, k)) * (num_experts // 5)).astype(np.int32)
   rank = rng.permutation(size * k).astype(np.int32).reshape(size, k)
-  asked = rng.random((size, k)) < 0.8
+  requested = rng.random((size, k)) < 0.8
   slots, source = plan_lib._assign_slots(
-    *map(jnp.asarray, (expert_index, rank, asked)), num_experts, 1
+    *map(jnp.asarray, (expert_index, rank, requested)), num_experts, 1
   )
   taken = {}
   for assignment in np.argsort(rank.ravel()):
-    if asked.ravel()[assignment]:
+    if requested.ravel()[assignment]:
       queue = taken.setdefault(int(expert_index.ravel()[assignment]), [])
       assert slots.ravel()[assignment] == len(queue)
       queue.append(assignment)
@@ -283,11 +283,13 @@ def test_counting_gives_the_slots_of_sorting(capacity):
   rng = np.random.default_rng(capacity)
   expert_index = rng.permuted(np.tile(np.arange(6, dtype=np.int32), (40, 1)), axis=1)
   rank = np.arange(240, dtype=np.int32).reshape(40, 6)
-  asked = jnp.asarray(rng.random((40, 6)) < 0.4)
+  requested = jnp.asarray(rng.random((40, 6)) < 0.4)
   # An assignment without a request may name any expert, one that is named already too.
-  expert_index = np.where(asked, expert_index, rng.integers(0, 6, (40, 6))).astype(np.int32)
-  counted = plan_lib._count_slots(jnp.asarray(expert_index), asked, capacity)
-  sort = plan_lib._assign_slots(jnp.asarray(expert_index), jnp.asarray(rank), asked, 6, capacity)
+  expert_index = np.where(requested, expert_index, rng.integers(0, 6, (40, 6))).astype(np.int32)
+  counted = plan_lib._count_slots(jnp.asarray(expert_index), requested, capacity)
+  sort = plan_lib._assign_slots(
+    jnp.asarray(expert_index), jnp.asarray(rank), requested, 6, capacity
+  )
   np.testing.assert_array_equal(counted[0], sort[0])
   np.testing.assert_array_equal(counted[1], sort[1])
 

@@ -30,9 +30,9 @@ def joint_of(labels, sets, num_labels):
 
 
 def baseline_of(labels, sets, num_labels):
-  num_asked = np.bincount(sets.sum(1), minlength=sets.shape[1] + 1)
+  by_number = np.bincount(sets.sum(1), minlength=sets.shape[1] + 1)
   sizes = np.bincount(labels, minlength=num_labels)
-  return specialization.expected_mutual_information(sizes, sets.sum(0), num_asked)
+  return specialization.expected_mutual_information(sizes, sets.sum(0), by_number)
 
 
 def random_sets(rng, num_tokens, num_experts, num_selected, skew=0.0):
@@ -165,7 +165,7 @@ def counts_of(labels, sets):
     tokens=np.bincount(labels),
     by_token=joint_of(labels, sets, labels.max() + 1)[None],
     together=(asked.T @ asked)[None],
-    num_asked=np.bincount(asked.sum(1), minlength=asked.shape[1] + 1)[None],
+    by_number=np.bincount(asked.sum(1), minlength=asked.shape[1] + 1)[None],
   )
 
 
