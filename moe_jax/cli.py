@@ -65,7 +65,7 @@ def run(
   except _UsageError as error:
     fail(str(error))
   except SystemExit as end:
-    # absl ends a call for its long help with 1, which here says that something is broken.
+    # absl ends a call for its long help with 1, which here means a defect.
     long_help = any(word.lstrip('-') in arguments.LONG_HELP for word in sys.argv)
     raise SystemExit(0 if end.code == 1 and long_help else end.code) from None
 

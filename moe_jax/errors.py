@@ -35,7 +35,7 @@ def is_refusal(error: OSError) -> bool:
 
 
 def refusal_in(error: BaseException | None) -> OSError | None:
-  """Returns what the operating system refused, anywhere in the causes of an error.
+  """Returns the refusal of the operating system, anywhere in the causes of an error.
 
   Libraries wrap it, and some keep only its text.
   """

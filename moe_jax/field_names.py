@@ -13,7 +13,7 @@ def split_field(field: str) -> tuple[str, str]:
 
 
 def field_value(sections: Mapping[str, Any] | ml_collections.ConfigDict, field: str) -> Any:
-  """Returns what sections, those of a config or of the schema, hold for a field.
+  """Returns the entry of a field in sections, those of a config or of the schema.
 
   Raises:
     KeyError: if there is no such field.

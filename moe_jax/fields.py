@@ -57,7 +57,7 @@ def at_least(default: int, low: int, meaning: str, high: int = 2**31 - 1) -> Fie
 
 
 def _as_float32(value: float) -> float:
-  """Returns what a program makes of a number: inf beyond float32, 0 below its normal numbers."""
+  """Returns a number as programs hold it: inf beyond float32, 0 below its normal numbers."""
   try:
     rounded = struct.unpack('<f', struct.pack('<f', value))[0]
   except OverflowError:

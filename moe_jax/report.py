@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _STUDY = cli.define_path('study', 'File that defines get_study().')
 _WORKDIR = cli.define_path('workdir', 'Of the sweep.')
 _RESULTS = cli.define_path(
-  'results', 'A results.jsonl of runs kept elsewhere: in place of --workdir, or beside it.'
+  'results', 'A results.jsonl of runs kept elsewhere: instead of --workdir, or in addition to it.'
 )
 _OUT = cli.define_path('out', 'Where the report is put.')
 _COLUMNS = flags.DEFINE_list(
@@ -88,7 +88,7 @@ def _remarks(made: 'sweep_report.Report') -> Iterator[str]:
 
   if made.left_out:
     yield (
-      f'table.tex: no room for {", ".join(made.left_out)}; --wide_table or --columns shows them'
+      f'table.tex: no space for {", ".join(made.left_out)}; --wide_table or --columns shows them'
     )
   for width, place in ((COLUMN_WIDTH, 'one column'), (PAGE_WIDTH, 'both columns (figure*)')):
     names = [name for name, of in made.figures.items() if of == width]

@@ -51,7 +51,7 @@ class RouterOptions:
 
   @classmethod
   def example(cls, num_experts: int, num_selected_experts: int) -> dict[str, Any]:
-    """Returns what benchmarks set, where defaults are refused or differ from the paper."""
+    """Returns settings for benchmarks, where defaults are refused or differ from the paper."""
     del num_experts, num_selected_experts
     return {}
 
@@ -64,8 +64,8 @@ class MatrixOptions(RouterOptions):
     fields.one_of(
       'float32',
       ('float32', 'bfloat16'),
-      "Of the factors of the router's product, which is summed in float32; bfloat16 is faster on "
-      'GPUs and picks other experts here and there (evaluate --compare_router_dtype).',
+      "Of the factors of the router's matmul, which is summed in float32; bfloat16 is faster on "
+      'GPUs and selects other experts here and there (evaluate --compare_router_dtype).',
     )
   )
 
@@ -201,7 +201,7 @@ def _options_class(source: str, router: str) -> type[RouterOptions]:
 
 
 def _is_constant(node: ast.stmt) -> bool:
-  """Tells if a statement gives a literal to a name."""
+  """True if a statement assigns a literal to a name."""
   if not isinstance(node, ast.Assign):
     return False
   try:

@@ -50,7 +50,7 @@ SCHEMA: dict[str, dict[str, Field]] = {
     'compute_dtype': one_of(
       'float32',
       ('float32', 'bfloat16'),
-      'Of matrix products. Router, parameters, statistics and losses are always float32.',
+      'Of matmuls. Router, parameters, statistics and losses are always float32.',
     ),
   },
   'moe': {
@@ -58,17 +58,17 @@ SCHEMA: dict[str, dict[str, Field]] = {
       8,
       0,
       'E; 0 makes a dense model and ignores the rest of moe, so that a config and its dense twin '
-      'may differ in this field alone.',
+      'may differ only in this field.',
       high=2**30,
     ),
     'num_selected_experts': at_least(2, 1, 'K, experts each token selects.'),
     'mlp_dim': at_least(256, 1, 'F, hidden units of one expert.'),
-    'num_shared_experts': at_least(0, 0, 'Experts every token passes, beside the routed ones.'),
+    'num_shared_experts': at_least(0, 0, 'Experts every token passes, besides the routed ones.'),
     'every': at_least(1, 1, 'A MoE layer in every n-th block; divides model.num_layers.'),
     'router': one_of(
       'top_k',
       router_options.router_names(),
-      'Way of choosing; python -m moe_jax.routers says what each is.',
+      'The router; python -m moe_jax.routers describes each.',
     ),
     'renormalize': one_of(
       'before_drop',
@@ -130,8 +130,8 @@ SCHEMA: dict[str, dict[str, Field]] = {
     'exchange': one_of(
       'padded',
       ('padded', 'ragged'),
-      'What crosses the expert axis: every slot (padded), or those that hold a token (ragged; on '
-      'GPUs and TPUs alone). Changes no result.',
+      'What crosses the expert axis: every slot (padded), or those that hold a token (ragged; '
+      'only on GPUs and TPUs). Changes no result.',
     ),
   },
   'mesh': {
@@ -203,7 +203,7 @@ SCHEMA: dict[str, dict[str, Field]] = {
       'micro-batches so far; or of the whole batch, exactly as without accumulation, at the price '
       'of one more forward pass.',
     ),
-    'load_decay': share(0.99, 'Per step, of the moving average of the load, for metrics alone.'),
+    'load_decay': share(0.99, 'Per step, of the moving average of the load, only for metrics.'),
     'log_every': at_least(10, 1, 'Steps between lines of metrics.jsonl.'),
     'eval_every': at_least(0, 0, 'Steps between evaluations on the validation split; 0 never.'),
     'eval_batches': at_least(0, 0, 'Batches of such an evaluation; 0 is the whole split.'),

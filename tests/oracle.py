@@ -20,7 +20,7 @@ class Plan(NamedTuple):
 
 
 class Layer(NamedTuple):
-  """What a MoE layer gives back; keep [B, T, K] and expert_index are for looking inside."""
+  """Output of a MoE layer; keep [B, T, K] and expert_index are for looking inside."""
 
   y: np.ndarray
   sums: dict[str, np.ndarray]
@@ -79,7 +79,7 @@ def queue(priority, router_probs, num_selected, permutation=None):
 def plan(expert_index, gate, valid, order, num_experts, slots, renormalize, chosen=None):
   """Serves the queue: each assignment takes the next slot of its expert, while there is one.
 
-  What is not `chosen` [S, K] asks for none; None is all.
+  What is not `chosen` [S, K] requests none; None is all.
   """
   size, num_selected = expert_index.shape
   slot = np.zeros((size, num_selected), int)

@@ -1,4 +1,4 @@
-"""What a command says of its words, before anything slow is imported."""
+"""Errors in the words of a command, before anything slow is imported."""
 
 import json
 import pathlib
@@ -184,7 +184,7 @@ def test_the_front_door_lists_every_command(seen):
 
 
 def _flags():
-  """What absl knows of a command with a config."""
+  """Returns the flags of absl for a command with a config."""
   values = flags.FlagValues()
   flags.DEFINE_string('config', None, 'A file.', flag_values=values)
   flags.DEFINE_integer('num_steps', 1, 'A number.', flag_values=values)

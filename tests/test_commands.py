@@ -624,7 +624,7 @@ def test_a_defect_of_ours_is_not_dressed_up(path, tmp_path, monkeypatch):
   ],
 )
 def test_as_processes(path, run, verb, flags, words):
-  """What the tests above find within this process is what a shell would see."""
+  """The tests above, within this process, agree with what a shell would see."""
   config = [f'--config={path}'] if verb == 'train' else []
   result = tiny.finish(tiny.start(verb, *config, f'--workdir={run}', *flags))
   result.assert_error(*words)

@@ -427,7 +427,7 @@ def test_flops_and_parameters_are_those_of_the_compiled_dense_model():
   )
   measured = compiled.compile().cost_analysis()['flops'] / tokens.size
   expected = accounting.training_flops_per_token(config, tiny.VOCAB_SIZE) / 3
-  # Norms, softmax, rotation and activation come on top of the matrix products.
+  # Norms, softmax, rotation and activation come on top of the matmuls.
   assert expected <= measured < 1.2 * expected
 
 
@@ -463,7 +463,7 @@ def test_flops_of_a_sparse_model_are_those_of_the_compiled_gradient(changes):
   compiled = jax.jit(jax.grad(loss)).lower(params, key, *[tokens] * 3).compile()
   measured = compiled.cost_analysis()['flops'] / tokens.size
   expected = accounting.training_flops_per_token(config, tiny.VOCAB_SIZE)
-  # Norms, softmax, activation, routing and the square come on top of the matrix products.
+  # Norms, softmax, activation, routing and the square come on top of the matmuls.
   assert 0.98 * expected <= measured < 1.25 * expected
 
 

@@ -32,7 +32,7 @@ def test_every_trial_is_valid_and_arms_have_equal_compute(path):
     assert study.split == 'test' and len(study.seeds) >= 3 and study.comparisons
     assert 100 not in study.seeds
   flops = {trial.arm: trials.training_flops(trial.config) for trial in found}
-  # To the router's own products: PROTOCOL.md, point 4.
+  # To the router's own matmuls: PROTOCOL.md, point 4.
   assert max(flops.values()) < 1.06 * min(flops.values())
 
 

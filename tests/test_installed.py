@@ -1,4 +1,4 @@
-"""What is said where a package that moe_jax needs is not installed."""
+"""Errors where a package that moe_jax needs is not installed."""
 
 import configparser
 import os

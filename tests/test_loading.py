@@ -82,7 +82,7 @@ def documents(run, split='test'):
 
 
 def evaluated(run, split='test'):
-  """What `evaluate` says of a split."""
+  """Returns the result of `evaluate` on a split."""
   model = build_task(run.config, run.mesh, run.tokenizer.vocab_size, 'eval')
   with jax.set_mesh(run.mesh):
     return evaluate.evaluate(

@@ -57,7 +57,7 @@ def test_a_broken_arm_is_reported_with_the_rest(swept, tmp_path):
   assert table in result.out
   # What an author must know of the files.
   tex = (tmp_path / 'r' / 'table.tex').read_text()
-  assert ('\ntable.tex: no room for ' in result.out) == ('% Not wide enough' in tex)
+  assert ('\ntable.tex: no space for ' in result.out) == ('% Not wide enough' in tex)
   assert 'figures as wide as one column, 3.25 in: loss, metric' in result.out
   assert ('\ncite.bib: has no url' in result.out) == (not methods.repository())
   assert 'absent' in table and 'does not exist' in table and '0 of 2' in table
@@ -132,7 +132,7 @@ def test_a_trial_can_be_made_again_at_its_precision(swept, tmp_path):
   assert records[folder.name].pack == 2
   assert [r.pack for r in records.values() if r.status == 'finished'].count(1) == 3
   said = (tmp_path / 'r' / 'methods.tex').read_text()
-  assert 'highest precision of products' in said and '2 trials as one program' in said
+  assert 'highest precision of matmuls' in said and '2 trials as one program' in said
   assert 'different devices' in (tmp_path / 'r' / 'table.md').read_text()
 
 

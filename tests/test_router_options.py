@@ -1,4 +1,4 @@
-"""What a router file declares is a field of the config, with nothing written anywhere else."""
+"""Options that a router file declares are fields of the config, with nothing written elsewhere."""
 
 import pytest
 
@@ -70,7 +70,7 @@ def test_what_is_read_of_a_file_is_what_it_declares(name):
 
 @pytest.mark.parametrize('name', routing.ROUTERS)
 def test_a_router_has_an_example_that_it_allows(name):
-  """What `python -m moe_jax.benchmark router` measures."""
+  """`python -m moe_jax.benchmark router` measures with it."""
   options = router_rows.options_of(name, 16, 2, capacity=4)
   example = routing.ROUTERS[name].options.example(16, 2)
   assert example == {field: getattr(options, field) for field in example}

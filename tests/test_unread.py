@@ -47,7 +47,7 @@ def _config(changes=None):
 
 
 def _begin(config):
-  """What `train` checks of the config of a new run."""
+  """Checks the config of a new run as `train` does."""
   unread.check_unread(config, unread.defaults(config))
   unread.check_decay(config)
 

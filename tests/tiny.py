@@ -1,4 +1,4 @@
-"""What the tests of training and of the commands share: a tiny config, text, batches, commands."""
+"""Shared parts of the tests of training and commands: a tiny config, text, batches, commands."""
 
 import contextlib
 import functools
@@ -195,7 +195,7 @@ def snapshot(folder):
 
 
 class Result:
-  """How a command ended."""
+  """Outcome of a command."""
 
   def __init__(self, code, out, err):
     self.code, self.out, self.err = code, out, err

@@ -217,7 +217,7 @@ def verdicts(rows: list[tuple[list[str], dict[str, Any]]]) -> list[str]:
   from moe_jax.benchmark.harness.tables import Ratio
 
   lines = [
-    f'{"D":>6}{"F":>7}{"E":>6} {"tokens/E":>9} {"pass":<17}{"arm":<10}{"products/arm":<21}target'
+    f'{"D":>6}{"F":>7}{"E":>6} {"tokens/E":>9} {"pass":<17}{"arm":<10}{"matmuls/arm":<21}target'
   ]
   for command, row in rows:
     if 'arms' not in row:
@@ -232,15 +232,15 @@ def verdicts(rows: list[tuple[list[str], dict[str, Any]]]) -> list[str]:
         lines.append(f'{head}not measured: {row["not_measured"][name]}')
         continue
       eta, target = Ratio(**row['arms'][name]['eta_bmm']), TARGETS[row['pass']]
-      asked = f'none below {LEAST_TOKENS} tokens'
+      verdict = f'none below {LEAST_TOKENS} tokens'
       if row['tokens_per_expert'] >= LEAST_TOKENS:
-        asked = f'{target} {"reached" if eta.median >= target else "missed"}'
+        verdict = f'{target} {"reached" if eta.median >= target else "missed"}'
       ahead = ''
       if row['peers']:
         peer = Ratio(**row['peers']['ours'][name])
         ahead = f', grouped_mm/arm {_exact(peer)} {"ahead" if peer.median > 1 else "not ahead"}'
       invalid = row['void'] or bool(row['peers'] and row['peers']['void'])
-      lines.append(f'{head}{_exact(eta):<21}{asked}{ahead}{", INVALID" if invalid else ""}')
+      lines.append(f'{head}{_exact(eta):<21}{verdict}{ahead}{", INVALID" if invalid else ""}')
   return lines
 
 

@@ -83,7 +83,7 @@ def find_source(name: str, data_dir: str, fractions: Fractions) -> Source:
         'must be tfds:NAME[/CONFIG][:VERSION]; other hubs (tfds:huggingface:NAME) are not read: '
         'save the texts as .jsonl and give text:PATH',
       )
-    # The hash tells apart what the readable part does not, such as 'a/b' and 'a-b'.
+    # The hash distinguishes names that the readable part does not, such as 'a/b' and 'a-b'.
     short_hash = hashlib.sha256(rest.encode()).hexdigest()[:8]
     slug = f'{re.sub(r"[^A-Za-z0-9_.]+", "-", rest)}-{short_hash}'
     return Source(
@@ -128,7 +128,7 @@ def expand(field: str, value: str, path: str) -> str:
 
 
 def say(message: str) -> None:
-  """Tells the user what takes time, on stderr."""
+  """Prints what takes time, on stderr."""
   print(f'data: {message}', file=sys.stderr, flush=True)
 
 

@@ -110,7 +110,7 @@ def run(
   axis_name: str,
   num_selected: int | float,
 ) -> Float[Array, 'G S D']:
-  """Returns what dispatch, experts and combine of the other dispatchers return for the plan.
+  """Returns the result of dispatch, experts and combine of the other dispatchers for the plan.
 
   Args:
     tokens: of this device.

@@ -64,7 +64,7 @@ def slices_of(
   device: int | Int[Array, ''],
   num_devices: int,
 ) -> tuple[Slices, Slices]:
-  """Returns what one device sends and receives towards the experts, and back.
+  """Returns the slices that one device sends and receives towards the experts, and back.
 
   Rows are those of the flat buffers: [E * G * C] before, [E_local * (R * G) * C] at the experts.
 

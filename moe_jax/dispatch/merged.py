@@ -29,9 +29,9 @@ def merge(plan: Plan, base: int) -> tuple[Plan, Bool[Array, '1 N K']]:
   group = jnp.arange(groups)[:, None, None]
   # Behind what earlier groups keep at the same expert.
   slot = plan.slot_index + kept_before[group, plan.expert_index]
-  expert, slot, asked, keep, weights = (
+  expert, slot, requested, keep, weights = (
     a.reshape(1, groups * size, -1)
-    for a in (plan.expert_index, slot, plan.asked, plan.keep, plan.combine_weights)
+    for a in (plan.expert_index, slot, plan.requested, plan.keep, plan.combine_weights)
   )
   in_base = keep & (slot < base)
   # The inverse: which assignment stands in each slot of the base. The rest goes past the end.
@@ -39,7 +39,7 @@ def merge(plan: Plan, base: int) -> tuple[Plan, Bool[Array, '1 N K']]:
   source = jnp.full((num_experts * base,), expert.size, jnp.int32)
   source = source.at[place].set(jnp.arange(expert.size, dtype=jnp.int32), mode='drop')
   base_plan = Plan(
-    expert, slot, asked, in_base, jnp.where(in_base, weights, 0), source.reshape(1, -1, base)
+    expert, slot, requested, in_base, jnp.where(in_base, weights, 0), source.reshape(1, -1, base)
   )
   return base_plan, keep & ~in_base
 

@@ -121,7 +121,8 @@ def run_decode(
   with jax.named_scope('dispatch'):
     if axis_name is not None and size > 1:
       all_tokens = to_everyone(tokens, axis_name)
-      # [G_axis S K]. One gather says both who is kept and where to: -1 is what the plan left out.
+      # [G_axis S K]. One gather gives both which are kept and where they go: -1 is left out by the
+      # plan.
       selected = to_everyone(jnp.where(plan.keep, plan.expert_index, -1), axis_name)
       weight = to_everyone(plan.combine_weights, axis_name)
       whole_plan = plan._replace(expert_index=selected, keep=selected >= 0, combine_weights=weight)

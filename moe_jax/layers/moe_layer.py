@@ -279,7 +279,7 @@ def _routing_of_tokens(
   choice: routing.Choice, plan: routing.Plan, options: MoeOptions
 ) -> tuple[Int[Array, 'b T K'] | None, TokenRouting | None]:
   """Returns the two optional outputs of `LayerOutput`: choices and routed."""
-  experts = jnp.where(plan.asked, plan.expert_index, -1)
+  experts = jnp.where(plan.requested, plan.expert_index, -1)
   choices, routed = None, None
   if options.returns_choices:
     choices = from_groups(experts, options.group_size)

@@ -258,7 +258,7 @@ def forward(
 
 
 def init_router_state(options: DecoderOptions) -> dict[str, Array]:
-  """Returns what the routers carry before the first step, each array with the layers in front."""
+  """Returns the state of the routers before the first step, each array with the layers in front."""
   if options.moe is None:
     return {}
   new = routing.ROUTERS[options.moe.router].state(

@@ -49,7 +49,7 @@ class LanguageModel(Task):
     return math.lcm(self.mesh.size, moe.balance_scopes) * moe.group_size
 
   def init_router_state(self) -> dict[str, Array]:
-    """Returns what the routers carry before the first step, each array with L in front."""
+    """Returns the state of the routers before the first step, each array with L in front."""
     return decoder.init_router_state(self.network.options)
 
   def forward(

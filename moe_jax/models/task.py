@@ -102,7 +102,7 @@ class Task:
     raise NotImplementedError
 
   def init_router_state(self) -> dict[str, Array]:
-    """Returns what the routers carry before the first step, each array with L in front."""
+    """Returns the state of the routers before the first step, each array with L in front."""
     return {}
 
   def weight(self, batch: Batch) -> Float[Array, '']:

@@ -109,7 +109,7 @@ def _names(summary: Summary) -> _Column:
 
 
 def _space(names: _Column, width: float) -> float:
-  """Returns what is left for numbers next to the names, in points."""
+  """Returns the width left for numbers next to the names, in points."""
   return width - min(_LEAST_FOR_NAMES, max(map(_width, names.cells), default=0.0))
 
 
@@ -205,7 +205,7 @@ def _cell_width(cell: str) -> float:
 
 
 def _split(cell: str) -> tuple[str, str]:
-  """Returns what stands on the line, and what as a subscript: half a width, or limits."""
+  """Returns the text on the line, and that of the subscript: half a width, or limits."""
   base, sign, rest = cell.partition(' ± ')
   if sign:
     return base, f'±{rest}'
@@ -278,7 +278,7 @@ def _planned(summary: Summary) -> str:
 
 
 def _one_baseline(summary: Summary) -> str:
-  """Returns what all planned comparisons are with; '' if they differ."""
+  """Returns the one baseline of all planned comparisons; '' if they differ."""
   baselines = {comparison.baseline for comparison in summary.comparisons}
   return baselines.pop() if len(baselines) == 1 else ''
 

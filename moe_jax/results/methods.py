@@ -15,7 +15,7 @@ from moe_jax.results.markup import break_latex, escape_latex
 from moe_jax.results.statistics import LEVEL
 from moe_jax.results.summary import SIGNIFICANCE, Summary
 
-# What CITATION.cff says, which is not installed with the package.
+# As in CITATION.cff, which is not installed with the package.
 TITLE = 'moe_jax'
 AUTHOR = 'The moe_jax maintainers'
 VERSION = '0.1.0'

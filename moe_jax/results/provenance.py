@@ -76,7 +76,7 @@ def _devices(record: Record) -> str:
   of = record.devices
   name = f'{of.get("count", "?")} x {of.get("kind", "?")} ({of.get("platform", "?")})'
   precision = of.get('matmul_precision', 'default')
-  return name if precision == 'default' else f'{name}, {precision} precision of products'
+  return name if precision == 'default' else f'{name}, {precision} precision of matmuls'
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:

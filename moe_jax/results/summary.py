@@ -151,7 +151,7 @@ def summarize(study: Study, records: Sequence[Record]) -> Summary:
 
   Raises:
     UserError: for a trial twice, one that is not of the study, a comparison with an arm that is
-      not, or what `check_comparable` says.
+      not, or as from `check_comparable`.
   """
   check_records(study, records)
   check_arms(study)

@@ -136,7 +136,7 @@ def _made(summary: Summary, keys: Sequence[str]) -> list[Column]:
 
 
 def _nearest_columns(key: str, possible: Sequence[str]) -> str:
-  """Returns what to write instead of an unknown column: the nearest, or those without /.
+  """Returns suggestions for an unknown column: the nearest, or those without /.
 
   A path may be near by only its last parts: 'drop_share' to 'capacity/router/drop_share'.
   """

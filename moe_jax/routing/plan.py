@@ -30,7 +30,7 @@ class Plan(NamedTuple):
     expert_index: the selected expert of each assignment.
     slot_index: rank of the assignment among all of its expert's, in order of priority. It is kept
       if the rank is below the capacity. 0 for assignments that request no slot.
-    asked: True if the assignment requests a slot: selected by the router, and not of padding.
+    requested: True if the assignment requests a slot: selected by the router, and not of padding.
     keep: True if the assignment got a slot.
     combine_weights: the gate of a kept assignment, 0 for a dropped one.
     source_index: the assignment in each slot; S * K where the slot is empty.
@@ -38,7 +38,7 @@ class Plan(NamedTuple):
 
   expert_index: Int[Array, 'G S K']
   slot_index: Int[Array, 'G S K']
-  asked: Bool[Array, 'G S K']
+  requested: Bool[Array, 'G S K']
   keep: Bool[Array, 'G S K']
   combine_weights: Float[Array, 'G S K']
   source_index: Int[Array, 'G E C']
@@ -89,24 +89,24 @@ def make_plan(
     )
 
   # One group at a time: groups share no slots. vmap adds the dimension G to all of it.
-  def plan_group(expert_index, router_probs, asked, key):
+  def plan_group(expert_index, router_probs, requested, key):
     if priority == 'token' and num_selected == num_experts:
-      return _count_slots(expert_index, asked, capacity)
+      return _count_slots(expert_index, requested, capacity)
     rank = _priority_rank(priority, router_probs, num_selected, key)
-    return _assign_slots(expert_index, rank, asked, num_experts, capacity)
+    return _assign_slots(expert_index, rank, requested, num_experts, capacity)
 
-  asked = choice.chosen & valid[..., None]
+  requested = choice.chosen & valid[..., None]
   slot_index, source_index = jax.vmap(plan_group)(
-    choice.expert_index, choice.router_probs, asked, keys
+    choice.expert_index, choice.router_probs, requested, keys
   )
   # Only here is an assignment dropped: its rank among its expert's is not below C.
-  keep = (slot_index < capacity) & asked
+  keep = (slot_index < capacity) & requested
   combine_weights = jnp.where(keep, choice.gates, 0)
   if renormalize == 'after_drop':
     total = jnp.sum(combine_weights, axis=-1, keepdims=True)
     # A token that lost all K experts has total 0: divide by 1, or the gradient is NaN.
     combine_weights = combine_weights / jnp.where(total > 0, total, 1)
-  return Plan(choice.expert_index, slot_index, asked, keep, combine_weights, source_index)
+  return Plan(choice.expert_index, slot_index, requested, keep, combine_weights, source_index)
 
 
 def _priority_rank(
@@ -133,7 +133,7 @@ def _priority_rank(
 def _assign_slots(
   expert_index: Int[Array, 'S K'],
   rank: Int[Array, 'S K'],
-  asked: Bool[Array, 'S K'],
+  requested: Bool[Array, 'S K'],
   num_experts: int,
   capacity: int,
 ) -> tuple[Int[Array, 'S K'], Int[Array, 'E C']]:
@@ -141,7 +141,7 @@ def _assign_slots(
   num_assignments = expert_index.size
   # Sort by (expert, priority): an assignment's slot is its position among its expert's. Those
   # without a slot queue for an expert E, behind all others.
-  queue = jnp.where(asked, expert_index, num_experts)
+  queue = jnp.where(requested, expert_index, num_experts)
   assignment = jnp.arange(num_assignments, dtype=jnp.int32)
   if (num_experts + 1) * num_assignments < 2**31:
     # One key instead of two: the sort takes half the time.
@@ -174,7 +174,7 @@ def _assign_slots(
 
 
 def _count_slots(
-  expert_index: Int[Array, 'S E'], asked: Bool[Array, 'S E'], capacity: int
+  expert_index: Int[Array, 'S E'], requested: Bool[Array, 'S E'], capacity: int
 ) -> tuple[Int[Array, 'S E'], Int[Array, 'E C']]:
   """Same as `_assign_slots` by position where every token selects every expert, without a sort.
 
@@ -183,12 +183,12 @@ def _count_slots(
   group_size, num_experts = expert_index.shape
   token = jnp.arange(group_size)[:, None]
   # Added, not set: an expert may also be named by an assignment that requests no slot.
-  by_expert = jnp.zeros(asked.shape, jnp.int32).at[token, expert_index].add(asked)
+  by_expert = jnp.zeros(requested.shape, jnp.int32).at[token, expert_index].add(requested)
   before = jnp.cumsum(by_expert, axis=0) - by_expert
-  slot_index = jnp.where(asked, jnp.take_along_axis(before, expert_index, axis=1), 0)
-  assignment = jnp.arange(asked.size, dtype=jnp.int32).reshape(asked.shape)
+  slot_index = jnp.where(requested, jnp.take_along_axis(before, expert_index, axis=1), 0)
+  assignment = jnp.arange(requested.size, dtype=jnp.int32).reshape(requested.shape)
   # Assignments without a slot go one past the last, which is cut off.
-  slot = jnp.where(asked, jnp.minimum(slot_index, capacity), capacity)
-  source_index = jnp.full((num_experts, capacity + 1), asked.size, jnp.int32)
+  slot = jnp.where(requested, jnp.minimum(slot_index, capacity), capacity)
+  source_index = jnp.full((num_experts, capacity + 1), requested.size, jnp.int32)
   source_index = source_index.at[expert_index, slot].set(assignment)[:, :capacity]
   return slot_index, source_index

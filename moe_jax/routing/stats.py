@@ -79,7 +79,7 @@ def router_sums(
   # [G S]: the part that each token counts for, numbered over all groups.
   part = jnp.arange(groups)[:, None] * parts + (jnp.arange(group_size) % parts)[None]
   selected = _count(
-    part[..., None] * num_experts + plan.expert_index, plan.asked, groups * parts * num_experts
+    part[..., None] * num_experts + plan.expert_index, plan.requested, groups * parts * num_experts
   )
   kept = _count(plan.expert_index, plan.keep, num_experts)
 

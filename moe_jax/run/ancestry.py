@@ -145,8 +145,8 @@ def _check_fits(source: Source, config: ml_collections.ConfigDict) -> None:
   there, here = (_shapes(c, vocab_size) for c in (source.config, config))
   hints = {
     'params': '',
-    'router_state': '; train.init_router_state=false starts it anew',
-    'opt_state': '; train.init_optimizer=false starts it anew',
+    'router_state': '; train.init_router_state=false starts with a new one',
+    'opt_state': '; train.init_optimizer=false starts with a new one',
   }
   for part in _taken(config):
     for path in sorted(here[part].keys() | there[part].keys()):
@@ -220,7 +220,7 @@ def start(
       raise UserError(
         'train.init_optimizer',
         True,
-        f'the optimizer in {source.workdir} is of an earlier version; start its state anew',
+        f'the optimizer in {source.workdir} is of an earlier version; start with a new one',
       )
     leaves = jax.tree.leaves(_with_schedule_at_0(taken['opt_state']))
     taken['opt_state'] = jax.tree.unflatten(jax.tree.structure(state.opt_state), leaves)

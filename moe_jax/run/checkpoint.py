@@ -266,7 +266,7 @@ _MEANINGS = (
 
 
 def _reason(error: BaseException) -> str:
-  """Returns why a checkpoint can't be restored: in plain words, then as the library says it."""
+  """Returns why a checkpoint can't be restored: in plain words, then in the library's."""
   line = _first_line(error)
   meaning = next((words for pattern, words in _MEANINGS if re.search(pattern, line)), '')
   return f'{meaning} ({line.rstrip(".:;")})' if meaning else line

@@ -28,23 +28,23 @@ def explained(config: ml_collections.ConfigDict, together: int = 1) -> Iterator[
     together: runs in the program, if they are packed.
 
   Raises:
-    UserError: in place of JAX's error, when memory is exhausted; every other error as it is.
+    UserError: instead of JAX's error, when memory is exhausted; every other error as it is.
   """
-  with instead('data.batch_size', config.data.batch_size, _ways(config, together)):
+  with instead('data.batch_size', config.data.batch_size, _remedies(config, together)):
     yield
 
 
 @contextlib.contextmanager
-def instead(field: str, value: Any, ways: str) -> Iterator[None]:
+def instead(field: str, value: Any, remedies: str) -> Iterator[None]:
   """Turns running out of memory within the block into the error of a field; as in `explained`.
 
   Args:
     field: that is named.
     value: of it.
-    ways: possible remedies.
+    remedies: for the message.
 
   Raises:
-    UserError: in place of JAX's error, when memory is exhausted; every other error as it is.
+    UserError: instead of JAX's error, when memory is exhausted; every other error as it is.
   """
   try:
     yield
@@ -55,19 +55,19 @@ def instead(field: str, value: Any, ways: str) -> Iterator[None]:
       raise
     said = ' '.join(str(error).split())
     shown = said if len(said) <= _SHOWN else f'{said[:_SHOWN]}...'
-    raise UserError(field, value, f'out of memory; {ways}. JAX: {shown}') from error
+    raise UserError(field, value, f'out of memory; {remedies}. JAX: {shown}') from error
 
 
-def _ways(config: ml_collections.ConfigDict, together: int) -> str:
+def _remedies(config: ml_collections.ConfigDict, together: int) -> str:
   """Returns the fields that need less memory, with the values."""
   fields = ['data.sequence_length', 'model.embed_dim', 'model.num_layers']
   if config.moe.num_experts:
     fields += ['moe.num_experts', 'moe.mlp_dim']
   lower = ', '.join(f'{field}={field_value(config, field)}' for field in fields)
-  ways = [f'lower it, or {lower}']
-  ways.append(f'raise train.accumulation_steps={config.train.accumulation_steps}')
+  remedies = [f'lower it, or {lower}']
+  remedies.append(f'raise train.accumulation_steps={config.train.accumulation_steps}')
   if not config.model.remat:
-    ways.append('set model.remat=True')
+    remedies.append('set model.remat=True')
   if together > 1:
-    ways.append(f'pack fewer than {together} (--pack)')
-  return f'{"; ".join(ways)}; in another --workdir, or the same run on a mesh of more devices'
+    remedies.append(f'pack fewer than {together} (--pack)')
+  return f'{"; ".join(remedies)}; in another --workdir, or the same run on a mesh of more devices'

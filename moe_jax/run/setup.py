@@ -77,7 +77,7 @@ def prepared_dataset_of(config: ml_collections.ConfigDict) -> Dataset | None:
 
 
 def examined_text_of(config: ml_collections.ConfigDict) -> Examined:
-  """Returns what is known of the text of a config before it is prepared."""
+  """Returns the known properties of the text of a config before it is prepared."""
   how = _how(config)
   del how['tokenizer'], how['vocab_size']
   return examine(config.data.name, **how)

@@ -21,9 +21,9 @@ _PROBE = flags.DEFINE_bool(
 )
 _JSON = flags.DEFINE_bool('json', False, 'With --dry_run: print one JSON object.')
 _SHARD = flags.DEFINE_string('shard', '0/1', 'i/n: every n-th trial, from the i-th.')
-_TRIAL = flags.DEFINE_string('trial', None, 'Run the trial with this id alone.')
+_TRIAL = flags.DEFINE_string('trial', None, 'Run only the trial with this id.')
 _PACK = flags.DEFINE_integer(
-  'pack', 1, 'Train up to so many trials as one program, if they differ in numbers alone.'
+  'pack', 1, 'Train up to N trials as one program, if they differ only in hyperparameters.'
 )
 _RESULTS = cli.define_path(
   'results', 'A results.jsonl of earlier runs, whose finished trials are not run again.'

@@ -41,7 +41,7 @@ def records_of(
     command: that runs the sweep; a trial's own adds its id.
     known: from `known_records`; replaces trials that have not ended in the directory.
   """
-  known = {id_: as_asked(study, record) for id_, record in (known or {}).items()}
+  known = {id_: as_requested(study, record) for id_, record in (known or {}).items()}
   labels = labels_of(study)
   found = (
     dataclasses.replace(_record(study, trial, workdir, command), label=labels[trial.arm])
@@ -55,7 +55,7 @@ def records_of(
   ]
 
 
-def as_asked(study: Study, record: Record) -> Record:
+def as_requested(study: Study, record: Record) -> Record:
   """Returns a record of a results.jsonl with the label and the deciding metric of the study.
 
   Raises:

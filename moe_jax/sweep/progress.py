@@ -59,7 +59,7 @@ class Progress:
     self._bar.set_postfix_str(self._text(), refresh=True)
 
   def _text(self) -> str:
-    """Returns what runs, and the time of training that is left once a step was timed."""
+    """Returns the running trials, and the time of training left once a step was timed."""
     first, *more = self._trials
     others = f' and {len(more)} more' if more else ''
     doing = f': {self._phase}' if self._phase else ''

@@ -14,7 +14,7 @@ from moe_jax.results.page import Cell, write_page
 from moe_jax.results.records import DIVERGED, FINISHED, Record, read_records, write_records
 from moe_jax.results.summary import Summary, summarize
 from moe_jax.study import Study
-from moe_jax.sweep.collect import as_asked, id_today, known_records, records_of
+from moe_jax.sweep.collect import as_requested, id_today, known_records, records_of
 from moe_jax.sweep.trials import load_study, trials_of
 
 
@@ -146,7 +146,7 @@ def _of_this_study(study: Study, records: list[Record], path: str) -> list[Recor
         f'arm {record.arm!r}, seed {record.seed} was trained with another config than the '
         'study has now',
       )
-  return [as_asked(study, record) for record in records]
+  return [as_requested(study, record) for record in records]
 
 
 def write_report(

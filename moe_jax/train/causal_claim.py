@@ -88,7 +88,7 @@ def _what_moved(
   vocab_size: int,
   priority: str,
 ) -> str:
-  """Returns what of the past a redrawn future moves, '' if nothing."""
+  """Returns the part of the past that a redrawn future moves, '' if none."""
   router = dataclasses.replace(routing.ROUTERS[name], choose=choose)
   size = options.group_size
   keys = jax.random.split(jax.random.key(0), 5)
@@ -115,7 +115,11 @@ def _what_moved(
       priority=priority,
       renormalize=options.renormalize,
     )
-    return jnp.where(plan.asked, plan.expert_index, -1)[0], plan.keep[0], plan.combine_weights[0]
+    return (
+      jnp.where(plan.requested, plan.expert_index, -1)[0],
+      plan.keep[0],
+      plan.combine_weights[0],
+    )
 
   def draw(number):
     key = jax.random.fold_in(keys[3], number)

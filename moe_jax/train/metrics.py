@@ -41,9 +41,9 @@ def router_metrics(sums: routing.RouterSums, num_ranks: int = 1) -> dict[str, An
   kept = np.asarray(sums.kept_per_expert, np.float64)
   num_experts = selected.shape[-1]
   # Over the assignments requested, not K tokens: some routers let a token select more or fewer.
-  asked = np.maximum(np.sum(selected, -1, keepdims=True), 1)
-  load, load_kept = selected / asked, kept / asked
-  drop = 1 - np.sum(kept, -1) / asked[:, 0]
+  requests = np.maximum(np.sum(selected, -1, keepdims=True), 1)
+  load, load_kept = selected / requests, kept / requests
+  drop = 1 - np.sum(kept, -1) / requests[:, 0]
   entropy = -np.sum(load * np.log(np.maximum(load, 1e-300)), -1)
   per_token = tokens[:, 0]
   by_rank = np.sum(load.reshape(len(load), num_ranks, -1), -1)

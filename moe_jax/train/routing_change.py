@@ -111,5 +111,5 @@ def churn(
 
 
 def _summary(overlap: Overlap) -> dict[str, Any]:
-  asked = np.maximum(overlap.before + overlap.after, 1)
-  return {'router/churn': (1 - 2 * overlap.shared / asked).tolist()}
+  total = np.maximum(overlap.before + overlap.after, 1)
+  return {'router/churn': (1 - 2 * overlap.shared / total).tolist()}

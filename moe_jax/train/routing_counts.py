@@ -33,13 +33,13 @@ class RoutingCounts(NamedTuple):
     tokens: tokens of each id, the model's input at that position.
     by_token: tokens of each id that selected each expert; None if it would be too large.
     together: tokens that selected both experts; on the diagonal, the one.
-    num_asked: tokens that selected 0, 1, ... E experts.
+    by_number: tokens that selected 0, 1, ... E experts.
   """
 
   tokens: Int[Array, '*device V']
   by_token: Int[Array, '*device L V E'] | None
   together: Int[Array, '*device L E E']
-  num_asked: Int[Array, '*device L E1']
+  by_number: Int[Array, '*device L E1']
 
 
 def why_not(task: Task) -> str:
@@ -68,7 +68,7 @@ def new_counts(task: Task) -> RoutingCounts | None:
     tokens=zeros(vocab_size),
     by_token=zeros(num_layers, vocab_size, num_experts) if is_kept else None,
     together=zeros(num_layers, num_experts, num_experts),
-    num_asked=zeros(num_layers, num_experts + 1),
+    by_number=zeros(num_layers, num_experts + 1),
   )
 
 
@@ -99,17 +99,17 @@ def _add_local(counts, choices, inputs, valid):
   num_layers, num_experts = counts.together.shape[1:3]
 
   def add_layer(layer, counts):
-    asked = membership(choices[layer].reshape(-1, choices.shape[-1]), num_experts)
+    is_selected = membership(choices[layer].reshape(-1, choices.shape[-1]), num_experts)
     # Sums of zeros and ones are exact in float32 up to 2**24 tokens of a batch on one device.
-    narrow = asked.astype(jnp.float32)
+    narrow = is_selected.astype(jnp.float32)
     together = jnp.einsum('ne,nf->ef', narrow, narrow).astype(jnp.int32)
     by_token = counts.by_token
     if by_token is not None:
-      by_token = by_token.at[0, layer, ids].add(asked.astype(jnp.int32))
+      by_token = by_token.at[0, layer, ids].add(is_selected.astype(jnp.int32))
     return counts._replace(
       by_token=by_token,
       together=counts.together.at[0, layer].add(together),
-      num_asked=counts.num_asked.at[0, layer, jnp.sum(asked, -1)].add(ones),
+      by_number=counts.by_number.at[0, layer, jnp.sum(is_selected, -1)].add(ones),
     )
 
   counts = counts._replace(tokens=counts.tokens.at[0, ids].add(ones))

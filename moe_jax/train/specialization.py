@@ -51,7 +51,7 @@ def mutual_information(joint: Int[np.ndarray, 'R E']) -> float:
 
 
 def expected_mutual_information(
-  tokens: Int[np.ndarray, 'R'], asked: Int[np.ndarray, 'E'], num_asked: Int[np.ndarray, 'E1']
+  tokens: Int[np.ndarray, 'R'], by_expert: Int[np.ndarray, 'E'], by_number: Int[np.ndarray, 'E1']
 ) -> float:
   """Returns the mean of `mutual_information` over all assignments of labels to tokens, in bits.
 
@@ -62,14 +62,14 @@ def expected_mutual_information(
 
   Args:
     tokens: of each label.
-    asked: tokens that selected each expert.
-    num_asked: tokens that selected 0, 1, ... experts.
+    by_expert: tokens that selected each expert.
+    by_number: tokens that selected 0, 1, ... experts.
 
   Source: Vinh, Epps & Bailey 2010, JMLR 11 (theorem 2): the hypergeometric model of the adjusted
   mutual information. Differs: a token may be counted for several experts.
   """
-  tokens, asked = np.asarray(tokens, np.int64), np.asarray(asked, np.int64)
-  total = int(asked.sum())
+  tokens, by_expert = np.asarray(tokens, np.int64), np.asarray(by_expert, np.int64)
+  total = int(by_expert.sum())
   if not total:
     return 0.0
   # Labels of as many tokens have the same expectation.
@@ -77,11 +77,11 @@ def expected_mutual_information(
   population = int(tokens.sum())
   cell_sum = sum(
     float(np.sum(times * _expected_xlogx(population, sizes, drawn)))
-    for drawn in asked.tolist()
+    for drawn in by_expert.tolist()
     if drawn
   )
-  label_sum = float(np.sum(times * _expected_xlogx_of_sums(population, sizes, num_asked)))
-  nats = cell_sum - label_sum - float(np.sum(_xlogx(asked))) + float(_xlogx(total))
+  label_sum = float(np.sum(times * _expected_xlogx_of_sums(population, sizes, by_number)))
+  nats = cell_sum - label_sum - float(np.sum(_xlogx(by_expert))) + float(_xlogx(total))
   return max(0.0, nats / total / math.log(2))
 
 
@@ -118,10 +118,10 @@ def _summed_xlogx(
 
 
 def _expected_xlogx_of_sums(
-  population: int, sizes: Int[np.ndarray, 'U'], num_asked: Int[np.ndarray, 'E1']
+  population: int, sizes: Int[np.ndarray, 'U'], by_number: Int[np.ndarray, 'E1']
 ) -> Float[np.ndarray, 'U']:
   """Returns E[A ln A], A the assignments of as many tokens, drawn from all."""
-  probs = np.asarray(num_asked, np.float64) / population
+  probs = np.asarray(by_number, np.float64) / population
   numbers = np.arange(len(probs))
   each = float(probs @ numbers)
   variance = float(probs @ np.square(numbers - each))
@@ -139,16 +139,16 @@ def _xlogx(x: Any) -> np.ndarray:
   return np.asarray(scipy.special.xlogy(x, x), np.float64)
 
 
-def load_overlap(asked: Int[np.ndarray, 'R E']) -> float:
+def load_overlap(by_expert: Int[np.ndarray, 'R E']) -> float:
   """Returns the overlap of the loads of domains: 1 if all have the same, 0 if they share no expert.
 
   The mean over pairs of domains of sum_e min(p_e, q_e), p and q their shares of assignments: 1
   minus the total variation distance. Domains count alike, whatever their size; one without any
   assignment is left out. Of few tokens it is below 1 by chance.
   """
-  asked = np.asarray(asked, np.float64)
-  asked = asked[asked.sum(1) > 0]
-  load = asked / asked.sum(1, keepdims=True)
+  by_expert = np.asarray(by_expert, np.float64)
+  by_expert = by_expert[by_expert.sum(1) > 0]
+  load = by_expert / by_expert.sum(1, keepdims=True)
   pairs = zip(*np.triu_indices(len(load), 1), strict=True)
   overlaps = [np.minimum(load[i], load[j]).sum() for i, j in pairs]
   return float(np.mean(overlaps)) if overlaps else 1.0
@@ -167,17 +167,17 @@ def coactivation(together: Int[np.ndarray, 'E E']) -> tuple[Float[np.ndarray, 'E
   arXiv:2409.02060, sec. 5.2.
   """
   together = np.asarray(together, np.float64)
-  asked = np.diagonal(together)
-  matrix = together / np.maximum(asked, 1)[:, None]
-  total = asked.sum()
-  if len(asked) < 2 or not total:
+  by_expert = np.diagonal(together)
+  matrix = together / np.maximum(by_expert, 1)[:, None]
+  total = by_expert.sum()
+  if len(by_expert) < 2 or not total:
     return matrix, 0.0, 0.0
-  apart = ~np.eye(len(asked), dtype=bool)
+  apart = ~np.eye(len(by_expert), dtype=bool)
   partners = np.where(apart, matrix, 0)
-  largest = np.max(np.where(apart, asked[None, :], 0), 1)
-  drawn = partners.sum(1) * largest / np.maximum(total - asked, 1)
-  number = float(asked @ partners.max(1) / total)
-  return matrix, number, float(asked @ np.minimum(drawn, 1) / total)
+  largest = np.max(np.where(apart, by_expert[None, :], 0), 1)
+  drawn = partners.sum(1) * largest / np.maximum(total - by_expert, 1)
+  number = float(by_expert @ partners.max(1) / total)
+  return matrix, number, float(by_expert @ np.minimum(drawn, 1) / total)
 
 
 def random_similarity(size: int) -> float:
@@ -214,9 +214,9 @@ def measures(
   result: dict[str, Any] = {}
   domain_sizes = np.array(tokens_of_domains, np.int64)
   if np.count_nonzero(domain_sizes) > 1:
-    asked_LDE = np.array(by_domain).swapaxes(0, 1)
-    result |= _informations('domain', counts, domain_sizes, asked_LDE)
-    result['router/domain_load_overlap'] = [load_overlap(asked) for asked in asked_LDE]
+    by_expert_LDE = np.array(by_domain).swapaxes(0, 1)
+    result |= _informations('domain', counts, domain_sizes, by_expert_LDE)
+    result['router/domain_load_overlap'] = [load_overlap(by_expert) for by_expert in by_expert_LDE]
   if counts.by_token is not None:
     result |= _informations('token', counts, np.asarray(counts.tokens), np.asarray(counts.by_token))
   matrices, numbers, baselines = zip(*map(coactivation, counts.together), strict=True)
@@ -234,8 +234,8 @@ def _informations(
 ) -> dict[str, list[float]]:
   raw = [mutual_information(layer) for layer in joint]
   baseline = [
-    expected_mutual_information(sizes, np.diagonal(together), num_asked)
-    for together, num_asked in zip(counts.together, counts.num_asked, strict=True)
+    expected_mutual_information(sizes, np.diagonal(together), by_number)
+    for together, by_number in zip(counts.together, counts.by_number, strict=True)
   ]
   name = f'router/expert_{label}_mi'
   return {

@@ -198,10 +198,10 @@ def test_dispatch_prints_both_matmuls_and_both_excesses():
     'not_measured': {},
     'peers': None,
   }
-  found = re.findall(r'(dense/arm|products/arm|balanced/arm|excess) (\d\.\d\d)', dispatch.line(row))
+  found = re.findall(r'(dense/arm|matmuls/arm|balanced/arm|excess) (\d\.\d\d)', dispatch.line(row))
   assert found == [
     ('dense/arm', '1.11'),
-    ('products/arm', '1.22'),
+    ('matmuls/arm', '1.22'),
     ('excess', '1.33'),
     ('balanced/arm', '1.44'),
     ('excess', '1.55'),

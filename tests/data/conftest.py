@@ -106,7 +106,7 @@ def archives(tmp_path_factory):
 
 @pytest.fixture
 def registry(archives, monkeypatch):
-  """Puts the small packages in place of the real ones; returns the list of downloads made."""
+  """Replaces the real packages by the small ones; returns the list of downloads made."""
   folder, fakes = archives
   downloads = []
 

@@ -21,9 +21,9 @@ def draw_plan(groups, size, k, num_experts, keep, seed):
   weights = np.where(kept, rng.normal(size=chosen.shape), 0).astype(np.float32)
   nonsense = jnp.full(chosen.shape, -(10**6), jnp.int32)
   arrays = (jnp.asarray(x) for x in (chosen, kept, kept, weights))
-  chosen, kept, asked, weights = arrays
+  chosen, kept, requested, weights = arrays
   source = jnp.full((groups, num_experts, 1), -(10**6), jnp.int32)
-  return routing.Plan(chosen, nonsense, asked, kept, weights, source)
+  return routing.Plan(chosen, nonsense, requested, kept, weights, source)
 
 
 SHAPES = {

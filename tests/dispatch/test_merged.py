@@ -23,7 +23,7 @@ def test_by_hand():
   plan = Plan(
     expert_index=jnp.asarray([[[1], [1]], [[1], [0]]]),
     slot_index=jnp.asarray([[[0], [1]], [[0], [0]]]),
-    asked=jnp.ones((2, 2, 1), bool),
+    requested=jnp.ones((2, 2, 1), bool),
     keep=jnp.asarray([[[True], [True]], [[True], [False]]]),
     combine_weights=jnp.asarray([[[0.1], [0.2]], [[0.3], [0.0]]]),
     source_index=jnp.asarray([[[2, 2], [0, 1]], [[2, 2], [0, 2]]]),

@@ -24,7 +24,7 @@ def all_to_all(values):
 
 
 def ragged_all_to_all(operands, outputs, slices):
-  """What every device of an axis has after `jax.lax.ragged_all_to_all`, from its docstring.
+  """Returns the rows of every device after `jax.lax.ragged_all_to_all`, from its docstring.
 
   Slices must lie within their arrays, and no row may be written twice.
   """

@@ -72,7 +72,7 @@ def test_the_edges_of_the_sizes(num_filled):
 def test_each_turn_multiplies_the_rows_of_its_size():
   """So an expert costs at most C rows, and all of them the capacity factor of what is active."""
   x, w_in, w_out, counts = make_inputs([C] * E)
-  of_row = 2 * (D * F + (F // 2) * D)  # of both products
+  of_row = 2 * (D * F + (F // 2) * D)  # of both matmuls
   forward = functools.partial(cpu._looped_forward, 'swiglu', True)
   assert turns(forward, x, counts, w_in, w_out) == [n * of_row for n in cpu.sizes_of(C)]
   backward = functools.partial(cpu._looped_backward, 'swiglu')
@@ -82,14 +82,14 @@ def test_each_turn_multiplies_the_rows_of_its_size():
 
 
 def turns(function, *arrays):
-  """Returns the operations of products in one turn of each loop, in order."""
+  """Returns the operations of matmuls in one iteration of each loop, in order."""
   equations = jax.make_jaxpr(function)(*arrays).jaxpr.eqns
   bodies = [e.params['body_jaxpr'].jaxpr for e in equations if e.primitive.name == 'while']
   return [test_implementations.product_flops(body) for body in bodies]
 
 
 def test_rows_beyond_are_not_computed():
-  """What is not filled is not looked at: the loop alone, since others compute all rows."""
+  """Rows that are not filled are not read: only in the loop, since others compute all rows."""
   x, w_in, w_out, counts = make_inputs([14] * E)
   looked = jnp.where(jnp.arange(C)[None, :, None] < 14, x, jnp.nan)
   y = jax.jit(functools.partial(cpu.run_filled, 'swiglu'))(looked, counts, w_in, w_out)

@@ -30,7 +30,7 @@ def expected(pairs):
 
 
 def run(filled, pairs):
-  """Compiles anew: a program that was made while the choice was another would be found again."""
+  """Compiles again: a program that was made while the choice was another would be found again."""
   return jax.jit(lambda *of: filled_gradients(*of))(filled, pairs)
 
 
@@ -67,7 +67,7 @@ def test_each_number_of_rows(monkeypatch, size):
   ],
 )
 def test_the_cheapest_number_of_rows_is_taken(num_filled, size):
-  """What lies beyond is not looked at, but of those that have more."""
+  """Rows beyond it are not read, except of experts that have more."""
   filled, pairs = jnp.asarray(num_filled, jnp.int32), make_pairs(num_filled)
   unread = (jnp.arange(C)[None, :, None] >= size) & (filled <= size)[:, None, None]
   spoilt = jax.tree.map(lambda values: jnp.where(unread, jnp.nan, values), pairs)

@@ -1,4 +1,4 @@
-"""The experts when decoding: each way gives what one-hot products give, and reads no more."""
+"""The experts when decoding: each implementation equals one-hot matmuls, and reads no more."""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -26,7 +26,7 @@ def draw_weights(num_experts, width, hidden, activation, layers=()):
 
 
 def oracle(tokens, plan, weights, activation):
-  """One-hot products, every assignment in a slot of its own: (s, k) in slot s K + k."""
+  """One-hot matmuls, every assignment in a slot of its own: (s, k) in slot s K + k."""
   size, k = plan.keep.shape[1:]
   own = jnp.broadcast_to(jnp.arange(size * k, dtype=jnp.int32).reshape(size, k), plan.keep.shape)
   source = jnp.zeros((plan.keep.shape[0], weights[0].shape[0], size * k), jnp.int32)

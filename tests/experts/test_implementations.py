@@ -1,4 +1,4 @@
-"""The experts' products, one expert at a time or all at once, against NumPy in float64."""
+"""The experts' matmuls, one expert at a time or all at once, against NumPy in float64."""
 
 import functools
 import math
@@ -93,7 +93,7 @@ def test_a_cpu_loops_and_other_platforms_do_not(way):
     text = gradient.trace(*make_inputs()).lower(lowering_platforms=(platform,)).as_text()
     return text.count('stablehlo.while')
 
-  # Of each of two products: itself and the gradient of its rows.
+  # Of each of two matmuls: itself and the gradient of its rows.
   assert loops('cpu') == {'batched': 0, 'loop': 4}[way]
   assert loops('tpu') == loops('cuda') == 0
 
@@ -137,7 +137,7 @@ def test_which_shapes_loop():
 
 
 def test_both_ways_compute_each_product_once(way):
-  """Products in the traced program: three for each matrix, each of 2 E C D F operations."""
+  """Matmuls in the traced program: three for each matrix, each of 2 E C D F operations."""
   x, w_in, w_out = make_inputs()
   loss = lambda *arrays: jnp.sum(experts.run_experts(arrays[0], arrays[1:], 'swiglu'))  # noqa: E731
   jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(x, w_in, w_out)
@@ -146,7 +146,7 @@ def test_both_ways_compute_each_product_once(way):
 
 
 def product_flops(jaxpr):
-  """Returns the operations of all matrix products of a jaxpr, loops times their lengths."""
+  """Returns the operations of all matmuls of a jaxpr, loops times their lengths."""
   total = 0
   for equation in jaxpr.eqns:
     if equation.primitive.name == 'dot_general':

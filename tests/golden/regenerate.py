@@ -36,7 +36,7 @@ def named_configs():
 
 
 def as_text(config):
-  """Returns one `room.field = value` per line, sorted."""
+  """Returns one `section.field = value` per line, sorted."""
   lines = [
     f'{room}.{field} = {value!r}'
     for room, fields in config.to_dict().items()

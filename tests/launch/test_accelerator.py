@@ -99,7 +99,7 @@ def test_what_other_libraries_print_is_no_row(line, row):
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_stopped_script_stops_its_child(number):
-  # The child is the check; in place of it stands one that says its number and sleeps.
+  # The child is the check; one that prints its number and sleeps replaces it.
   child = 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'
   program = (
     'from moe_jax.benchmark import accelerator\n'

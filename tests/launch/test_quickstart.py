@@ -1,4 +1,4 @@
-"""What `launch/quickstart` does with the ends of its commands; a stand-in for Python logs calls."""
+"""`launch/quickstart` and the exit codes of its commands; a stand-in for Python logs calls."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""What `launch/test` runs and how it ends; stand-ins for Python and linters log their calls."""
+"""Commands of `launch/test` and its exit code; stand-ins for Python and linters log their calls."""
 
 import os
 import shutil

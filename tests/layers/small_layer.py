@@ -69,7 +69,7 @@ def make_params(router, w_in, w_out):
 
 
 def info_of(valid):
-  """What a router may know of the tokens: an id each, and its place."""
+  """Properties of the tokens for routers: an id each, and its position."""
   rows, length = valid.shape
   places = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), valid.shape)
   ids = (places * 7 + jnp.arange(rows, dtype=jnp.int32)[:, None] * 3) % VOCAB_SIZE

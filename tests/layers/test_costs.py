@@ -1,4 +1,4 @@
-"""What the layer costs, read from the program and not from a clock."""
+"""Costs of the layer, read from the program and not from a clock."""
 
 import dataclasses
 import re
@@ -51,7 +51,7 @@ def lower(num_experts, batch, length, mesh=(1, 1), backward=False, dtype=jnp.flo
 def test_flops_and_memory_are_those_of_the_products(num_experts, backward):
   tokens = 2048
   compiled = lower(num_experts, 1, tokens, backward=backward).compile()
-  # A SwiGLU expert has three matrices, the router one; the backward pass has two products for each.
+  # A SwiGLU expert has three matrices, the router one; the backward pass has two matmuls for each.
   active = 2 * tokens * WIDTH * (SELECTED * 3 * HIDDEN + num_experts) * (3 if backward else 1)
   flops = compiled.cost_analysis()['flops']
   assert active * 0.9 * FACTOR < flops < active * 1.1 * FACTOR

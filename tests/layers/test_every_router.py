@@ -1,4 +1,4 @@
-"""What must hold of every router of the registry, inside the layer, with the choices of its preset.
+"""Properties of every router of the registry, inside the layer, with the choices of its preset.
 
 The same loss, gradients, sums and state on any mesh; the same result by any dispatcher; `causal`
 and `learns` as the registry says; padding that influences nothing.
@@ -326,7 +326,7 @@ def past_changes(options, deterministic):
 @pytest.fixture(scope='module')
 def changes_in_training(names):
   """Those of {(router, sequences in a group)}."""
-  # Where tokens are weighed against each other, also beside those of another sequence.
+  # Where tokens are weighed against each other, also next to those of another sequence.
   sizes = {n: (1, 2) if routing.ROUTERS[n].balance == 'assignment' else (1,) for n in names}
   options = {(n, size): options_of(n, group_size=size) for n in names for size in sizes[n]}
   return past_changes(options, deterministic=False)

@@ -14,7 +14,7 @@ from moe_jax.dispatch import exchange as exchange_room
 from moe_jax.parallel.mesh import make_mesh
 from tests.layers import ragged_stand_in, small_layer
 
-# Room for all under `dropless` would be the whole buffer, and nothing would go in rounds.
+# Space for all under `dropless` would be the whole buffer, and nothing would go in rounds.
 BATCH, LENGTH = 32, 16
 
 
@@ -29,7 +29,7 @@ def stand_in(allowed, monkeypatch):
 
 
 def draw():
-  """Inputs most of which ask for expert 0, so that slots of others stay empty."""
+  """Inputs most of which select expert 0, so that slots of others stay empty."""
   inputs = small_layer.draw(small_layer.OPTIONS, BATCH, LENGTH)
   router = inputs.params.router['router'].at[-1, 0].add(2.0)
   return inputs._replace(params=inputs.params._replace(router={'router': router}))

@@ -1,4 +1,4 @@
-"""What the program of decoding copies and keeps, read from the program and not from a clock."""
+"""Copies and memory of the program of decoding, read from the program and not from a clock."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Which variables join a process to a run; nothing here opens a connection."""
+"""Variables that join a process to a run; nothing here opens a connection."""
 
 import jax
 import pytest

@@ -1,4 +1,4 @@
-"""The mesh has exactly the devices asked for, or is an error."""
+"""The mesh has exactly the devices requested, or is an error."""
 
 import jax
 import pytest

@@ -145,7 +145,7 @@ def test_shardings_made_from_shardings():
   [
     ((2, 4), False, PartitionSpec(('expert',))),
     ((2, 4), True, PartitionSpec(None, ('expert',))),
-    # A data axis of one device is named too, or JAX asks for a sum over it.
+    # A data axis of one device is named too, or JAX inserts a sum over it.
     ((1, 8), False, PartitionSpec(('data', 'expert'))),
     ((1, 8), True, PartitionSpec(None, ('data', 'expert'))),
     ((1, 1), False, PartitionSpec(('data', 'expert'))),

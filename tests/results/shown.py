@@ -1,4 +1,4 @@
-"""What LaTeX and Markdown show of a text, without a compiler, and a check of their syntax."""
+"""Text as LaTeX and Markdown show it, without a compiler, and a check of their syntax."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""What may stand in one table, and what is refused, by hand-made records."""
+"""Trials that may be in one table, and those refused, by hand-made records."""
 
 import pytest
 

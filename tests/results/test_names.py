@@ -1,4 +1,4 @@
-"""What tables call metrics."""
+"""Titles of metrics in tables."""
 
 import pytest
 

@@ -67,7 +67,7 @@ def address(tmp_path_factory):
 
 @pytest.fixture
 def page(browser, address):
-  """The page, opened anew; after the test the browser has nothing to complain about."""
+  """The page, opened again; after the test the browser has nothing to complain about."""
   browser.get('about:blank')
   browser.get_log('performance')
   browser.get_log('browser')

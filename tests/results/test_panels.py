@@ -1,4 +1,4 @@
-"""What figures share."""
+"""Shared parts of figures."""
 
 import numpy as np
 import pytest

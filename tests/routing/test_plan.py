@@ -46,7 +46,7 @@ def keys_for(num_groups):
 def groups(draw):
   """Two groups with many ties; sometimes one expert wins all, sometimes all is padding.
 
-  Sometimes tokens ask for fewer experts than K, as where a router leaves out second choices.
+  Sometimes tokens select fewer experts than K, as where a router leaves out second choices.
   """
   shape, renormalize = draw(st.sampled_from(sorted(SHAPES.items())))
   size, num_experts, k, slots = shape
@@ -84,15 +84,15 @@ def test_matches_the_oracle_and_keeps_the_invariants(drawn, priority):
   check_invariants(plan, choice.chosen & valid[..., None], slots)
 
 
-def check_invariants(plan, asked, slots):
-  """What holds for any plan, whoever was served first."""
+def check_invariants(plan, requested, slots):
+  """Checks what holds for any plan, whatever the priority."""
   num_groups, size, k = plan.keep.shape
   num_experts = plan.source_index.shape[1]
   keep, source, slot_index = map(np.asarray, (plan.keep, plan.source_index, plan.slot_index))
   for g in range(num_groups):
     expert_of = np.asarray(plan.expert_index[g]).ravel()
     kept, slot = keep[g].ravel(), slot_index[g].ravel()
-    wanted = np.asarray(asked[g]).ravel()
+    wanted = np.asarray(requested[g]).ravel()
     # Padding never takes a slot, nor what is not chosen.
     assert not (kept & ~wanted).any()
     # An expert keeps what it is offered up to C: it drops only when it is full.
@@ -150,7 +150,7 @@ def test_priority_serves_the_surest_token_first():
 
 
 def test_equal_probabilities_are_served_by_position():
-  # So many ties that a sort which does not keep order would show it.
+  # Enough ties that a sort which does not keep order would show it.
   choice = make_choice(np.full((1, 300, 2), 0.5), 1)
   options = {'capacity': 7, 'priority': 'priority', 'renormalize': 'none'}
   plan = make_plan(choice, jnp.ones((1, 300), bool), keys_for(1), **options)
@@ -263,13 +263,13 @@ def test_slots_where_one_sort_key_would_leave_int32(num_experts):
   size, k = 1024, 2
   expert_index = (rng.integers(0, 5, (size, k)) * (num_experts // 5)).astype(np.int32)
   rank = rng.permutation(size * k).astype(np.int32).reshape(size, k)
-  asked = rng.random((size, k)) < 0.8
+  requested = rng.random((size, k)) < 0.8
   slots, source = plan_lib._assign_slots(
-    *map(jnp.asarray, (expert_index, rank, asked)), num_experts, 1
+    *map(jnp.asarray, (expert_index, rank, requested)), num_experts, 1
   )
   taken = {}
   for assignment in np.argsort(rank.ravel()):
-    if asked.ravel()[assignment]:
+    if requested.ravel()[assignment]:
       queue = taken.setdefault(int(expert_index.ravel()[assignment]), [])
       assert slots.ravel()[assignment] == len(queue)
       queue.append(assignment)
@@ -279,15 +279,17 @@ def test_slots_where_one_sort_key_would_leave_int32(num_experts):
 
 @pytest.mark.parametrize('capacity', [1, 3, 40])
 def test_counting_gives_the_slots_of_sorting(capacity):
-  # Every token names every expert, in an order of its own, and asks for some.
+  # Every token names every expert, in an order of its own, and requests slots of some.
   rng = np.random.default_rng(capacity)
   expert_index = rng.permuted(np.tile(np.arange(6, dtype=np.int32), (40, 1)), axis=1)
   rank = np.arange(240, dtype=np.int32).reshape(40, 6)
-  asked = jnp.asarray(rng.random((40, 6)) < 0.4)
-  # What asks for nothing may name any expert, one that is named already too.
-  expert_index = np.where(asked, expert_index, rng.integers(0, 6, (40, 6))).astype(np.int32)
-  counted = plan_lib._count_slots(jnp.asarray(expert_index), asked, capacity)
-  sort = plan_lib._assign_slots(jnp.asarray(expert_index), jnp.asarray(rank), asked, 6, capacity)
+  requested = jnp.asarray(rng.random((40, 6)) < 0.4)
+  # An assignment without a request may name any expert, one that is named already too.
+  expert_index = np.where(requested, expert_index, rng.integers(0, 6, (40, 6))).astype(np.int32)
+  counted = plan_lib._count_slots(jnp.asarray(expert_index), requested, capacity)
+  sort = plan_lib._assign_slots(
+    jnp.asarray(expert_index), jnp.asarray(rank), requested, 6, capacity
+  )
   np.testing.assert_array_equal(counted[0], sort[0])
   np.testing.assert_array_equal(counted[1], sort[1])
 

@@ -82,11 +82,11 @@ def test_a_stopwatch_tells_set_up_from_steps():
 
 
 def test_flops_count_empty_slots():
-  """8 experts without drops compute 8 slots for each token that asks for 2."""
+  """8 experts without drops compute 8 slots for each token that selects 2."""
   config = tiny.config({'moe.num_selected_experts': 2, 'moe.capacity_factor': 1.0})
   vocab = tiny.VOCAB_SIZE
   tight = accounting.computed_flops_per_token(config, vocab)
-  # Capacity 16 tokens x 2 / 8 = 4; slots of a token 8 x 4 / 16 = 2, as many as are asked for.
+  # Capacity 16 tokens x 2 / 8 = 4; slots of a token 8 x 4 / 16 = 2, as many as are requested.
   assert tight == accounting.training_flops_per_token(config, vocab) / 3
   config.moe.capacity_factor = 4.0
   loose = accounting.computed_flops_per_token(config, vocab)

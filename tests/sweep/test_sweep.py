@@ -245,7 +245,7 @@ def test_any_number_may_decide_and_functions_of_the_study_file(swept, tmp_path):
   write_records(tmp_path / 'results.jsonl', found)
   kept = read_records(tmp_path / 'results.jsonl')
   verse = dataclasses.replace(study, metric=Metric('dropless/domains/verse/loss', 'nats'))
-  again = [collect.as_asked(verse, record) for record in kept]
+  again = [collect.as_requested(verse, record) for record in kept]
   direct = collect.records_of(verse, workdir)
   assert [r.metrics[verse.metric.name] for r in again] == [
     r.metrics[verse.metric.name] for r in direct
@@ -254,7 +254,7 @@ def test_any_number_may_decide_and_functions_of_the_study_file(swept, tmp_path):
   changed = dataclasses.replace(study, metrics={'sum': lambda trial: 3.0})
   assert {r.metrics['user/sum'] for r in collect.records_of(changed, workdir)} == {3.0}
   with pytest.raises(UserError, match="study.metrics='sum': --results holds values of another"):
-    collect.as_asked(changed, kept[0])
+    collect.as_requested(changed, kept[0])
 
 
 def test_a_plan_counts_what_is_left_by_what_was_measured(swept):
@@ -414,7 +414,7 @@ def whole(text, tmp_path_factory):
 
 
 def wait_for_steps(workdir, trials_begun):
-  """Waits until so many trials are in the middle, of workers started just now."""
+  """Waits until `trials_begun` trials are in the middle, of workers started just now."""
   started = time.time()
   while time.time() - started < 120:
     logs = [p for p in workdir.glob('trials/*/metrics.jsonl') if p.stat().st_mtime > started]

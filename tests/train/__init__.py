@@ -1,1 +1,1 @@
-"""What a step of training computes."""
+"""Tests of the computation of a training step."""

@@ -170,7 +170,7 @@ def test_experts_that_are_equal_have_similarity_1():
 
 @pytest.mark.parametrize('router', ['remoe', 'dense'])
 def test_routers_without_k_choices_of_each_token(dataset, router):
-  """ReMoE asks for any number of experts; where all are taken there is no choice to measure."""
+  """ReMoE selects any number of experts; where all are taken there is no choice to measure."""
   overrides = {'mesh.data': 1, 'mesh.expert': 1, 'moe.router': router, 'model.num_layers': 1}
   if router == 'dense':
     overrides |= {'moe.num_selected_experts': 8, 'moe.renormalize': 'none'}

@@ -1,4 +1,4 @@
-"""What a resume does with the lines of metrics.jsonl, and what the router metrics are."""
+"""Lines of metrics.jsonl after a resume, and router metrics."""
 
 import json
 
@@ -234,7 +234,7 @@ def test_tensorboard_holds_numbers_and_a_number_for_each_layer(tmp_path):
     'nothing': None,
     'domains': {'prose': {'loss': 2.0, 'router/entropy': [1.0, 2.0]}, 'verse': {'loss': 3.0}},
   }
-  # From step 4 on anew: what was written past it is hidden.
+  # From step 4 on again: lines written past it are hidden.
   for resume_step, steps in ((0, (4, 8)), (4, (6,))):
     writer = metrics_writer.MetricsWriter(str(tmp_path), resume_step, say=lambda line: None)
     for step in steps:

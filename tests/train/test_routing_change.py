@@ -22,7 +22,7 @@ LENGTH, BATCH = 16, 16
 
 def test_churn_by_hand():
   # Layer 0: 10 and 10 assignments, 7 in both: 3 of 10 changed. Layer 1: 4 and 8, 3 in both:
-  # 1 - 2 * 3 / 12. Layer 2: nobody asked for anything.
+  # 1 - 2 * 3 / 12. Layer 2: no token selected any.
   overlap = routing_change.Overlap(
     *(np.array(n, float) for n in ([10, 4, 0], [10, 8, 0], [7, 3, 0]))
   )

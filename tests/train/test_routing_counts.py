@@ -1,4 +1,4 @@
-"""Counts of who asked for which experts, against loops over tokens."""
+"""Counts of the experts that tokens selected, against loops over tokens."""
 
 import functools
 
@@ -18,7 +18,7 @@ NUM_LAYERS, NUM_EXPERTS, VOCAB_SIZE = 2, 8, tiny.VOCAB_SIZE
 
 
 def test_membership_by_hand():
-  # A token that asks for 2 and 0; one that asks for 3 alone; padding.
+  # A token that selects 2 and 0; one that selects only 3; padding.
   choices = jnp.array([[[2, 0], [3, -1], [-1, -1]]])
   expected = [[[1, 0, 1, 0], [0, 0, 0, 1], [0, 0, 0, 0]]]
   np.testing.assert_array_equal(routing_counts.membership(choices, 4), np.array(expected, bool))
@@ -37,26 +37,26 @@ def batches():
     valid = rng.random((8, 5)) < 0.8
     inputs = rng.integers(0, VOCAB_SIZE, (8, 5)) % 7
     choices = np.argsort(rng.random((NUM_LAYERS, 8, 5, NUM_EXPERTS)), -1)[..., :3]
-    asked = valid[None, ..., None] & (rng.random(choices.shape) < 0.7)
-    yield np.where(asked, choices, -1).astype(np.int32), inputs.astype(np.int32), valid
+    selected = valid[None, ..., None] & (rng.random(choices.shape) < 0.7)
+    yield np.where(selected, choices, -1).astype(np.int32), inputs.astype(np.int32), valid
 
 
 def counted_by_loops():
   tokens = np.zeros(VOCAB_SIZE, int)
   by_token = np.zeros((NUM_LAYERS, VOCAB_SIZE, NUM_EXPERTS), int)
   together = np.zeros((NUM_LAYERS, NUM_EXPERTS, NUM_EXPERTS), int)
-  num_asked = np.zeros((NUM_LAYERS, NUM_EXPERTS + 1), int)
+  by_number = np.zeros((NUM_LAYERS, NUM_EXPERTS + 1), int)
   for choices, inputs, valid in batches():
     for b, t in np.argwhere(valid):
       tokens[inputs[b, t]] += 1
       for layer in range(NUM_LAYERS):
-        asked = [e for e in choices[layer, b, t].tolist() if e >= 0]
-        num_asked[layer, len(asked)] += 1
-        for e in asked:
+        selected = [e for e in choices[layer, b, t].tolist() if e >= 0]
+        by_number[layer, len(selected)] += 1
+        for e in selected:
           by_token[layer, inputs[b, t], e] += 1
-          for f in asked:
+          for f in selected:
             together[layer, e, f] += 1
-  return tokens, by_token, together, num_asked
+  return tokens, by_token, together, by_number
 
 
 @pytest.mark.parametrize('mesh', [(1, 1), (2, 4)])

@@ -23,16 +23,16 @@ def information(joint):
 
 
 def joint_of(labels, sets, num_labels):
-  """Counts of (label, expert); `sets` holds True for each expert that a token asked for."""
+  """Counts of (label, expert); `sets` holds True for each expert that a token selected."""
   joint = np.zeros((num_labels, sets.shape[1]), int)
   np.add.at(joint, labels, sets)
   return joint
 
 
 def baseline_of(labels, sets, num_labels):
-  num_asked = np.bincount(sets.sum(1), minlength=sets.shape[1] + 1)
+  by_number = np.bincount(sets.sum(1), minlength=sets.shape[1] + 1)
   sizes = np.bincount(labels, minlength=num_labels)
-  return specialization.expected_mutual_information(sizes, sets.sum(0), num_asked)
+  return specialization.expected_mutual_information(sizes, sets.sum(0), by_number)
 
 
 def random_sets(rng, num_tokens, num_experts, num_selected, skew=0.0):
@@ -125,7 +125,7 @@ def test_overlap_of_loads_by_hand():
 
 
 def test_coactivation_by_hand():
-  # 6 tokens ask for {0, 1}, 2 for {0, 2}, 4 for {1}; nobody for 3.
+  # 6 tokens select {0, 1}, 2 select {0, 2}, 4 select {1}; none selects 3.
   together = np.array([[8, 6, 2, 0], [6, 10, 0, 0], [2, 0, 2, 0], [0, 0, 0, 0]])
   matrix, number, baseline = specialization.coactivation(together)
   expected = [[1, 3 / 4, 1 / 4, 0], [3 / 5, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]]
@@ -165,7 +165,7 @@ def counts_of(labels, sets):
     tokens=np.bincount(labels),
     by_token=joint_of(labels, sets, labels.max() + 1)[None],
     together=(asked.T @ asked)[None],
-    num_asked=np.bincount(asked.sum(1), minlength=asked.shape[1] + 1)[None],
+    by_number=np.bincount(asked.sum(1), minlength=asked.shape[1] + 1)[None],
   )
 
 

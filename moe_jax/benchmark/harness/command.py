@@ -59,7 +59,7 @@ def add_activation_flag() -> None:
 
 def add_tokens_per_expert_flag() -> None:
   """Defines --tokens_per_expert."""
-  text = 'so many tokens for each expert; 0 for num_tokens.'
+  text = 'tokens for each expert, on average; 0 for num_tokens.'
   flags.DEFINE_integer('tokens_per_expert', 0, text, lower_bound=0)
 
 
@@ -68,7 +68,7 @@ def add_reuse_memory_flag() -> None:
   flags.DEFINE_bool(
     'reuse_memory',
     False,
-    'write results over those of the call before, in place of new memory; peers have their own.',
+    'write results over those of the call before, instead of new memory; peers have their own.',
   )
 
 

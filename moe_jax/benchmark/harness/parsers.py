@@ -46,7 +46,7 @@ class ListOf(flags.ListParser):
     """Returns the values.
 
     Raises:
-      ValueError: says what is wrong with the first entry that is.
+      ValueError: names the first entry that is wrong.
     """
     values = []
     for word in map(str, super().parse(argument)):

@@ -23,7 +23,7 @@ def load(row: dict[str, Any]) -> str:
 
 
 def program(arm: dict[str, Any]) -> str:
-  """Returns what compiling an arm took, and the memory it needs."""
+  """Returns the compile time of an arm, and the memory it needs."""
   return (
     f'compiled in {arm["compile_seconds"]:.1f} s, {megabytes(arm["temporary_bytes"])} temporary'
   )

@@ -37,7 +37,7 @@ def add_flags() -> None:
     'arms',
     parsers.names((*names.ARMS, names.TOKAMAX)),
     ','.join(names.ARMS),
-    'which, next to dense and the matmuls alone; those over 20 times dense are left out; also '
+    'which, next to dense and only the matmuls; those over 20 times dense are left out; also '
     f'{names.TOKAMAX}, if that package is there.',
   )
   text = 'also time grouped_mm of torch and transformers, which must be there.'
@@ -96,7 +96,7 @@ def line(row: dict[str, Any]) -> str:
     if peers and name in peers['ours']:
       ahead = f'grouped_mm/arm {Ratio(**peers["ours"][name])!s:<20} '
     lines.append(
-      f'  {name:<12}dense/arm {Ratio(**arm["eta_dense"])!s:<20}products/arm '
+      f'  {name:<12}dense/arm {Ratio(**arm["eta_dense"])!s:<20}matmuls/arm '
       f'{Ratio(**arm["eta_bmm"])!s:<20}excess {arm["excess"]:<6.2f}balanced/arm '
       f'{Ratio(**arm["eta_balanced"])!s:<20}excess {arm["excess_balanced"]:<6.2f}'
       f'{arm["milliseconds"]:>9,.1f} ms  {ahead}{tables.program(arm)}'

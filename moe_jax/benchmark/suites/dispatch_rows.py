@@ -188,7 +188,7 @@ def layer_of(arm: str, activation: str) -> Callable[[MoeParams, Array, Plan], Ar
   def local(weights, tokens, plan):
     selected = plan.expert_index.shape[-1]
     if arm in DROPLESS:
-      plan = plan._replace(keep=plan.asked, combine_weights=plan.asked / selected)
+      plan = plan._replace(keep=plan.requested, combine_weights=plan.requested / selected)
     return dispatch_lib.run_plan(
       arm,
       tokens,

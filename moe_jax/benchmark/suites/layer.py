@@ -16,7 +16,7 @@ from moe_jax.benchmark.harness.command import FLAGS
 from moe_jax.benchmark.harness.tables import Ratio
 
 HEAD = (
-  f'{"E":>5} {"pass":<17}{"dense/MoE":<20}{"products/MoE":<20}{"excess":<8}{"batched/MoE":<20}'
+  f'{"E":>5} {"pass":<17}{"dense/MoE":<20}{"matmuls/MoE":<20}{"excess":<8}{"batched/MoE":<20}'
   f'{"excess":<8}{"null":<20}{"ms":>7}'
   f'{"drops":>7}{"padding":>9}{"tokens/E":>10}{"fullest":>9}{"compile s":>11}{"temporary":>11}'
 )

@@ -57,6 +57,6 @@ def line(row: dict[str, Any]) -> str:
   if row['disagreement'] is not None:
     load = f'{row["disagreement"]:.2%} of choices differ from float32, {load}'
   return (
-    f'{head}{share["median"]:>8.1%} [{share["low"]:.1%}, {share["high"]:.1%}] of the products; '
+    f'{head}{share["median"]:>8.1%} [{share["low"]:.1%}, {share["high"]:.1%}] of the matmuls; '
     f'{load}{tables.program(row)}{tables.invalid(row)}'
   )

@@ -127,8 +127,8 @@ def _load(result: Any) -> dict[str, float | None]:
     return dict.fromkeys(('tokens_per_expert', 'max_load', 'drop_share', 'padding'))
   _, plan = result
   num_experts = plan.source_index.shape[1]
-  asked = np.asarray(plan.expert_index)[np.asarray(plan.asked)]
-  load = np.bincount(asked, minlength=num_experts)
+  selected = np.asarray(plan.expert_index)[np.asarray(plan.requested)]
+  load = np.bincount(selected, minlength=num_experts)
   return load_statistics(load, int(np.sum(plan.keep)), plan.source_index.size)
 
 
@@ -137,15 +137,15 @@ def _disagreement(one: Compiled, other: Compiled) -> float | None:
   results = one.call(), other.call()
   if isinstance(results[0], Mixture):
     return None
-  asked = []
+  selected = []
   for choice, plan in results:
     num_experts = plan.source_index.shape[1]
-    index = np.where(np.asarray(plan.asked), np.asarray(choice.expert_index), num_experts)
+    index = np.where(np.asarray(plan.requested), np.asarray(choice.expert_index), num_experts)
     rows = np.zeros((*index.shape[:2], num_experts + 1), bool)
     np.put_along_axis(rows, index, True, axis=-1)
-    asked.append(rows[..., :-1])
-  shared = np.sum(asked[0] & asked[1])
-  return float(1 - 2 * shared / max(np.sum(asked[0]) + np.sum(asked[1]), 1))
+    selected.append(rows[..., :-1])
+  shared = np.sum(selected[0] & selected[1])
+  return float(1 - 2 * shared / max(np.sum(selected[0]) + np.sum(selected[1]), 1))
 
 
 def _arm(name: str, options: routing.RouterOptions, tokens: jax.Array, seed: int) -> Compiled:

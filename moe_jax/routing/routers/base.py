@@ -214,7 +214,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   else:
     expert_index = jnp.argmax(router_logits, axis=-1).astype(jnp.int32)
   expert_index = expert_index[..., None]
-  # Not a softmax: the gate says how much this expert helps the token, whether or not the token
+  # Not a softmax: the gate measures how much this expert helps the token, whether or not the token
   # would rather have another.
   gates = jax.nn.sigmoid(jnp.take_along_axis(router_logits, expert_index, axis=-1))
   return Choice(
@@ -246,7 +246,7 @@ ROUTER = router_lib.Router(
   learns=True,
   by_group=True,
   balance='assignment',
-  cost='D E products; an auction: tens to hundreds of rounds of E and a sort of S',
+  cost='D E multiply-adds; an auction: tens to hundreds of rounds of E and a sort of S',
   allowed=allowed,
   always={'score': 'sigmoid'},
 )

@@ -67,7 +67,7 @@ ROUTER = router_lib.Router(
   causal=True,
   learns=True,
   balance='none',
-  cost='D E products; every token pays for all E experts',
+  cost='D E multiply-adds; every token pays for all E experts',
   slots='all',
   allowed=allowed,
 )

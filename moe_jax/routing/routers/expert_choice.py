@@ -110,7 +110,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
   has_tokens = jnp.any(valid, axis=-1)
   return Choice(
     # Any number of experts may take a token, so each token has E assignments, one for each
-    # expert; `chosen` says which exist.
+    # expert; `chosen` marks those that exist.
     expert_index=jnp.broadcast_to(jnp.arange(num_experts, dtype=jnp.int32), scores.shape),
     gates=scores * options.gate_scale,
     chosen=chosen,
@@ -168,7 +168,7 @@ ROUTER = router_lib.Router(
   by_group=True,
   balance='assignment',
   slots='filled',
-  cost='D E products, 32 + log S counts of the tokens for each expert',
+  cost='D E multiply-adds, 32 + log S counts of the tokens for each expert',
   state=initial_state,
   update=update,
   allowed=allowed,

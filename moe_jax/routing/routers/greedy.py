@@ -212,7 +212,7 @@ def allowed(options: GateScaleOptions) -> tuple[str, str] | None:
 ROUTER = router_lib.Router(
   name='greedy',
   paper='none',
-  summary='best pairs of token and expert first, while both have room; top-k in evaluation',
+  summary='best pairs of token and expert first, while neither is full; top-k in evaluation',
   choose=choose,
   options=Options,
   causal=False,
@@ -220,6 +220,6 @@ ROUTER = router_lib.Router(
   by_group=True,
   balance='assignment',
   slots='filled',
-  cost='D E products, some rounds of top-k of E and a sort of S K',
+  cost='D E multiply-adds, some rounds of top-k of E and a sort of S K',
   allowed=allowed,
 )

@@ -31,7 +31,7 @@ class Options(MatrixOptions, GateScaleOptions):
     fields.one_of(
       'random',
       SECOND_CHOICES,
-      'In training, the second choice asks for a slot with probability 2 g2, with '
+      'In training, the second choice requests a slot with probability 2 g2, with '
       'min(1, g2 / 0.2), or always.',
     )
   )
@@ -134,7 +134,7 @@ ROUTER = router_lib.Router(
   learns=True,
   by_group=True,
   balance='loss',
-  cost='D E products, top-2 of E, 1 random number',
+  cost='D E multiply-adds, top-2 of E, 1 random number',
   loss=loss,
   allowed=allowed,
 )

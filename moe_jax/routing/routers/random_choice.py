@@ -57,7 +57,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: RouterOp
 ROUTER = router_lib.Router(
   name='random_choice',
   paper='a control, of no paper',
-  summary='K distinct experts at random, anew in every step',
+  summary='K distinct experts at random, drawn again in every step',
   choose=choose,
   causal=True,
   learns=False,

@@ -163,7 +163,7 @@ ROUTER = router_lib.Router(
   learns=True,
   by_group=True,
   balance='assignment',
-  cost='D E products, top-k of E, tens to hundreds of passes over E',
+  cost='D E multiply-adds, top-k of E, tens to hundreds of passes over E',
   always={'score': 'sigmoid'},
   allowed=allowed,
 )

@@ -98,7 +98,7 @@ def choose(params: Params, state: State, inputs: RouterInputs, options: Options)
 ROUTER = router_lib.Router(
   name='spill',
   paper='none',
-  summary='each token in turn takes its best experts with room; causal',
+  summary='each token in order takes its best experts that are not full; causal',
   choose=choose,
   options=Options,
   causal=True,
@@ -106,6 +106,6 @@ ROUTER = router_lib.Router(
   by_group=True,
   balance='assignment',
   slots='filled',
-  cost='D E products, top-k of E, in S sequential steps',
+  cost='D E multiply-adds, top-k of E, in S sequential steps',
   allowed=allowed,
 )

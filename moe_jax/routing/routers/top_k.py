@@ -150,6 +150,6 @@ ROUTER = router_lib.Router(
   causal=True,
   learns=True,
   balance='loss',
-  cost='D E products, top-k of E',
+  cost='D E multiply-adds, top-k of E',
   allowed=allowed,
 )

@@ -122,7 +122,7 @@ ROUTER = router_lib.Router(
   learns=True,
   by_group=True,
   balance='loss',
-  cost='D E products, E random numbers, top-k of E',
+  cost='D E multiply-adds, E random numbers, top-k of E',
   loss=loss,
   allowed=allowed,
 )

@@ -1,4 +1,4 @@
-"""What the tests of routers with a selection bias share: the formulas in NumPy float64, and cases.
+"""Shared parts of the tests of routers with a selection bias: formulas in NumPy float64, and cases.
 
 The oracle is written from the formulas, with loops over tokens; it knows nothing of the package.
 """

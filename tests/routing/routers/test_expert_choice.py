@@ -1,4 +1,4 @@
-"""Who is taken against a sort per expert, the thresholds over several steps, and the leak."""
+"""The tokens taken, against a sort per expert; the thresholds over several steps, and the leak."""
 
 import functools
 import types

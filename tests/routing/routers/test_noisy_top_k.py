@@ -112,7 +112,7 @@ def test_by_hand():
 
 
 def test_load_is_the_probability_of_being_selected():
-  # One token; the noise of one expert at a time is drawn anew, that of the others stays.
+  # One token; the noise of one expert at a time is drawn again, that of the others stays.
   num_experts, rng = 4, np.random.default_rng(0)
   options = token_choice.options(NAME, num_experts=num_experts)
   tokens = rng.normal(size=(8, 1, 2 * num_experts))

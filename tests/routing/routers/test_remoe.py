@@ -35,7 +35,7 @@ def inputs_of(tokens, valid=None):
 
 
 def sums_of(choice, valid):
-  """What the layer hands to `loss`: each group a balance scope of its own."""
+  """Returns the sums that the layer passes to `loss`: each group a balance scope of its own."""
   asked = choice.chosen & valid[..., None]
   return types.SimpleNamespace(
     tokens=jnp.sum(valid, axis=1, dtype=jnp.float32),

@@ -98,7 +98,7 @@ def test_load_by_hand():
 
 
 def test_what_the_load_estimates():
-  # One token; the noise of one expert at a time is drawn anew, that of the others stays. For an
+  # One token; the noise of one expert at a time is drawn again, that of the others stays. For an
   # expert that is not selected the load is the probability of being selected; for a selected one
   # that of exceeding the K-th largest as it stands, less than that of being selected.
   num_experts, rng, num_draws = 4, np.random.default_rng(0), 20000

@@ -1,4 +1,4 @@
-"""What the tests of stateless token-choice routers share: running one, and what all must pass."""
+"""Shared tests of stateless token-choice routers: running one, and what all must pass."""
 
 import functools
 
