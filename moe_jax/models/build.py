@@ -1,7 +1,8 @@
 """From a config to a task: the only file in which config fields become layer options.
 
-`FAMILIES` names the families of models, each a function from a config to its `Task`; `moe_jax.schema`
-lists the names for `model.family`. A family without experts needs `moe.num_experts=0`.
+`FAMILIES` names the families of models, each a function from a config to its `Task`;
+`moe_jax.schema` lists the names for `model.family`. A family without experts needs
+`moe.num_experts=0`.
 """
 
 import dataclasses
