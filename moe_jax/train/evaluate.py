@@ -24,8 +24,11 @@ from moe_jax.train.step import packed_shardings
 EvalStep = Callable[[Any, Any, dict[str, jax.Array], Any], tuple[jax.Array, jax.Array, Any, Any]]
 
 
+@functools.lru_cache(maxsize=4)
 def make_eval_step(task: Task, packed: bool = False) -> EvalStep:
   """Returns the compiled (params, router_state, batch, counts) -> sums over the batch, counts.
+
+  Remembered: runs of one process that share a task trace and compile it once.
 
   The sums are nats, tokens and those of the routers. The counts are those of `new_counts(task)` to
   begin with, and of the batches so far; None where there is nothing to count.
