@@ -275,7 +275,7 @@ def _history(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _thinned(lines: list, most: int) -> list:
-  """Returns at most `LIMIT` of the lines, evenly spread, first and last among them."""
+  """Returns at most `most` of the lines, evenly spread, first and last among them."""
   if len(lines) <= most:
     return lines
   return [lines[i] for i in np.linspace(0, len(lines) - 1, most).round().astype(int)]
