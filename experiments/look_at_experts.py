@@ -1,9 +1,9 @@
 """Three figures of what the experts of a trained run do; a notebook in the form of a script.
 
-    python experiments/look_at_experts.py runs/quickstart figures
+    python experiments/look_at_experts.py runs/quickstart OUT_DIR
 
 Open it in an editor that knows `# %%` cells (VS Code, Jupytext), or run it as a whole: the figures
-are saved as PNG in the folder of the second argument.
+are saved as PNG in the folder of the second argument, by default `figures` in that of the run.
 """
 
 # %% What to look at.
@@ -16,12 +16,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 import moe_jax
+from moe_jax import cli
+from moe_jax.errors import DAMAGED_EXIT_CODE, DamagedError, UserError
 from moe_jax.results import style
 from moe_jax.results.panels import wrapped
 
 arguments = [] if 'ipykernel' in sys.modules else sys.argv[1:]
 RUN = arguments[0] if arguments else 'runs/quickstart'
-OUT = pathlib.Path(arguments[1] if len(arguments) > 1 else 'figures')
+OUT = pathlib.Path(arguments[1] if len(arguments) > 1 else f'{RUN}/figures')
 SPLIT = 'test'
 TOKENS_PER_DOMAIN = 4000  # that are read; more is slower and less noisy
 TEXT = 'To be, or not to be, that is the question: whether it is nobler in the mind to suffer.'
@@ -45,11 +47,17 @@ def visible(piece):
 
 
 # %% Open the run and read held-out documents of each domain.
-run = moe_jax.load_run(RUN)
+if len(arguments) > 2:
+  cli.fail(f'argument={arguments[2]!r}: not understood; give a run and a folder for the figures')
+try:
+  run = moe_jax.load_run(RUN)
+except UserError as error:
+  cli.fail(str(error))
+except DamagedError as error:
+  cli.fail(str(error), DAMAGED_EXIT_CODE)
 NUM_EXPERTS = run.config.moe.num_experts
 if not NUM_EXPERTS:
-  print(f'error: RUN={RUN!r}: a dense model has no experts to look at', file=sys.stderr)
-  sys.exit(2)
+  cli.fail(f'RUN={RUN!r}: a dense model has no experts to look at')
 
 
 def read(domain):

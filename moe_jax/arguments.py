@@ -182,14 +182,46 @@ def _checked_file(value: str | None) -> str:
     value = expand_home(value)
   except ValueError as error:
     raise UserError('--config', value, str(error)) from error
-  path = pathlib.Path(value.partition(':')[0])
-  if not path.exists():
-    names = [str(path.with_name(p.name)) for p in path.parent.glob('*.py') if p.name[0] != '_']
-    near = did_you_mean(str(path), [name for name in names if path.name])
-    raise UserError('--config', str(path), f'does not exist{near}')
-  if path.is_dir():
-    raise UserError('--config', str(path), 'must be a file, not a folder')
+  path = value.partition(':')[0]
+  # A pipe will do, too.
+  if not os.path.exists(path) or os.path.isdir(path):
+    check_file('--config', path)
   return value
+
+
+def check_file(name: str, path: str) -> None:
+  """Checks that a path is that of a file.
+
+  Raises:
+    UserError: names the flag or argument, and files of nearly that name.
+  """
+  if not os.path.isfile(path):
+    raise UserError(name, path, 'is no file' if os.path.exists(path) else _nowhere(path))
+
+
+def check_folder(name: str, path: str) -> None:
+  """Checks that a path is that of a folder.
+
+  Raises:
+    UserError: names the flag or argument, and folders of nearly that name.
+  """
+  if not os.path.isdir(path):
+    raise UserError(name, path, 'is no folder' if os.path.exists(path) else _nowhere(path))
+
+
+def _nowhere(path: str) -> str:
+  """Returns that a path does not exist, and what there is that differs in one of its last names."""
+  missing = pathlib.Path(path)
+  folder = missing.parent
+  try:
+    if folder.is_dir():
+      there = [p for p in folder.iterdir() if p.suffix == missing.suffix]
+    else:
+      there = [p / missing.name for p in folder.parent.iterdir() if (p / missing.name).exists()]
+  except OSError:
+    there = []
+  near = did_you_mean(str(missing), [str(p) for p in there if p.name[0] not in '._'])
+  return f'does not exist{near}'
 
 
 def _check_override(word: _Word) -> None:

@@ -74,7 +74,10 @@ class UserError(ValueError):
     self.value = value
     self.allowed = allowed
     # ml_collections makes a new error from the text of one that a config file raised.
-    text = f'{field}={value!r}: {allowed}' if allowed else field
+    # What was not given has no value to show.
+    absent = value is None and allowed.startswith(('must be given', 'must have a value'))
+    shown = field if absent else f'{field}={value!r}'
+    text = f'{shown}: {allowed}' if allowed else field
     super().__init__(text.replace('\n', ' ') if allowed else text)
 
 

@@ -43,8 +43,8 @@ def load_run(
   >>> losses = run.metrics.query('split == "train"').set_index('step')['loss']
   >>> out = run.forward('To be, or not to be')
   >>> out.logits.shape, out.router_probs.shape, out.experts.shape  # [T V], [L T E], [L T K]
-  >>> for piece, chosen, bits in zip(out.pieces, out.experts[0], out.bits):
-  ...   line = piece, chosen.tolist(), round(float(bits), 2)
+  >>> for piece, chosen, bits in zip(out.pieces[1:], out.experts[0, 1:], out.bits):
+  ...   line = piece, chosen.tolist(), round(float(bits), 2)  # bits that this piece cost
   >>> weights = run.experts(layer=0)
   >>> weights['w_gate'].shape, weights['w_out'].shape  # [E D F], [E F D]
 

@@ -266,11 +266,11 @@ def _shared_time(spans: np.ndarray, rows: np.ndarray, num_rows: int) -> np.ndarr
   """
   if not len(spans):
     return np.zeros(num_rows)
-  borders, place = np.unique(spans, return_inverse=True)
-  place = place.reshape(spans.shape)
+  borders, border = np.unique(spans, return_inverse=True)
+  border = border.reshape(spans.shape)
   changes = np.zeros((num_rows, len(borders)))
-  np.add.at(changes, (rows, place[:, 0]), 1)
-  np.add.at(changes, (rows, place[:, 1]), -1)
+  np.add.at(changes, (rows, border[:, 0]), 1)
+  np.add.at(changes, (rows, border[:, 1]), -1)
   running = np.cumsum(changes, axis=1)[:, :-1]
   half = num_rows // 2
   running[half:] *= running[:half].sum(axis=0) == 0

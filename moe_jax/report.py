@@ -5,15 +5,13 @@ Tables, figures, a page, and what a paper needs. Examples:
   python -m moe_jax.report --study=experiments/NAME/study.py --results=FILE.jsonl --out=runs/report
 """
 
-import os
 import pathlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from absl import flags
 
-from moe_jax import cli
-from moe_jax.errors import UserError
+from moe_jax import arguments, cli
 
 if TYPE_CHECKING:
   from moe_jax.sweep import report as sweep_report
@@ -47,14 +45,11 @@ _JSON = cli.define_json_flag()
 def main() -> None:
   """Writes results.jsonl, tables, figures, index.html, methods.tex and cite.bib."""
   study, out = cli.required(_STUDY), pathlib.Path(cli.required(_OUT))
-  if not os.path.isfile(study):
-    raise UserError('--study', study, 'does not exist')
-  if _RESULTS.value and not os.path.isfile(_RESULTS.value):
-    raise UserError('--results', _RESULTS.value, 'does not exist')
+  arguments.check_file('--study', study)
+  if _RESULTS.value:
+    arguments.check_file('--results', _RESULTS.value)
   if not _RESULTS.value or _WORKDIR.value:
-    workdir = cli.required(_WORKDIR)
-    if not os.path.isdir(workdir):
-      raise UserError('--workdir', workdir, 'does not exist')
+    arguments.check_folder('--workdir', cli.required(_WORKDIR))
   from moe_jax.results.as_json import as_json
   from moe_jax.sweep import report
 
@@ -72,14 +67,13 @@ def main() -> None:
     more = {'left_out_of_table_tex': made.left_out, 'figures': made.figures, 'cite_url': made.url}
     cli.print_json(as_json(made.summary) | more)
     return
-  print((out / 'table.md').read_text(encoding='utf-8'))
-  for line in _remarks(made):
-    print(line)
+  lines = [(out / 'table.md').read_text(encoding='utf-8'), *_remarks(made)]
   if _THIN.value:
     size = (out / 'results.jsonl').stat().st_size
-    print(f'report: {out}, results.jsonl of {size / 1000:.0f} kB')
+    lines.append(f'report: {out}, results.jsonl of {size / 1000:.0f} kB')
   else:
-    print(f'report: {out / "index.html"}')
+    lines.append(f'report: {out / "index.html"}')
+  cli.show('\n'.join(lines))
 
 
 def _remarks(made: 'sweep_report.Report') -> Iterator[str]:

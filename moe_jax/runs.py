@@ -6,7 +6,6 @@ Examples:
 """
 
 import collections
-import fcntl
 import json
 import os
 import pathlib
@@ -15,18 +14,18 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from moe_jax import cli
-from moe_jax.errors import UserError
+from moe_jax import arguments, cli
 from moe_jax.field_names import split_field
-from moe_jax.run.manifest_kinds import LOCK, problem_of
+from moe_jax.run.manifest_kinds import problem_of
+from moe_jax.run.status import RUNNING, is_held, last_loss, number, who_holds
 from moe_jax.schema import FREE_FIELDS
 
 _MANIFEST, _METRICS = 'manifest.json', 'metrics.jsonl'
 # Fields in which runs may differ without being another experiment.
 _UNSHOWN = (*FREE_FIELDS, 'train.seed')
 _SHOWN_DIFFERENCES = 4
-# Of a run whose manifest says that it is running: whether a process does hold it.
-RUNNING, STOPPED, UNFINISHED = 'running', 'stopped', 'unfinished'
+# Of a trial of a sweep that is trained, while a worker holds it.
+EVALUATING = 'evaluating'
 _COLUMNS = ('run', 'status', 'step', 'loss', 'bits/byte', 'seed', 'commit', 'age', 'differs in')
 
 
@@ -56,20 +55,26 @@ def describe(run: pathlib.Path) -> dict[str, Any]:
   """Returns the values in a run's files; `problem` is the error in its manifest, '' if none.
 
   Keys: status, step, num_steps, seed, git_commit, git_dirty, loss (the last of training), loss_step
-  (whose loss it is), bits_per_byte ({split: value} of its evaluations), modified (seconds since the
-  epoch of the last write), config, problem. Unknown values are None.
+  (whose loss it is), bits_per_byte ({split: value} of its evaluations, {'EVALUATION/split': value}
+  of those that its sweep made, first), modified (seconds since the epoch of what was written last),
+  config, problem. What is not known is None.
 
   A manifest says `running` until its run ends by itself, which one that is killed never does. The
   status is then `running` if a process holds the run, `stopped` if none does on this host, and
   `unfinished` where that can't be known. The step of such a run is the last that it logged; a run
-  that continues starts from its newest checkpoint, which may be earlier.
+  that goes on starts from its newest checkpoint, which may be earlier. A trial of a sweep is
+  `evaluating` if it is trained, has no outcome yet, and a worker of the sweep holds it.
   """
   metadata, problem = _manifest(run)
-  loss_step, loss = _last_loss(run / _METRICS)
+  loss_step, loss = last_loss(run / _METRICS)
   status, step = metadata.get('status', 'damaged'), metadata.get('step')
   if status == RUNNING:
-    status = _who_holds(run)
+    status = who_holds(run)
     step = max(step or 0, loss_step or 0)
+  outcome = _outcome_path(run)
+  claim = outcome.parents[1] / 'locks' / outcome.stem
+  if status == 'finished' and not outcome.exists() and is_held(claim):
+    status = EVALUATING
   config = metadata.get('config', {})
   train = config.get('train', {})
   return {
@@ -81,7 +86,7 @@ def describe(run: pathlib.Path) -> dict[str, Any]:
     'git_dirty': metadata.get('git_dirty'),
     'loss': loss,
     'loss_step': loss_step,
-    'bits_per_byte': _evaluations(run),
+    'bits_per_byte': _outcome(outcome) | _evaluations(run),
     'modified': _modified(run),
     'config': {
       f'{section}.{name}': value for section in config for name, value in config[section].items()
@@ -100,21 +105,6 @@ def _manifest(run: pathlib.Path) -> tuple[dict[str, Any], str]:
   return ({}, f'{_MANIFEST}: {problem}') if problem else (metadata, '')
 
 
-def _who_holds(run: pathlib.Path) -> str:
-  """Returns whether the lock of a run is held: running, stopped, or unfinished if none can tell."""
-  try:
-    with open(run / LOCK, 'rb') as lock:
-      # Shared and for a moment: two listings don't disturb each other, and a run that begins
-      # meanwhile tries again.
-      fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-  except BlockingIOError:
-    return RUNNING
-  except OSError:
-    # No lock, as in a copy; or a file system that has none.
-    return UNFINISHED
-  return STOPPED
-
-
 def _json_of(path: pathlib.Path) -> Any:
   try:
     # A pipe would be waited for.
@@ -123,58 +113,32 @@ def _json_of(path: pathlib.Path) -> Any:
     return None
 
 
-def _last_loss(path: pathlib.Path) -> tuple[int | None, float | None]:
-  """Returns step and loss of the last whole line of training; reads no more than needed."""
-  if not path.is_file():
-    return None, None
-  try:
-    with open(path, 'rb') as file:
-      end = file.seek(0, os.SEEK_END)
-      size = 1 << 16
-      while True:
-        start = max(0, end - size)
-        file.seek(start)
-        lines = file.read(end - start).split(b'\n')
-        # The first may have begun earlier.
-        for line in reversed(lines[1 if start else 0 :]):
-          found = _loss_of(line)
-          if found is not None:
-            return found
-        if not start:
-          return None, None
-        size *= 4
-  except OSError:
-    return None, None
-
-
-def _loss_of(line: bytes) -> tuple[int | None, float] | None:
-  try:
-    record = json.loads(line)
-  except (ValueError, RecursionError):
-    return None
-  if not isinstance(record, dict) or record.get('split') != 'train':
-    return None
-  loss, step = _number(record.get('loss')), record.get('step')
-  return None if loss is None else (step if type(step) is int else None, loss)
-
-
-def _number(value: Any) -> float | None:
-  if isinstance(value, bool) or not isinstance(value, int | float):
-    return None
-  try:
-    return float(value)
-  except OverflowError:
-    return None
-
-
 def _evaluations(run: pathlib.Path) -> dict[str, float]:
   found = {}
   for path in sorted(run.glob('evaluation_*.json')):
     result = _json_of(path)
-    value = _number(result.get('bits_per_byte')) if isinstance(result, dict) else None
+    value = number(result.get('bits_per_byte')) if isinstance(result, dict) else None
     if value is not None:
       found[path.stem.removeprefix('evaluation_')] = value
   return found
+
+
+def _outcome_path(run: pathlib.Path) -> pathlib.Path:
+  """Returns where the outcome of a run would be if it is a trial, SWEEP/trials/ID."""
+  run = run.absolute()
+  return run.parent.parent / 'outcomes' / f'{run.name}.json'
+
+
+def _outcome(path: pathlib.Path) -> dict[str, float]:
+  """Returns bits per byte of the evaluations that a sweep made; dropless ones first."""
+  outcome = _json_of(path)
+  made = outcome.get('evaluations') if isinstance(outcome, dict) else None
+  found = {}
+  for name, result in made.items() if isinstance(made, dict) else ():
+    value = number(result.get('bits_per_byte')) if isinstance(result, dict) else None
+    if value is not None:
+      found[f'{name}/{result.get("split")}'] = value
+  return dict(sorted(found.items(), key=lambda item: not item[0].startswith('dropless/')))
 
 
 def _modified(run: pathlib.Path) -> float | None:
@@ -206,7 +170,9 @@ def table(runs: dict[str, dict[str, Any]], now: float) -> str:
 def _row(name: str, run: dict[str, Any], fields: list[str], now: float) -> tuple[str, ...]:
   commit = (run['git_commit'] or '-')[:8] + ('+' if run['git_dirty'] else '')
   bits = run['bits_per_byte']
-  split = 'test' if 'test' in bits else next(iter(bits), None)
+  # A sweep's own come first: they are what its study compares.
+  first = next(iter(bits), None)
+  split = 'test' if 'test' in bits and '/' not in (first or '') else first
   differences = [
     f'{split_field(field)[1]}={run["config"][field]}' for field in fields if field in run['config']
   ]
@@ -246,8 +212,7 @@ def _age(seconds: float) -> str:
 
 def main() -> None:
   """Prints the runs of the folder in a table, or as one JSON document."""
-  if not os.path.isdir(_FOLDER):
-    raise UserError('folder', _FOLDER, 'is not there')
+  arguments.check_folder('folder', _FOLDER)
   paths = find(_FOLDER)
   runs = {_name(path): describe(path) for path in paths}
   if _JSON.value:

@@ -269,3 +269,8 @@ def labels_of(study: Study) -> dict[str, str]:
     arm.name: arm.label or (derived[arm.name] if taken.count(derived[arm.name]) == 1 else arm.name)
     for arm in study.arms
   }
+
+
+def own_labels(study: Study) -> dict[str, str]:
+  """Returns {name of an arm: the label that the study gives it, else that name}."""
+  return {arm.name: arm.label or arm.name for arm in study.arms}

@@ -74,7 +74,7 @@ _REFUSED = {
   'dispatch --arms=gahter': 'did you mean gather?',
   'dispatch --arms=gather,copy,gather': 'names gather more than once',
   'dispatch --tokens_per_expert=-1': '--tokens_per_expert=',
-  'dispatch --routings=trace': '--workdir=None: must be given',
+  'dispatch --routings=trace': '--workdir: must be given',
   'dispatch --routings=uniform --workdir=run': "--workdir='run': only read with --routings=trace",
   'dispatch --routings=uniform --data_dir=data': '--routings=trace',
   'decode --batches=0': "--batches='0': must be numbers >= 1",
@@ -82,7 +82,7 @@ _REFUSED = {
   'decode --num_layers=-1': '--num_layers=',
   'ep --meshes=2by4': "--meshes='2by4': must be of the form DATAxEXPERT",
   'sweep --num_trials=1': '--num_trials=',
-  'sweep': '--config=None: must be given',
+  'sweep': '--config: must be given',
 }
 _WITH_CONFIG = ('train', 'benchmark step', 'benchmark sweep')
 
@@ -223,7 +223,7 @@ DEBUG = '--config=configs/debug.py'
     (['--speed=9'], "--speed='9': unknown flag; --help lists the flags"),
     (['--workdri=x'], "--workdri='x': unknown flag; did you mean --workdir?"),
     (['--nofigrue'], '--nofigrue: unknown flag'),
-    (['--num_steps'], '--num_steps=None: must have a value'),
+    (['--num_steps'], '--num_steps: must have a value'),
     (['--num_steps=x'], "--num_steps='x': must be an integer"),
     (['--figure=perhaps'], "--figure='perhaps': must be true or false"),
     (['--split=tset'], "--split='tset': must be one of train, valid, test; did you mean test?"),
@@ -235,7 +235,7 @@ DEBUG = '--config=configs/debug.py'
     ),
     # The second value is the bad one, and the error names it.
     ([DEBUG, '--config.moe.every=1', '--config.moe.every=0'], 'moe.every=0: must be an integer'),
-    (['--config.moe.every=1'], '--config=None: must be given, for --config.moe.every=1 overrides'),
+    (['--config.moe.every=1'], '--config: must be given, for --config.moe.every=1 overrides'),
     ([DEBUG, '--config.moe.num_expert=1'], 'did you mean moe.num_experts'),
     ([DEBUG, '--config.num_steps=1'], 'did you mean train.num_steps?'),
     ([DEBUG, '--config.mlp_dim=1'], 'did you mean model.mlp_dim or moe.mlp_dim?'),
@@ -243,12 +243,12 @@ DEBUG = '--config=configs/debug.py'
     ([DEBUG, '--config.mesh.frobnicate=1'], 'must be one of data, expert, model'),
     ([DEBUG, '--config.train.batch_size=1'], 'did you mean data.batch_size?'),
     ([DEBUG, '--config.trian=1'], 'did you mean train?'),
-    ([DEBUG, '--config.moe.every'], 'moe.every=None: must have a value'),
+    ([DEBUG, '--config.moe.every'], 'moe.every: must have a value'),
     ([DEBUG, '--config.moe.router=swich'], "moe.router='swich': must be one of base, dense"),
     ([DEBUG, '--config.optim.name=adam'], '; did you mean adamw?'),
     (['--workdir=~nobody_here/x'], "--workdir='~nobody_here/x': no such home folder"),
     (['--config=configs/qickstart.py'], 'does not exist; did you mean configs/quickstart.py?'),
-    (['--config=configs'], "--config='configs': must be a file, not a folder"),
+    (['--config=configs'], "--config='configs': is no file"),
     (['--flagfile=none'], '--flagfile: Unable to open flagfile'),
   ],
 )

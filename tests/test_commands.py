@@ -53,6 +53,7 @@ def run(path, text, tmp_path_factory):
     ('mesh.expert=3', ('mesh.expert=3', '8 experts')),
     ('data.batch_size=12', ('data.batch_size=12', '8 devices')),
     ('moe.group_size=3', ('data.batch_size=16', 'moe.group_size')),
+    ('mesh.expert=8', ('mesh.expert=8', '16 devices', 'found 8')),
     ('mesh.data=4', ('mesh.data=4', '16 devices', 'found 8')),
     ('moe.priority=first', ("moe.priority='first'", 'token')),
     ('moe.num_selected_experts=1', ('moe.renormalize=', 'before_drop')),

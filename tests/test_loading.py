@@ -286,6 +286,24 @@ def test_three_figures_of_a_run(null_run, tmp_path, monkeypatch, capsys):
   np.testing.assert_allclose(names['load_LNE'], expected.swapaxes(0, 1), rtol=1e-6)
 
 
+def test_figures_of_no_run_are_refused_and_lie_in_the_run_by_default(
+  null_run, tmp_path, monkeypatch, capsys
+):
+  script = str(tiny.REPOSITORY / 'experiments' / 'look_at_experts.py')
+  monkeypatch.chdir(tmp_path)
+  for words in (['nope'], [str(null_run.directory), 'out', 'more']):
+    monkeypatch.setattr(sys, 'argv', [script, *words])
+    with pytest.raises(SystemExit) as end, matplotlib.rc_context():
+      runpy.run_path(script)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith('error: ') and error.count('\n') == 1
+  monkeypatch.setattr(sys, 'argv', [script, str(null_run.directory)])
+  monkeypatch.setattr('matplotlib.figure.Figure.savefig', lambda *args, **kwargs: None)
+  with matplotlib.rc_context():
+    assert runpy.run_path(script)['OUT'] == null_run.directory / 'figures'
+  assert not list(tmp_path.iterdir())
+
+
 def test_a_dense_run_has_no_figure_of_experts(dense_run, tmp_path, monkeypatch, capsys):
   with pytest.raises(SystemExit) as end:
     look_at(dense_run, tmp_path / 'out', monkeypatch)

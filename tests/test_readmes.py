@@ -200,5 +200,5 @@ def test_the_study_of_the_first_readme_is_the_one_that_was_run():
   code = [line for line in file.splitlines() if line and not line.strip().startswith('"""')]
   shown = [text for language, text in blocks('README.md') if 'def get_study' in text]
   assert [[line for line in text.splitlines() if line] for text in shown] == [code]
-  # Imports apart, as the README says.
-  assert sum(not line.startswith('from') for line in code) <= 15
+  readme = (tiny.REPOSITORY / 'README.md').read_text(encoding='utf-8')
+  assert f'## A study in {len(code)} lines' in readme

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import types
 
 import pytest
 
@@ -103,11 +104,17 @@ def test_a_changed_line_of_a_results_file_is_named_and_not_averaged(swept, tmp_p
   # The page says so too, with the comparisons that were planned.
   page = (tmp_path / 'c' / 'index.html').read_text()
   assert '"comparisons":[["arm","minus","verdict"' in page and 'fewer than 3' in page
-  for content, words in ((b'\xff\xfe', 'no text'), (b'', 'no record'), (b'{"arm": 1', ':1 is no')):
+  good = (tmp_path / 'r' / 'results.jsonl').read_bytes()
+  for content, words, code in (
+    (b'\xff\xfe', '--results=', 2),
+    (b'', '--results=', 2),
+    (b'# A page\n', '--results=', 2),
+    (good[:-9], ':6 is no record', 3),
+  ):
     path.write_bytes(content)
     for verb, more in (('report', f'--out={tmp_path / "d"}'), ('sweep', '--dry_run')):
       refused = tiny.command(verb, f'--study={study}', f'--results={path}', more)
-      refused.assert_error(str(path), words, code=3)
+      refused.assert_error(str(path), words, code=code)
 
 
 def test_a_trial_can_be_made_again_at_its_precision(swept, tmp_path):
@@ -267,11 +274,19 @@ def test_pack_refuses_trials_that_evaluate_while_they_train(swept, tmp_path):
 def test_refuses(swept, tmp_path):
   study, workdir = swept
   report(study, tmp_path / 'none', tmp_path / 'r').assert_error('--workdir=', 'does not exist')
-  tiny.command('report', f'--study={study}', f'--out={tmp_path / "r"}').assert_error('--workdir=')
+  report(study, study, tmp_path / 'r').assert_error('--workdir=', 'is no folder')
+  report(study.parent, workdir, tmp_path / 'r').assert_error('--study=', 'is no file')
+  near = report(study.with_name('studdy.py'), workdir, tmp_path / 'r')
+  near.assert_error('--study=', f'does not exist; did you mean {study}?')
+  near = report(study.parent.with_name('reprot0') / 'study.py', workdir, tmp_path / 'r')
+  near.assert_error('--study=', 'study.py?')
+  tiny.command('report', f'--study={study}', f'--out={tmp_path / "r"}').assert_error(
+    '--workdir: must'
+  )
   bad = tmp_path / 'results.jsonl'
   bad.write_text(json.dumps({'trial': 'x'}) + '\n')
   result = tiny.command('report', f'--study={study}', f'--results={bad}', f'--out={tmp_path / "r"}')
-  result.assert_error('results.jsonl:1', code=3)
+  result.assert_error('--results=', 'results.jsonl', 'no record')
   # Half as many tokens in one arm: unequal compute is no fair comparison, planned or found.
   unfair = tmp_path / 'unfair.py'
   unfair.write_text(
@@ -291,3 +306,35 @@ def test_refuses(swept, tmp_path):
   out = f'--out={tmp_path / "good"}'
   tiny.command('report', f'--study={study}', f'--results={bad}', out).assert_error('num_steps')
   assert tiny.snapshot(tmp_path / 'good') == before
+
+
+def test_a_folder_without_a_trial_of_the_study_is_refused(swept, tmp_path):
+  study, workdir = swept
+  other = tmp_path / 'other.py'
+  other.write_text(study.read_text().replace('arms, (0, 1)', 'arms, (5, 6)'))
+  refused = report(other, workdir, tmp_path / 'r')
+  refused.assert_error('--workdir=', 'holds no trial of this study')
+  run = next(workdir.glob('trials/*/manifest.json')).parent
+  refused = report(study, run, tmp_path / 'r')
+  refused.assert_error('--workdir=', 'holds no trial of this study, but a run')
+  assert not (tmp_path / 'r').exists()
+  # What names a run, given the sweep's folder, is told where runs are.
+  for verb in ('evaluate', 'generate'):
+    words = ('--prompt=a',) if verb == 'generate' else ()
+    refused = tiny.command(verb, f'--workdir={workdir}', *words)
+    refused.assert_error('workdir=', 'trials of a sweep; name one, as', f'{workdir}/trials/')
+
+
+def test_the_reader_of_a_report_may_leave(swept, tmp_path, monkeypatch):
+  class Gone(io.StringIO):
+    def write(self, text):
+      raise BrokenPipeError
+
+    def fileno(self):
+      return file.fileno()
+
+  streams = iter((Gone(), io.StringIO()))
+  with open(tmp_path / 'out', 'w') as file:
+    monkeypatch.setattr(tiny, 'io', types.SimpleNamespace(StringIO=lambda: next(streams)))
+    result = report(*swept, tmp_path / 'r', '--nofigures')
+  assert (result.code, result.err) == (0, '')

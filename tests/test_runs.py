@@ -8,7 +8,8 @@ import pytest
 
 from moe_jax import config as config_lib
 from moe_jax import runs
-from moe_jax.run import claim
+from moe_jax.run import claim, status
+from moe_jax.sweep import collect
 from tests import tiny
 
 FACTS = {
@@ -146,6 +147,42 @@ def test_what_a_sweep_keeps_of_a_pack_is_no_run(tmp_path):
   assert set(listed(tmp_path)) == {'sweep/trials/a', 'packs/mine'}
 
 
+def test_a_trial_has_the_numbers_of_its_sweep(tmp_path):
+  run = write(tmp_path / 'sweep/trials/a', evaluations=[('text_new', 3.0), ('test', 2.75)])
+  claims = tmp_path / 'sweep' / 'locks'
+  claims.mkdir()
+  with open(claims / 'a', 'w') as lock:
+    assert listed(tmp_path)['sweep/trials/a']['status'] == 'finished'
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    assert listed(tmp_path)['sweep/trials/a']['status'] == 'evaluating'
+    made = {name: {'split': 'test', 'bits_per_byte': 2.0 + i} for i, name in enumerate('ab')}
+    made['dropless'] = {'split': 'test', 'bits_per_byte': 2.5}
+    (tmp_path / 'sweep' / 'outcomes').mkdir()
+    outcome = tmp_path / 'sweep' / 'outcomes' / 'a.json'
+    outcome.write_text(json.dumps({'evaluations': made}))
+    found = listed(tmp_path)['sweep/trials/a']
+  assert found['status'] == 'finished'
+  assert found['bits_per_byte'] == {
+    'dropless/test': 2.5, 'a/test': 2.0, 'b/test': 3.0, 'test': 2.75, 'text_new': 3.0
+  }  # fmt: skip
+  assert ' 2.5000 (dropless/test) ' in tiny.command('runs', tmp_path).out
+  assert runs.describe(run)['bits_per_byte'] == found['bits_per_byte']
+  for damaged in ('', '[]', '{"evaluations": 3}', '{"evaluations": {"a": 3}}'):
+    outcome.write_text(damaged)
+    assert list(runs.describe(run)['bits_per_byte']) == ['test', 'text_new']
+
+
+def test_a_trial_that_trains_is_running_at_the_step_that_it_logged(tmp_path):
+  """The manifest of a member of a pack says step 0 until the pack ends."""
+  run = write(tmp_path / 'run', metrics=line(1, 4.0) + line(90, 3.5), status='running', step=0)
+  facts = json.loads((run / 'manifest.json').read_text())
+  with claim.claimed(str(run)):
+    assert collect._how_far(facts, run) == (90, 'running')
+  assert collect._how_far(facts, run) == (90, 'stopped')
+  assert collect._how_far(facts | {'status': 'interrupted', 'step': 50}, run) == (50, 'interrupted')
+  assert collect._how_far(facts | {'status': 'finished'}, run)[1] == 'not evaluated yet'
+
+
 def test_ages_and_differences():
   seconds = (0, 59, 60, 3599, 3600, 86399, 86400, 10 * 86400, -5)
   expected = ['0s', '59s', '1m', '59m', '1h', '23h', '1d', '10d', '0s']
@@ -163,11 +200,11 @@ def test_the_last_loss_is_found_behind_long_lines(tmp_path):
   path = tmp_path / 'metrics.jsonl'
   path.write_text(line(1, 4.0) + line(2, 3.5) + long)
   assert len(long) > 1 << 18
-  assert runs._last_loss(path) == (2, 3.5)
+  assert status.last_loss(path) == (2, 3.5)
   path.write_text(long)
-  assert runs._last_loss(path) == (None, None)
+  assert status.last_loss(path) == (None, None)
   path.write_text(line(1, 'x') + line(1, 10**400) + '[]\n')
-  assert runs._last_loss(path) == (None, None)
+  assert status.last_loss(path) == (None, None)
 
 
 def test_a_loss_that_is_not_finite_is_null_in_json(tmp_path):
@@ -180,5 +217,8 @@ def test_no_run_and_no_folder(tmp_path):
   result = tiny.command('runs', tmp_path)
   assert (result.code, result.out) == (0, f'no run below {tmp_path}\n')
   assert listed(tmp_path) == {}
-  tiny.command('runs', tmp_path / 'none').assert_error('folder=', 'none', 'is not there')
+  tiny.command('runs', tmp_path / 'none').assert_error('folder=', 'none', 'does not exist')
+  file = tmp_path / 'file'
+  file.write_text('')
+  tiny.command('runs', file).assert_error('folder=', 'is no folder')
   tiny.command('runs', tmp_path, tmp_path).assert_error('argument=', 'not understood')

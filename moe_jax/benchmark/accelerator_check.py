@@ -31,8 +31,11 @@ def check() -> float:
     router = (jax.random.normal(keys[1], (width, experts)) / 16).at[0, 0].set(1.0)
     params = expert_weights(keys[0], shape, experts)._replace(router={'router': router})
     x = jax.random.normal(keys[2], (1, tokens, width)).at[..., 0].set(3.0)
-    places = jnp.zeros((1, tokens), jnp.int32)
-    rest = (TokenInfo(jnp.ones((1, tokens), bool), places, places), jax.random.split(keys[2], 1))
+    positions = jnp.zeros((1, tokens), jnp.int32)
+    rest = (
+      TokenInfo(jnp.ones((1, tokens), bool), positions, positions),
+      jax.random.split(keys[2], 1),
+    )
 
   def result(on, name, factor):
     options = dataclasses.replace(options_of(shape, experts, name), capacity_factor=factor)

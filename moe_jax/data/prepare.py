@@ -85,7 +85,7 @@ def open_dataset(
 def _texts(
   documents: Iterable[documents_lib.Document], name: str, vocab_size: int
 ) -> Iterator[str]:
-  """Yields the texts, then prints the size of what merges are learned from, in one silent call."""
+  """Yields the texts, then prints their size: learning merges from them is one silent call."""
   size = 0
   for document in documents:
     size += len(document.text.encode())

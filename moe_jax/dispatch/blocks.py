@@ -27,12 +27,12 @@ class Blocks(NamedTuple):
   Attributes:
     items: the row at each position of each block; M where there is none.
     ends: the number of blocks up to and with those of each expert; the last is how many there are.
-    place: position of each row among all N * B; N * B or more for a row that goes to no expert.
+    position: of each row, among all N * B; N * B or more for a row that goes to no expert.
   """
 
   items: Int[Array, 'N B']
   ends: Int[Array, 'E']
-  place: Int[Array, 'M']
+  position: Int[Array, 'M']
 
 
 class Gradients(NamedTuple):
@@ -66,10 +66,10 @@ def make_blocks(
   first = jnp.append((ends - blocks) * block_size, most * block_size)
   # Row r of expert e stands at (first block of e) * b + r. One that goes to no expert is past the
   # end.
-  place = first[jnp.minimum(expert_index, num_experts)] + rank
+  position = first[jnp.minimum(expert_index, num_experts)] + rank
   items = jnp.full((most * block_size,), num_rows, jnp.int32)
-  items = items.at[place].set(jnp.arange(num_rows, dtype=jnp.int32), mode='drop')
-  return Blocks(items.reshape(most, block_size), ends, place)
+  items = items.at[position].set(jnp.arange(num_rows, dtype=jnp.int32), mode='drop')
+  return Blocks(items.reshape(most, block_size), ends, position)
 
 
 def sort_into_blocks(expert_index: Int[Array, 'M'], num_experts: int, block_size: int) -> Blocks:

@@ -76,7 +76,7 @@ def dispatch(
     rows,
     jnp.minimum(expert, num_experts - 1),
     blocks.ends[-1],
-    jnp.where(here, blocks.place.reshape(here.shape), blocks.items.size),
+    jnp.where(here, blocks.position.reshape(here.shape), blocks.items.size),
   )
 
 

@@ -220,8 +220,8 @@ class _Rounds:
     # The assignments in order of their experts, so in order of their devices.
     first = jnp.cumsum(rest.counts) - rest.counts
     numbers = jnp.arange(rest.expert.size, dtype=jnp.int32)
-    place = jnp.append(first, numbers.size)[rest.expert] + rest.rank
-    self._order = jnp.full_like(numbers, numbers.size).at[place].set(numbers, mode='drop')
+    position = jnp.append(first, numbers.size)[rest.expert] + rest.rank
+    self._order = jnp.full_like(numbers, numbers.size).at[position].set(numbers, mode='drop')
     # Rows for each device, and where they start in that order.
     self._counts = rest.counts.reshape(num_devices, -1).sum(axis=1)
     self._first = jnp.cumsum(self._counts) - self._counts
@@ -281,9 +281,11 @@ class _Rounds:
 
   def _items(self, index: Int[Array, '']) -> Int[Array, 'R_X']:
     """Returns the assignments that go to each device in a round; N K where none is left."""
-    place = index * self._num_rows + jnp.arange(self._num_rows)[None, :]
+    position = index * self._num_rows + jnp.arange(self._num_rows)[None, :]
     order = jnp.where(
-      place < self._counts[:, None], self._order[self._first[:, None] + place], self._order.size
+      position < self._counts[:, None],
+      self._order[self._first[:, None] + position],
+      self._order.size,
     )
     return order.ravel()
 

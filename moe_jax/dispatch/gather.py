@@ -63,8 +63,8 @@ def _slot_weights(combine_weights: Float[Array, 'G S K'], plan: Plan) -> Float[A
   num_groups, num_assignments = combine_weights.shape[0], combine_weights[0].size
   source = jnp.moveaxis(plan.source_index, 1, 0)
   group = jnp.arange(num_groups)[None, :, None]
-  place = group * num_assignments + jnp.minimum(source, num_assignments - 1)
-  return combine_weights.reshape(-1)[place]
+  index = group * num_assignments + jnp.minimum(source, num_assignments - 1)
+  return combine_weights.reshape(-1)[index]
 
 
 def _add_to_tokens(rows: Float[Array, 'E G C D'], plan: Plan) -> Float[Array, 'G S D']:
@@ -86,9 +86,9 @@ def _give_to_assignments(values: Float[Array, 'E G C'], plan: Plan) -> Float[Arr
   source = jnp.moveaxis(plan.source_index, 1, 0)
   group = jnp.arange(num_groups)[None, :, None]
   filled = source < num_assignments
-  place = jnp.where(filled, group * num_assignments + source, num_groups * num_assignments)
+  index = jnp.where(filled, group * num_assignments + source, num_groups * num_assignments)
   given = jnp.zeros((num_groups * num_assignments,), values.dtype)
-  given = given.at[place.ravel()].set(values.ravel(), mode='drop')
+  given = given.at[index.ravel()].set(values.ravel(), mode='drop')
   return given.reshape(plan.expert_index.shape)
 
 

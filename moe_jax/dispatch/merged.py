@@ -35,9 +35,9 @@ def merge(plan: Plan, base: int) -> tuple[Plan, Bool[Array, '1 N K']]:
   )
   in_base = keep & (slot < base)
   # The inverse: which assignment stands in each slot of the base. The rest goes past the end.
-  place = jnp.where(in_base, expert * base + slot, num_experts * base).ravel()
+  index = jnp.where(in_base, expert * base + slot, num_experts * base).ravel()
   source = jnp.full((num_experts * base,), expert.size, jnp.int32)
-  source = source.at[place].set(jnp.arange(expert.size, dtype=jnp.int32), mode='drop')
+  source = source.at[index].set(jnp.arange(expert.size, dtype=jnp.int32), mode='drop')
   base_plan = Plan(
     expert, slot, requested, in_base, jnp.where(in_base, weights, 0), source.reshape(1, -1, base)
   )
@@ -46,7 +46,7 @@ def merge(plan: Plan, base: int) -> tuple[Plan, Bool[Array, '1 N K']]:
 
 def _kept_in_earlier_groups(plan: Plan, num_experts: int) -> Int[Array, 'G E']:
   groups = plan.expert_index.shape[0]
-  place = jnp.arange(groups)[:, None, None] * num_experts + plan.expert_index
-  kept = jnp.zeros((groups * num_experts,), jnp.int32).at[place.ravel()].add(plan.keep.ravel())
+  index = jnp.arange(groups)[:, None, None] * num_experts + plan.expert_index
+  kept = jnp.zeros((groups * num_experts,), jnp.int32).at[index.ravel()].add(plan.keep.ravel())
   kept = kept.reshape(groups, num_experts)
   return jnp.cumsum(kept, axis=0) - kept

@@ -36,7 +36,7 @@ class Rows(NamedTuple):
     token: drawn last, not in the cache yet.
     done: whether the end was drawn before it.
     lengths: of the prompts.
-    place: index of the next token among the new ones, from 0.
+    next_index: of the next token among the new ones, from 0.
     keys: of each row.
     cache: of all tokens before.
   """
@@ -44,7 +44,7 @@ class Rows(NamedTuple):
   token: Int[Array, 'B']
   done: Bool[Array, 'B']
   lengths: Int[Array, 'B']
-  place: Int[Array, '']
+  next_index: Int[Array, '']
   keys: Key[Array, 'B']
   cache: Any
 
@@ -236,11 +236,11 @@ def continue_rows(
     done = rows.done | (rows.token == how.eos_id)
     tokens, first = rows.token[:, None], jnp.zeros_like(rows.token)
     valid = jnp.ones(tokens.shape, bool)
-    position = (rows.lengths + rows.place - 1)[:, None]
+    position = (rows.lengths + rows.next_index - 1)[:, None]
     logits, cache = hooks.read(params, router_state, tokens, valid, position, rows.cache, first)
-    drawn = _draw(logits, rows.keys, rows.place, how)
+    drawn = _draw(logits, rows.keys, rows.next_index, how)
     drawn = jnp.where(done, how.eos_id, drawn)
-    return rows._replace(token=drawn, done=done, place=rows.place + 1, cache=cache), drawn
+    return rows._replace(token=drawn, done=done, next_index=rows.next_index + 1, cache=cache), drawn
 
   rows, new = jax.lax.scan(step, rows, None, length=num_tokens)
   return constrain(new.T, task.mesh), _by_row(rows, task)
@@ -257,6 +257,6 @@ def _draw(
 
 def _by_row(rows: Rows, task: Task) -> Rows:
   """Fixes how rows lie on the mesh: a donated array is used again only if it comes back alike."""
-  by_row = {name: value for name, value in rows._asdict().items() if name != 'place'}
+  by_row = {name: value for name, value in rows._asdict().items() if name != 'next_index'}
   by_row = constrain(by_row, task.mesh, 'batch')
-  return rows._replace(place=constrain(rows.place, task.mesh), **by_row)
+  return rows._replace(next_index=constrain(rows.next_index, task.mesh), **by_row)

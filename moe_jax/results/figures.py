@@ -24,10 +24,12 @@ from moe_jax.results.names import deciding_title
 from moe_jax.results.panels import (
   STYLE,
   by_arm,
+  draw_points,
   field_of,
   label_panels,
   make_panels,
   mean_and_interval,
+  metric_label,
   note,
   put_legend,
   set_title,
@@ -36,6 +38,7 @@ from moe_jax.results.panels import (
   wrapped,
 )
 from moe_jax.results.records import FINISHED, Record
+from moe_jax.results.size_figure import iso_flops
 from moe_jax.results.style import COLUMN_WIDTH, SEED
 from moe_jax.study import Study, labels_of
 
@@ -105,7 +108,9 @@ def metric(study: Study, records: Sequence[Record]) -> Figure | None:
   }
   placed = {arm: pair for arm, pair in arms.items() if arm not in level}
   if not study.x or not placed:
-    figure = _dots(study, records, {arm: {'': v} for arm, (_, v) in arms.items()}, _label(study))
+    figure = _dots(
+      study, records, {arm: {'': v} for arm, (_, v) in arms.items()}, metric_label(study)
+    )
     set_title(figure, study, deciding_title(study.metric))
     return figure
   # In the study's order of values even where the first arm with one has not finished.
@@ -130,9 +135,9 @@ def metric(study: Study, records: Sequence[Record]) -> Figure | None:
       # Apart by 3 points each, whatever the scale: error bars of lines would hide each other.
       shift = 3 / 72 * (index - (len(names) - 1) / 2)
       apart = matplotlib.transforms.ScaledTranslation(shift, 0, figure.dpi_scale_trans)
-      _points(axes, points, name, style, axes.transData + apart)
+      draw_points(axes, points, name, style=style, transform=axes.transData + apart)
     position.set_axis(axes)
-  label_panels(panels, study.x, _label(study))
+  label_panels(panels, study.x, metric_label(study))
   set_title(figure, study, deciding_title(study.metric))
   note(figure, records)
   return figure
@@ -184,39 +189,6 @@ class _Positions:
     if len(values) <= 10:
       axes.set_xticks(values, [f'{value:g}' for value in values])
       axes.set_xticks([], minor=True)
-
-
-def _points(axes: Axes, points: Any, label: str, style: dict[str, Any], transform: Any) -> None:
-  """Draws a line of means with intervals, and each seed."""
-  xs = [x for x, _ in points]
-  summaries = [mean_and_interval(values) for _, values in points]
-  axes.errorbar(
-    xs,
-    [mean for mean, _ in summaries],
-    [half for _, half in summaries],
-    label=wrapped(label),
-    marker='o',
-    markersize=4,
-    capsize=3,
-    transform=transform,
-    **style,
-  )
-  for x, values in points:
-    axes.plot(
-      [x] * len(values),
-      values,
-      color=style['color'],
-      transform=transform,
-      **SEED,
-    )
-  # What is drawn under a transform of its own does not enter the limits by itself.
-  ends = [
-    (x, y)
-    for (x, values), (mean, half) in zip(points, summaries, strict=True)
-    for y in [*values, *(() if np.isnan(half) else (mean - half, mean + half))]
-  ]
-  axes.update_datalim(ends)
-  axes.autoscale_view()
 
 
 def _level_line(axes: Axes, label: str, values: list[float], style: dict[str, Any]) -> None:
@@ -283,51 +255,6 @@ def _dots(
     put_legend(axes, kinds)
   note(figure, records)
   return figure
-
-
-@matplotlib.rc_context(STYLE)
-def iso_flops(study: Study, records: Sequence[Record]) -> Figure | None:
-  """Draws the deciding metric against total parameters, with lines of equal training FLOPs.
-
-  Equal is within 1%. Arms whose FLOPs no arm of another size shares are left out; a line goes
-  through the best arm of each size.
-  """
-  points = []
-  for trials in by_arm(study, records).values():
-    values = values_of(trials, study.metric.name)
-    record = next((r for r in trials if r.status == FINISHED), None)
-    if values and record and record.flops_per_token and record.parameters.get('total'):
-      points.append((record.flops_per_token * record.tokens, record.parameters['total'], values))
-  groups: list[list[tuple[int, int, list[float]]]] = []
-  for point in sorted(points):
-    if groups and point[0] <= 1.01 * groups[-1][0][0]:
-      groups[-1].append(point)
-    else:
-      groups.append([point])
-  groups = [group for group in groups if len({total for _, total, _ in group}) > 1]
-  if not groups:
-    return None
-  lines = {f'{group[0][0]:.4g} FLOPs': group for group in groups}
-  figure, panels = make_panels(list(lines))
-  for axes, names in panels:
-    for name, style in zip(names, styles(), strict=False):
-      best: dict[int, float] = {}
-      for _, total, values in lines[name]:
-        _points(axes, [(total, values)], '', style, axes.transData)
-        better = min if study.metric.lower_is_better else max
-        mean = float(np.mean(values))
-        best[total] = better(best.get(total, mean), mean)
-      axes.plot(*zip(*sorted(best.items()), strict=True), label=name, marker='o', ms=4, **style)
-    axes.set_xscale('log')
-  label_panels(panels, 'total parameters', _label(study))
-  set_title(figure, study, f'{deciding_title(study.metric)} at equal training FLOPs')
-  note(figure, records)
-  return figure
-
-
-def _label(study: Study) -> str:
-  evaluation = study.metric.name.partition('/')[0]
-  return f'{deciding_title(study.metric)} ({evaluation}, {study.split} split)'
 
 
 _FIGURES: dict[str, Callable[[Study, Sequence[Record]], Figure | None]] = {

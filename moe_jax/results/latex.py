@@ -16,8 +16,8 @@ from moe_jax.results.statistics import EQUIVALENCE_LEVEL, LEVEL
 from moe_jax.results.summary import SIGNIFICANCE, Summary
 from moe_jax.study import labels_of
 
-# In points: a column of article in two columns, and the text of article in one.
-_COLUMN_WIDTH, _TEXT_WIDTH = 200.0, 345.0
+# In points: a column of article in two columns on A4, and the text of article in one.
+_COLUMN_WIDTH, _TEXT_WIDTH = 221.0, 345.0
 # Names wrap in no less than that; \tabcolsep is half of the space between columns.
 _LEAST_FOR_NAMES, _SPACE = 56.0, 6.0
 # Widths at 8 points, rounded up; what is not here is as wide as a digit. Scripts are at 6 points.
@@ -68,6 +68,8 @@ def latex(summary: Summary, keys: Sequence[str] = (), *, wide: bool = False) -> 
       '% Not wide enough for these columns; --columns and --wide_table show them: '
       f'{one_line("; ".join(column.title for column in missing))}.'
     )
+  longer = '; '.join(f'{short} is {name}' for name, short in labels.items() if short != name)
+  head += [f'% Labels: {one_line(longer)}.'] if longer else []
   head += [f'% Warning: {one_line(warning)}' for warning in summary.warnings]
   for title, items in tables.not_averaged(summary):
     head += [f'% {title}: {one_line(item)}' for item in items]
@@ -95,11 +97,9 @@ def left_out(
 
 def _as_shown(summary: Summary, column: tables.Column) -> _Column:
   """Returns a column of the table, which calls the baseline by its label, as the rows do."""
-  title, name = column.title, summary.study.baseline
-  label = labels_of(summary.study)[name] if column.key == tables.DIFFERENCE else ''
-  # A long name is already called the baseline; a label is shorter as a rule, or not worth it.
-  if label and title.endswith(name) and len(label) < len(name):
-    title = f'minus {label}'
+  title = column.title
+  if column.key == tables.DIFFERENCE:
+    title = tables.difference_title(labels_of(summary.study)[summary.study.baseline])
   return _Column(title, column.cells)
 
 

@@ -47,8 +47,8 @@ def loss_curves(study: Study, records: Sequence[Record]) -> Figure | None:
   means = {arm: mean for arm, trials in arms.items() if (mean := _mean_curve(trials, seeds))}
   # Curves that no mean includes set the scale only if there are no means.
   limits = _loss_range(
-    [(steps, mean) for steps, mean, _ in means.values()]
-    or [tuple(_curve(r).T) for trials in arms.values() for r in trials]
+    [(steps, mean, half) for steps, mean, half in means.values()]
+    or [(*_curve(r).T, None) for trials in arms.values() for r in trials]
   )
   labels = {arm: arm for arm in arms} | labels_of(study)
   title = f'training loss, mean of seeds {", ".join(map(str, seeds))}' if seeds else 'training loss'
@@ -151,9 +151,25 @@ def _mean_curve(trials: Sequence[Record], seeds: Sequence[int]) -> Any:
   return steps, mean, half if whole else None
 
 
-def _loss_range(curves: list[tuple[Any, Any]]) -> tuple[float, float]:
-  """Returns the bounds of an axis for the losses after the start."""
-  last = max(steps[-1] for steps, _ in curves if len(steps))
-  values = np.concatenate([losses[steps >= _WARMUP_SHARE * last] for steps, losses in curves])
-  margin = 0.05 * (values.max() - values.min()) or 0.1
-  return float(values.min() - margin), float(values.max() + margin)
+def _loss_range(curves: Sequence[tuple[Any, Any, Any]]) -> tuple[float, float]:
+  """Returns the bounds of an axis for the losses after the start, and their bands where they fit.
+
+  Bands of few seeds may be much wider than all curves are apart: they widen the range of these by
+  as much again on each side at most.
+
+  Args:
+    curves: steps, means and half intervals or None.
+  """
+  last = max(steps[-1] for steps, _, _ in curves if len(steps))
+  shown = []
+  for steps, losses, half in curves:
+    after = steps >= _WARMUP_SHARE * last
+    shown.append((losses[after], np.nan_to_num(0 if half is None else half[after])))
+  values = np.concatenate([losses for losses, _ in shown])
+  low, high = float(values.min()), float(values.max())
+  most = (high - low) or np.inf
+  lowest = np.min(np.concatenate([losses - half for losses, half in shown]))
+  highest = np.max(np.concatenate([losses + half for losses, half in shown]))
+  low, high = max(float(lowest), low - most), min(float(highest), high + most)
+  margin = 0.05 * (high - low) or 0.1
+  return low - margin, high + margin

@@ -33,7 +33,8 @@ _MOST_ACCENTED = 0x180
 # What a narrow column holds of a word without a possible break, with the punctuation after it.
 _PIECE = re.compile(
   r'(?:(?<!\S)[\W_]+)?'
-  r'(?:[-+]?\d{1,6}(?:\.\d{1,6}){1,2}|(?=[A-Z]{8})[A-Z]{5}|[^\W_]{1,13})'
+  # A count keeps its suffix: 4.93M.
+  r'(?:[-+]?\d{1,6}(?:\.\d{1,6}){1,2}(?:[kMGT](?![^\W_]))?|(?=[A-Z]{8})[A-Z]{5}|[^\W_]{1,13})'
   r'(?:[\W_]+(?!\S))?[\W_]?|[\W_]'
 )
 
@@ -67,6 +68,12 @@ def _break_word(word: str) -> str:
 def latex_number(text: str) -> str:
   """Returns a number, or '-1.2 ± 0.1', in math mode."""
   return '$' + text.replace('±', r'\pm') + '$'
+
+
+def with_minus(text: str) -> str:
+  """Returns a number, or one with its interval, with minus signs instead of hyphens."""
+  is_number = re.fullmatch(r'[-+]?\d[\d.e+-]*( ± [\d.e+-]+)?|\[[-+\d.e, ]+\]', text)
+  return re.sub(r'(?<!\d)-|(?<=e)-', '\u2212', text) if is_number else text
 
 
 def is_plain(char: str) -> bool:

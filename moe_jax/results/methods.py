@@ -9,11 +9,12 @@ from typing import Any
 import yaml
 
 from moe_jax.errors import DamagedError, UserError
+from moe_jax.field_names import field_value
 from moe_jax.models.build import FAMILIES
 from moe_jax.results import tables
 from moe_jax.results.markup import break_latex, escape_latex
 from moe_jax.results.statistics import LEVEL
-from moe_jax.results.summary import SIGNIFICANCE, Summary
+from moe_jax.results.summary import SIGNIFICANCE, ArmSummary, Summary
 
 # As in CITATION.cff, which is not installed with the package.
 TITLE = 'moe_jax'
@@ -108,12 +109,23 @@ def _on_models(summary: Summary) -> list[str]:
   if total and active:
     sentence += f'; they have {total} parameters, of which {active} are active for a token'
   sentences.append(f'{sentence}.')
-  fields = sorted({field for arm in run for field in arm.changes})
+  fields = _differing(summary, run)
   if fields:
     sentences.append(f'Arms differ in {", ".join(fields)}.')
   for arm, field in summary.provenance.not_causal.items():
     sentences.append(f'{arm} is not causal: a token can depend on later ones ({field}).')
   return sentences
+
+
+def _differing(summary: Summary, run: Sequence[ArmSummary]) -> list[str]:
+  """Returns the fields whose values differ between arms, that of the base where an arm has none."""
+
+  def value(arm: ArmSummary, field: str) -> str:
+    given = field in arm.changes
+    return repr(arm.changes[field] if given else field_value(summary.study.base, field))
+
+  fields = sorted({field for arm in run for field in arm.changes})
+  return [field for field in fields if len({value(arm, field) for arm in run}) > 1]
 
 
 def _on_training(summary: Summary) -> list[str]:

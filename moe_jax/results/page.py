@@ -73,6 +73,7 @@ def write_page(
       _content(study, records, columns, rows)
       | {'comparisons': comparisons, 'notes': notes, 'warnings': warnings}
       | {'panels': [], 'loads': [], 'seeds': [], 'labels': {}}
+      | {'given': {arm.name: arm.label for arm in study.arms if arm.label}}
       | _plain(figures or {})
     ),
   }

@@ -12,9 +12,17 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
 from moe_jax.field_names import split_field
+from moe_jax.results.names import deciding_title
 from moe_jax.results.records import FINISHED, STATUSES, Record
 from moe_jax.results.statistics import half_width
-from moe_jax.results.style import COLORS, COLUMN_WIDTH, DASHES, MEDIUM_PER_INCH, SMALL_PER_INCH
+from moe_jax.results.style import (
+  COLORS,
+  COLUMN_WIDTH,
+  DASHES,
+  MEDIUM_PER_INCH,
+  SEED,
+  SMALL_PER_INCH,
+)
 from moe_jax.results.style import STYLE as STYLE
 from moe_jax.study import Study
 
@@ -110,6 +118,41 @@ def _broken(word: str, width: int) -> list[str]:
   return lines
 
 
+def draw_points(
+  axes: Axes, points: Any, label: str, *, style: dict[str, Any], transform: Any
+) -> None:
+  """Draws a line of means with intervals, and each seed."""
+  xs = [x for x, _ in points]
+  summaries = [mean_and_interval(values) for _, values in points]
+  axes.errorbar(
+    xs,
+    [mean for mean, _ in summaries],
+    [half for _, half in summaries],
+    label=wrapped(label),
+    marker='o',
+    markersize=4,
+    capsize=3,
+    transform=transform,
+    **style,
+  )
+  for x, values in points:
+    axes.plot(
+      [x] * len(values),
+      values,
+      color=style['color'],
+      transform=transform,
+      **SEED,
+    )
+  # What is drawn under a transform of its own does not enter the limits by itself.
+  ends = [
+    (x, y)
+    for (x, values), (mean, half) in zip(points, summaries, strict=True)
+    for y in [*values, *(() if np.isnan(half) else (mean - half, mean + half))]
+  ]
+  axes.update_datalim(ends)
+  axes.autoscale_view()
+
+
 def label_panels(panels: list[tuple[Axes, list[str]]], x: str, y: str) -> None:
   """Names the axes, and puts a legend above each panel."""
   for axes, names in panels:
@@ -156,3 +199,9 @@ def note(figure: Figure, records: Sequence[Record], shown: str = '') -> None:
   if text:
     text = wrapped(f'{shown}not in the means: {text}', int(SMALL_PER_INCH * figure.get_figwidth()))
     figure.supxlabel(text, color='0.35', x=0.98, ha='right')
+
+
+def metric_label(study: Study) -> str:
+  """Returns the name of an axis of the metric that decides."""
+  evaluation = study.metric.name.partition('/')[0]
+  return f'{deciding_title(study.metric)} ({evaluation}, {study.split} split)'

@@ -92,6 +92,10 @@ class Record:
       raise ValueError(f'status={self.status!r}: must be one of {STATUSES}')
 
 
+class NoRecordsError(DamagedError):
+  """A file holds no record at all: damaged, or the path is that of something else."""
+
+
 # Stands in every line.
 _ALWAYS = ('trial', 'arm', 'seed', 'status', 'config')
 
@@ -172,14 +176,15 @@ def read_records(path: str | os.PathLike) -> list[Record]:
   One that was changed since it was written comes back as damaged, without its results.
 
   Raises:
-    DamagedError: naming the first line that is no record, or for a file without any.
+    NoRecordsError: for a file without any, as one that is no results.jsonl.
+    DamagedError: naming the first line that is no record.
   """
   records: list[Record] = []
   configs: dict[int, dict[str, Any]] = {}
   try:
     lines = pathlib.Path(path).read_text(encoding='utf-8').splitlines()
   except UnicodeDecodeError as error:
-    raise DamagedError(f'{path} is no text: no results.jsonl, or damaged') from error
+    raise NoRecordsError(f'{path} is no text: no results.jsonl') from error
   for number, line in enumerate(lines, 1):
     try:
       values = json.loads(line)
@@ -188,6 +193,8 @@ def read_records(path: str | os.PathLike) -> list[Record]:
       record = Record(**values)
       configs[number] = record.config
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+      if not any(map(_looks_like_a_record, lines)):
+        raise NoRecordsError(f'{path} holds no record of a trial') from error
       raise DamagedError(f'{path}:{number} is no record of a trial, or cut short') from error
     if digest != _digest(values):
       reason = f'{path}:{number} is not what was written: its digest differs'
@@ -196,8 +203,16 @@ def read_records(path: str | os.PathLike) -> list[Record]:
       )
     records.append(record)
   if not records:
-    raise DamagedError(f'{path} holds no record of a trial')
+    raise NoRecordsError(f'{path} holds no record of a trial')
   return records
+
+
+def _looks_like_a_record(line: str) -> bool:
+  try:
+    values = json.loads(line)
+  except (ValueError, RecursionError):
+    return False
+  return isinstance(values, dict) and {'trial', 'arm', 'seed', 'status'} <= values.keys()
 
 
 def _digest(values: dict[str, Any]) -> str:

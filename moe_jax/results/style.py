@@ -98,7 +98,7 @@ def load_bar(
   bar = figure.colorbar(image, ax=axes, label=LOAD_LABEL, extend=extend, **layout)
   highest = image.get_clim()[1]
   assert highest is not None
-  above = np.asarray(matplotlib.ticker.MaxNLocator(3).tick_values(1, highest))
+  above = np.asarray(matplotlib.ticker.MaxNLocator(3, steps=[1, 2, 5, 10]).tick_values(1, highest))
   above = above[(above > 0.8 + 0.2 * highest) & (above <= highest)]
   bar.set_ticks([0.5, 1, *above], labels=['0.5', '1', *(f'{value:g}' for value in above)])
   (bar.ax.axhline if bar.orientation == 'vertical' else bar.ax.axvline)(1, **BALANCE)

@@ -20,7 +20,7 @@ from moe_jax.results.statistics import (
   mean_interval,
   paired_difference,
 )
-from moe_jax.study import Metric, Point, Study
+from moe_jax.study import Metric, Point, Study, own_labels
 
 # Of adjusted p-values: below, a comparison has a winner.
 SIGNIFICANCE = 0.05
@@ -172,7 +172,10 @@ def summarize(study: Study, records: Sequence[Record]) -> Summary:
     ]
   comparisons = _compare(study, values)
   provenance = provenance_of(records, by_arm)
-  warnings = _warnings(study, arms, comparisons, provenance)
+  warnings = (
+    *_warnings(study, arms, comparisons, provenance),
+    *_without_own_metrics(study, records),
+  )
   return Summary(study, tuple(arms), comparisons, provenance, warnings)
 
 
@@ -300,11 +303,14 @@ def _warnings(
   tokenizers = {data['tokenizer'] for data in provenance.data}
   if len(tokenizers) > 1 and not study.metric.name.endswith('bits_per_byte'):
     warnings.append(f'{study.metric.name} may be per token, and tokenizers differ')
+  labels = own_labels(study)
   for name, field in provenance.not_causal.items():
-    warnings.append(f'{name}: not causal, a token can depend on later ones ({field})')
+    warnings.append(
+      f'{labels.get(name, name)}: not causal, a token can depend on later ones ({field})'
+    )
   for arm in arms:
     if not arm.dropped:
-      warnings += _arm_warnings(arm)
+      warnings += _arm_warnings(arm, labels[arm.name])
   pairs = [(c.arm, c.baseline, c.difference) for c in comparisons]
   pairs += [
     (arm.name, study.baseline, arm.difference)
@@ -314,18 +320,35 @@ def _warnings(
   for name, baseline, difference in pairs:
     if difference.unpaired:
       seeds = ', '.join(str(seed) for seed in difference.unpaired)
-      warnings.append(f'{name} minus {baseline}: unpaired seeds left out: {seeds}')
+      warnings.append(f'{labels[name]} minus {labels[baseline]}: unpaired seeds left out: {seeds}')
   return tuple(warnings)
 
 
-def _arm_warnings(arm: ArmSummary) -> list[str]:
+def _without_own_metrics(study: Study, records: Sequence[Record]) -> list[str]:
+  """Returns a warning for each metric that finished trials lack, with the first reason.
+
+  The metric that decides is left out: trials without it are listed one by one.
+  """
+  finished = [record for record in records if record.status == FINISHED]
+  reasons: dict[str, list[str]] = {}
+  for record in finished:
+    for name, reason in record.metric_errors.items():
+      if name != study.metric.name:
+        reasons.setdefault(name, []).append(reason)
+  return [
+    f'{name}: no value for {len(of)} of {len(finished)} finished trials: {of[0]}'
+    for name, of in reasons.items()
+  ]
+
+
+def _arm_warnings(arm: ArmSummary, label: str) -> list[str]:
   warnings = []
   num = len(arm.values)
   if num < MIN_SEEDS:
-    warnings.append(f'{arm.name}: {num} seed{"" if num == 1 else "s"}, fewer than {MIN_SEEDS}')
+    warnings.append(f'{label}: {num} seed{"" if num == 1 else "s"}, fewer than {MIN_SEEDS}')
   if num > 1 and len(set(arm.values.values())) == 1:
-    warnings.append(f'{arm.name}: all seeds have the same value')
+    warnings.append(f'{label}: all seeds have the same value')
   diverged = arm.statuses.get(DIVERGED, 0)
   if num and diverged:
-    warnings.append(f'{arm.name}: {diverged} diverged; the mean is of those that did not')
+    warnings.append(f'{label}: {diverged} diverged; the mean is of those that did not')
   return warnings

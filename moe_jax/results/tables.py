@@ -17,6 +17,7 @@ from moe_jax.results.markup import escape_markdown
 from moe_jax.results.names import deciding_title, metric_titles, unit_of
 from moe_jax.results.statistics import EQUIVALENCE_LEVEL, LEVEL, Difference, Interval
 from moe_jax.results.summary import SIGNIFICANCE, Absent, ArmSummary, Summary
+from moe_jax.study import own_labels
 
 _SCALES = ((1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k'))
 _LONGEST_BASELINE = 20
@@ -44,6 +45,10 @@ _COUNTS = {
   'tokens': 'tokens',
   'tokens_per_expert': 'tokens / expert',
 }
+
+
+# Where the metrics of the study file stand.
+_OWN = 'user'
 
 
 class Column(NamedTuple):
@@ -93,7 +98,8 @@ def constants(summary: Summary) -> list[Column]:
 
 def said_once(column: Column) -> str:
   """Returns title and value of a column of `constants`."""
-  return f'{column.title} {next(cell for cell in column.cells if cell != NOTHING)}'
+  value = next(cell for cell in column.cells if cell != NOTHING)
+  return f'{column.title} {value.removesuffix(" ± 0")}'
 
 
 def _varies(column: Column) -> bool:
@@ -105,6 +111,7 @@ def _varies(column: Column) -> bool:
 def further_evaluation(summary: Summary) -> str:
   """Returns the evaluation that further metrics are of by default; '' if no arm has one."""
   known = {name.partition('/')[0] for arm in summary.arms for name in arm.metrics}
+  known.discard(_OWN)
   for evaluation in ('capacity', summary.study.metric.name.partition('/')[0]):
     if evaluation in known:
       return evaluation
@@ -113,7 +120,8 @@ def further_evaluation(summary: Summary) -> str:
 
 def _default_keys(summary: Summary) -> list[str]:
   known = {name for arm in summary.arms for name in arm.metrics}
-  further = (f'{further_evaluation(summary)}/{path}' for path in _FURTHER)
+  further = [f'{_OWN}/{name}' for name in summary.study.metrics]
+  further += [f'{further_evaluation(summary)}/{path}' for path in _FURTHER]
   return [
     SEEDS,
     METRIC,
@@ -169,14 +177,18 @@ def _column(summary: Summary, key: str, titles: dict[str, str]) -> Column:
     title, sign = deciding_title(summary.study.metric), ''
     intervals: list[Interval | None] = [arm.interval for arm in arms]
   elif key == DIFFERENCE:
-    short = len(summary.study.baseline) <= _LONGEST_BASELINE
-    title, sign = f'minus {summary.study.baseline if short else "baseline"}', '+'
+    title, sign = difference_title(own_labels(summary.study)[summary.study.baseline]), '+'
     intervals = [arm.difference.interval if arm.difference else None for arm in arms]
   else:
     title, sign = titles[key], ''
     intervals = [arm.metrics.get(key) for arm in arms]
   values = tuple(None if i is None or math.isnan(i.mean) else i.mean for i in intervals)
   return Column(key, title, tuple(interval(i, sign) for i in intervals), values)
+
+
+def difference_title(baseline: str) -> str:
+  """Returns the head of the column of differences to an arm, by what the rows call it."""
+  return f'minus {baseline if len(baseline) <= _LONGEST_BASELINE else "baseline"}'
 
 
 def _averaged(arm: ArmSummary) -> str:
@@ -207,7 +219,7 @@ def markdown(summary: Summary, keys: Sequence[str] = ()) -> str:
   parts = [f'{escape_markdown(summary.study.question)}\n']
   shown = columns(summary, keys)
   rows = [['arm', *(column.title for column in shown)]]
-  names = [arm.name for arm in shown_arms(summary)]
+  names = [own_labels(summary.study)[arm.name] for arm in shown_arms(summary)]
   rows += [list(row) for row in zip(names, *(column.cells for column in shown), strict=True)]
   parts.append(_markdown_table(rows, 1))
   if summary.comparisons:
@@ -236,11 +248,12 @@ def comparisons(summary: Summary) -> list[list[str]]:
   ]
   if margin:
     rows[0] += [f'{EQUIVALENCE_LEVEL:.0%} interval', 'adjusted p of equivalence']
+  names = own_labels(summary.study)
   for comparison in summary.comparisons:
     difference = comparison.difference
     row = [
-      comparison.arm,
-      comparison.baseline,
+      names[comparison.arm],
+      names[comparison.baseline],
       comparison.verdict,
       str(difference.interval.num),
       interval(difference.interval, '+'),
@@ -313,7 +326,8 @@ def notes(summary: Summary, keys: Sequence[str] = ()) -> list[str]:
   ]
   if study.baseline:
     said.append(
-      f'Differences to {study.baseline} are paired by seed and not corrected for their number.'
+      f'Differences to {own_labels(study)[study.baseline]} are paired by seed and not corrected '
+      'for their number.'
     )
   if study.comparisons:
     said.append(
@@ -332,13 +346,15 @@ def notes(summary: Summary, keys: Sequence[str] = ()) -> list[str]:
     said.append(f'Further metrics are of the {evaluation} evaluation, means over layers.')
   if not keys and (same := constants(summary)):
     said.append(f'The same for all arms: {", ".join(map(said_once, same))}.')
-  return said
+  labelled = [f'{arm.label} is {arm.name}' for arm in study.arms if arm.label not in ('', arm.name)]
+  return said + ([f'Labels: {"; ".join(labelled)}.'] if labelled else [])
 
 
 def not_averaged(summary: Summary) -> list[tuple[str, Sequence[str]]]:
   """Returns the trials that the tables do not average, by title."""
-  absent = [f'{arm.name}, {_absent(trial)}' for arm in summary.arms for trial in arm.absent]
-  dropped = [f'{arm.name}: {arm.dropped}' for arm in summary.arms if arm.dropped]
+  names = own_labels(summary.study)
+  absent = [f'{names[arm.name]}, {_absent(trial)}' for arm in summary.arms for trial in arm.absent]
+  dropped = [f'{names[arm.name]}: {arm.dropped}' for arm in summary.arms if arm.dropped]
   return [('Trials without a value', absent), ('Arms that were not run', dropped)]
 
 

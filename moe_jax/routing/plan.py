@@ -165,10 +165,10 @@ def _assign_slots(
   )
   # The other direction: slot c of expert e holds the assignment at starts[e] + c, if it is still
   # e's.
-  place = starts[:-1, None] + jnp.arange(capacity, dtype=jnp.int32)[None, :]
-  filled = place < starts[1:, None]
+  index = starts[:-1, None] + jnp.arange(capacity, dtype=jnp.int32)[None, :]
+  filled = index < starts[1:, None]
   source_index = jnp.where(
-    filled, sorted_assignment[jnp.minimum(place, num_assignments - 1)], num_assignments
+    filled, sorted_assignment[jnp.minimum(index, num_assignments - 1)], num_assignments
   )
   return slot_index, source_index
 

@@ -16,7 +16,7 @@ from moe_jax.run.manifest_kinds import LOCK
 _BEGINNINGS = (LOCK, 'checkpoints', 'tokenizer', 'manifest.tmp')
 
 
-def _hold(lock: IO[str]) -> None:
+def hold(lock: IO[str]) -> None:
   """Locks a file; tries twice, as `moe_jax.runs` holds it for a moment to see whether it is free.
 
   Raises:
@@ -48,7 +48,7 @@ def claimed(workdir: str) -> Iterator[None]:
     raise UserError('workdir', workdir, f'cannot be written: {error.strerror}') from error
   with lock:
     try:
-      _hold(lock)
+      hold(lock)
     except OSError as error:
       raise UserError('workdir', workdir, 'another process is writing this run') from error
     try:

@@ -162,7 +162,9 @@ def read(workdir: str | os.PathLike) -> dict[str, Any]:
     manifest = json.loads(path.read_text(encoding='utf-8'))
     problem = manifest_kinds.problem_of(manifest)
   except (FileNotFoundError, NotADirectoryError) as error:
-    raise UserError('workdir', str(workdir), 'holds no run: no manifest.json there') from error
+    raise UserError(
+      'workdir', str(workdir), f'holds no run{_where_runs_are(path.parent)}'
+    ) from error
   # Not UTF-8, not JSON, more digits than Python reads; brackets nested without end.
   except (ValueError, RecursionError) as error:
     problem = str(error)
@@ -220,6 +222,17 @@ def config_of(manifest: dict[str, Any], workdir: str | os.PathLike) -> ml_collec
           f'type {type(config[section][name]).__name__}'
         ) from error
   return config
+
+
+def _where_runs_are(folder: pathlib.Path) -> str:
+  """Returns what an error says of a folder without a run: that of a sweep holds some below."""
+  trials = folder / 'trials'
+  found = (
+    next((p for p in sorted(trials.iterdir()) if exists(p)), None) if trials.is_dir() else None
+  )
+  if found is None:
+    return ': no manifest.json there'
+  return f' itself, but trials of a sweep; name one, as {found}'
 
 
 def holds_run(workdir: str | os.PathLike) -> bool:

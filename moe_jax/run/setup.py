@@ -37,15 +37,13 @@ def mesh_of(config: ml_collections.ConfigDict) -> Mesh:
     mesh = make_mesh(config.mesh.data, config.mesh.expert)
   except ValueError as error:
     raise UserError(
-      'mesh.data',
-      config.mesh.data,
+      *_largest_axis(config),
       f'{error}; for simulated CPU devices set '
       'XLA_FLAGS=--xla_force_host_platform_device_count=N, or choose a smaller mesh',
     ) from error
   if jax.process_count() > 1 and mesh.size != jax.device_count():
     raise UserError(
-      'mesh.data',
-      config.mesh.data,
+      *_largest_axis(config),
       f'mesh.data * mesh.expert must be {jax.device_count()}: {jax.process_count()} processes use '
       'all of their devices',
     )
@@ -53,6 +51,12 @@ def mesh_of(config: ml_collections.ConfigDict) -> Mesh:
   if reason and config.moe.num_experts:
     raise UserError('moe.exchange', config.moe.exchange, reason)
   return mesh
+
+
+def _largest_axis(config: ml_collections.ConfigDict) -> tuple[str, int]:
+  """Returns the field that most of the devices are due to, and its value."""
+  data, expert = config.mesh.data, config.mesh.expert
+  return ('mesh.data', data) if data >= expert else ('mesh.expert', expert)
 
 
 def dataset_of(config: ml_collections.ConfigDict, tokenizer: Tokenizer | None = None) -> Dataset:

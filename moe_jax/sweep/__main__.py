@@ -10,7 +10,7 @@ import os
 
 from absl import flags
 
-from moe_jax import cli
+from moe_jax import arguments, cli
 from moe_jax.errors import UserError
 
 _STUDY = cli.define_path('study', 'File that defines get_study().')
@@ -36,16 +36,15 @@ _SET = flags.DEFINE_multi_string(
 def main() -> int:
   """Runs the trials that are not done yet; 1 if a trial failed, 128 + signal if interrupted."""
   file = cli.required(_STUDY)
-  if not os.path.isfile(file):
-    raise UserError('--study', file, 'is no file' if os.path.exists(file) else 'does not exist')
+  arguments.check_file('--study', file)
   index, count = _shard()
   for flag in (_PROBE, _JSON):
     if flag.value and not _DRY_RUN.value:
       raise UserError(f'--{flag.name}', flag.value, 'goes with --dry_run')
   if _PACK.value < 1:
     raise UserError('--pack', _PACK.value, 'must be at least 1')
-  if _RESULTS.value is not None and not os.path.isfile(_RESULTS.value):
-    raise UserError('--results', _RESULTS.value, 'does not exist')
+  if _RESULTS.value is not None:
+    arguments.check_file('--results', _RESULTS.value)
   if not _DRY_RUN.value:
     cli.required(_WORKDIR)
   import tqdm

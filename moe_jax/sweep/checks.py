@@ -3,19 +3,22 @@
 import copy
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_collections
 
 from moe_jax.arguments import near_fields
 from moe_jax.data import SPLITS, Dataset, Examined, documents
-from moe_jax.errors import UserError
+from moe_jax.errors import UserError, did_you_mean
 from moe_jax.field_names import split_field
 from moe_jax.schema import SCHEMA
 from moe_jax.study import MAY_DIFFER, Comparison, Metric, Point, Study, labels_of
 from moe_jax.sweep import metric_paths, user_metrics
 from moe_jax.sweep.evaluations import EVALUATIONS
+
+# Arms that an error lists.
+_MOST_NAMED = 8
 
 
 class _Type(NamedTuple):
@@ -215,14 +218,14 @@ def _check_arms(study: Study) -> None:
 
 
 def _check_comparisons(study: Study) -> None:
-  run = {arm.name for arm in study.arms if not arm.dropped}
+  run = [arm.name for arm in study.arms if not arm.dropped]
   if study.baseline and study.baseline not in run:
-    raise UserError('study.baseline', study.baseline, 'is no arm that is run')
+    raise UserError('study.baseline', study.baseline, _no_arm(study.baseline, run))
   seen: set[frozenset[str]] = set()
   for comparison in study.comparisons:
     for name in comparison:
       if name not in run:
-        raise UserError('study.comparisons', name, 'is no arm that is run')
+        raise UserError('study.comparisons', name, _no_arm(name, run))
     if comparison.arm == comparison.baseline:
       raise UserError('study.comparisons', comparison.arm, 'is compared with itself')
     if frozenset(comparison) in seen:
@@ -231,6 +234,12 @@ def _check_comparisons(study: Study) -> None:
         'study.comparisons', tuple(comparison), 'stands there twice, in whichever direction'
       )
     seen.add(frozenset(comparison))
+
+
+def _no_arm(name: str, run: Sequence[str]) -> str:
+  near = did_you_mean(name, run) or f'; arms are {", ".join(run[:_MOST_NAMED])}'
+  more = ', ...' if near.startswith('; arms') and len(run) > _MOST_NAMED else ''
+  return f'is no arm that is run{near}{more}'
 
 
 def check_dataset(study: Study, dataset: Dataset | Examined) -> None:

@@ -15,7 +15,7 @@ from moe_jax import config as config_lib
 from moe_jax.errors import DamagedError, UserError
 from moe_jax.results import records
 from moe_jax.results.records import Record
-from moe_jax.run import manifest
+from moe_jax.run import manifest, status
 from moe_jax.run.metrics_file import read_metrics
 from moe_jax.study import Study, labels_of
 from moe_jax.sweep import metric_paths, outcome, user_metrics
@@ -96,10 +96,11 @@ def known_records(trials: list[Trial], path: str | os.PathLike) -> dict[str, Rec
   that the schema did not have then must be at their defaults. Each keeps its own commit.
 
   Raises:
-    DamagedError: if the file holds anything else than records.
+    UserError: if the file holds no record.
+    DamagedError: if it holds anything else, too.
   """
   ended = {}
-  for record in records.read_records(path):
+  for record in given_records(path):
     if record.status in (records.FINISHED, records.DIVERGED):
       ended[id_today(record, path)] = record
   return {
@@ -109,6 +110,20 @@ def known_records(trials: list[Trial], path: str | os.PathLike) -> dict[str, Rec
     for trial in trials
     if trial.id in ended
   }
+
+
+def given_records(path: str | os.PathLike) -> list[Record]:
+  """Returns the records of the file that --results names.
+
+  Raises:
+    UserError: if it holds none: the path is wrong.
+    DamagedError: as `records.read_records`.
+  """
+  try:
+    return records.read_records(path)
+  except records.NoRecordsError as error:
+    why = str(error).removeprefix(f'{path} ')
+    raise UserError('--results', str(path), f'{why}; it must be a results.jsonl') from error
 
 
 def id_today(record: Record, path: str | os.PathLike) -> str:
@@ -145,7 +160,9 @@ def _record(study: Study, trial: Trial, workdir: str | os.PathLike, command: str
     if ended is None and metadata is None:
       return Record(status=records.MISSING, reason='was not begun', **known)
     if ended is None:
-      return Record(status=records.UNFINISHED, reason=_how_far(metadata), **known)
+      assert metadata is not None
+      known['step'], reason = _how_far(metadata, folder)
+      return Record(status=records.UNFINISHED, reason=reason, **known)
     if ended['status'] != records.FINISHED:
       return Record(status=ended['status'], reason=ended['reason'], **known)
     if metadata is None:
@@ -175,11 +192,18 @@ def _record(study: Study, trial: Trial, workdir: str | os.PathLike, command: str
     return Record(status=records.DAMAGED, reason=f'{error}; {again}', **known)
 
 
-def _how_far(metadata: dict[str, Any] | None) -> str:
-  assert metadata is not None
+def _how_far(metadata: dict[str, Any], folder: pathlib.Path) -> tuple[int, str]:
+  """Returns the last step that a trial without an outcome is known to have done, and its state.
+
+  The manifest of a run says the step of its last checkpoint; members of a pack have none until its
+  end.
+  """
   if metadata['status'] == 'finished':
-    return 'not evaluated yet'
-  return f'{metadata["status"]} at step {metadata["step"]}'
+    return metadata['step'], 'not evaluated yet'
+  if metadata['status'] != status.RUNNING:
+    return metadata['step'], metadata['status']
+  logged, _ = status.last_loss(folder / 'metrics.jsonl')
+  return max(metadata['step'], logged or 0), status.who_holds(folder)
 
 
 def _of_manifest(trial: Trial, metadata: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
@@ -251,7 +275,7 @@ def _history(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _thinned(lines: list, most: int) -> list:
-  """Returns at most `LIMIT` of the lines, evenly spread, first and last among them."""
+  """Returns at most `most` of the lines, evenly spread, first and last among them."""
   if len(lines) <= most:
     return lines
   return [lines[i] for i in np.linspace(0, len(lines) - 1, most).round().astype(int)]

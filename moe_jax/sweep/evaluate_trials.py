@@ -1,6 +1,7 @@
 """Evaluation of trained trials, one by one or several of one program together."""
 
 import functools
+import itertools
 import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from moe_jax import config as config_lib
+from moe_jax.data import Dataset
 from moe_jax.models.build import build_task
 from moe_jax.models.task import Task
 from moe_jax.run import device_errors
@@ -32,13 +34,17 @@ class Evaluated(NamedTuple):
   together: int = 1
 
 
-def evaluate_trial(study: Study, trial: Trial, folder: str) -> Evaluated:
+# Takes how far an evaluation is, in words.
+Show = Callable[[str], None]
+
+
+def evaluate_trial(study: Study, trial: Trial, folder: str, *, show: Show) -> Evaluated:
   """Returns every evaluation of the study at the trial's last checkpoint."""
   with device_errors.explained(trial.config):
-    return _evaluate_alone(study, trial, folder)
+    return _evaluate_alone(study, trial, folder, show=show)
 
 
-def _evaluate_alone(study: Study, trial: Trial, folder: str) -> Evaluated:
+def _evaluate_alone(study: Study, trial: Trial, folder: str, *, show: Show) -> Evaluated:
   watch = Stopwatch()
   evaluated = Evaluated({}, {})
   restored = restore_run(folder, trial.config.train.num_steps)
@@ -47,6 +53,7 @@ def _evaluate_alone(study: Study, trial: Trial, folder: str) -> Evaluated:
     config = config_for(trial.config, name)
     program = evaluation_program(config)
     task, step = eval_step(program, restored.mesh, restored.tokenizer.vocab_size)
+    size = evaluation_batches.batch_size_of(config, restored.mesh)
     with jax.set_mesh(restored.mesh):
       evaluated.results[name] = evaluate.evaluate(
         step,
@@ -56,8 +63,10 @@ def _evaluate_alone(study: Study, trial: Trial, folder: str) -> Evaluated:
         dataset,
         split=study.split,
         sequence_length=config.data.sequence_length,
-        batch_size=evaluation_batches.batch_size_of(config, restored.mesh),
-        on_batch=watch.counting(),
+        batch_size=size,
+        on_batch=watch.counting(
+          _showing(show, name, _num_batches(study, config, dataset, batch_size=size))
+        ),
       )
     evaluated.seconds[name] = watch.seconds()
     watch = Stopwatch()
@@ -65,11 +74,11 @@ def _evaluate_alone(study: Study, trial: Trial, folder: str) -> Evaluated:
 
 
 def evaluate_pack(
-  study: Study, unit: list[Trial], workdir: str, say: Callable[[str], None]
+  study: Study, unit: list[Trial], workdir: str, say: Callable[[str], None], *, show: Show
 ) -> dict[str, Evaluated]:
   """Returns evaluations of trials of one program by id; {} if they must be evaluated one by one."""
   try:
-    return _evaluate_together(study, unit, workdir)
+    return _evaluate_together(study, unit, workdir, show=show)
   except Exception as error:
     stop_if_full(error, workdir)
     # An error of one trial shows when it is evaluated by itself, which comes next.
@@ -80,7 +89,9 @@ def evaluate_pack(
     return {}
 
 
-def _evaluate_together(study: Study, unit: list[Trial], workdir: str) -> dict[str, Evaluated]:
+def _evaluate_together(
+  study: Study, unit: list[Trial], workdir: str, *, show: Show
+) -> dict[str, Evaluated]:
   watch = Stopwatch()
   evaluated = {trial.id: Evaluated({}, {}, len(unit)) for trial in unit}
   runs = [restore_run(str(t.folder(workdir)), t.config.train.num_steps) for t in unit]
@@ -89,6 +100,7 @@ def _evaluate_together(study: Study, unit: list[Trial], workdir: str) -> dict[st
   for name in study.evaluations:
     config = config_for(unit[0].config, name)
     task, step = eval_step(evaluation_program(config), mesh, vocab_size, packed=True)
+    size = evaluation_batches.batch_size_of(config, mesh)
     with jax.set_mesh(mesh):
       results = evaluate.evaluate_packed(
         step,
@@ -97,14 +109,30 @@ def _evaluate_together(study: Study, unit: list[Trial], workdir: str) -> dict[st
         dataset,
         split=study.split,
         sequence_length=config.data.sequence_length,
-        batch_size=evaluation_batches.batch_size_of(config, mesh),
-        on_batch=watch.counting(),
+        batch_size=size,
+        on_batch=watch.counting(
+          _showing(show, name, _num_batches(study, config, dataset, batch_size=size))
+        ),
       )
     for trial, result in zip(unit, results, strict=True):
       evaluated[trial.id].results[name] = result
       evaluated[trial.id].seconds[name] = watch.seconds(len(unit))
     watch = Stopwatch()
   return evaluated
+
+
+def _num_batches(
+  study: Study, config: ml_collections.ConfigDict, dataset: Dataset, *, batch_size: int
+) -> int:
+  length = config.data.sequence_length
+  return evaluation_batches.num_batches(dataset, study.split, length, batch_size)
+
+
+def _showing(show: Show, name: str, num_batches: int) -> Callable[[], None]:
+  """Returns what is to be called after each batch of an evaluation."""
+  show(f'{name}, {num_batches} batches')
+  done = itertools.count(1)
+  return lambda: show(f'{name}, batch {next(done)} of {num_batches}')
 
 
 def evaluation_program(config: ml_collections.ConfigDict) -> str:

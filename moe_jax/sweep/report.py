@@ -10,11 +10,20 @@ from moe_jax.errors import UserError
 from moe_jax.files import write_atomically
 from moe_jax.results import figures as figures_lib
 from moe_jax.results import latex, methods, page_figures, scaling, tables, thin
+from moe_jax.results.markup import with_minus
 from moe_jax.results.page import Cell, write_page
-from moe_jax.results.records import DIVERGED, FINISHED, Record, read_records, write_records
+from moe_jax.results.records import (
+  DIVERGED,
+  FINISHED,
+  MISSING,
+  Record,
+  read_records,
+  write_records,
+)
 from moe_jax.results.summary import Summary, summarize
+from moe_jax.run import manifest
 from moe_jax.study import Study
-from moe_jax.sweep.collect import as_requested, id_today, known_records, records_of
+from moe_jax.sweep.collect import as_requested, given_records, id_today, known_records, records_of
 from moe_jax.sweep.trials import load_study, trials_of
 
 
@@ -126,11 +135,15 @@ def _records(
   study: Study, study_file: str, workdir: str | None, results: str | None
 ) -> list[Record]:
   if results and not workdir:
-    return _of_this_study(study, read_records(results), results)
+    return _of_this_study(study, given_records(results), results)
   assert workdir is not None
   command = f'python -m moe_jax.sweep --study={study_file} --workdir={workdir}'
   known = known_records(trials_of(study), results) if results else None
-  return records_of(study, workdir, command, known)
+  records = records_of(study, workdir, command, known)
+  if all(record.status == MISSING for record in records):
+    run = ', but a run; name the folder of the sweep' if manifest.holds_run(workdir) else ''
+    raise UserError('--workdir', workdir, f'holds no trial of this study{run}')
+  return records
 
 
 def _of_this_study(study: Study, records: list[Record], path: str) -> list[Record]:
@@ -208,7 +221,7 @@ def _write_page(
   shown = [c for c in tables.columns(summary, columns) if columns or c.key != tables.SEEDS]
   titles = {'arm': 'arm'} | {column.key: column.title for column in shown}
   rows = [
-    {'arm': arm.name} | {c.key: Cell(c.cells[row], c.values[row]) for c in shown}
+    {'arm': arm.name} | {c.key: Cell(with_minus(c.cells[row]), c.values[row]) for c in shown}
     for row, arm in enumerate(tables.shown_arms(summary))
   ]
   write_page(
@@ -217,7 +230,7 @@ def _write_page(
     titles,
     rows,
     path,
-    tables.comparisons(summary),
+    [[with_minus(cell) for cell in row] for row in tables.comparisons(summary)],
     tables.notes(summary, columns),
     summary.warnings,
     figures=page_figures.content(summary, records),

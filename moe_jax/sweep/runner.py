@@ -1,7 +1,6 @@
 """Running the trials of a study: each once, whatever is killed, however many workers there are."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import pathlib
@@ -12,7 +11,7 @@ import tqdm
 
 from moe_jax.errors import DamagedError, UserError
 from moe_jax.results.records import DIVERGED, FAILED, FINISHED
-from moe_jax.run import ancestry, manifest, packed
+from moe_jax.run import ancestry, claim, manifest, packed
 from moe_jax.run.divergence import DivergedError
 from moe_jax.run.progress import Listener
 from moe_jax.run.setup import dataset_of
@@ -137,7 +136,7 @@ def _claimed(trial: Trial, workdir: str) -> Iterator[bool]:
   folder.mkdir(parents=True, exist_ok=True)
   with open(folder / trial.id, 'w') as lock:
     try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      claim.hold(lock)
     except OSError:
       yield False
       return
@@ -176,8 +175,8 @@ def _run_unit(
   evaluated: dict[str, Evaluated] = {}
   if len(trained) > 1:
     progress.begin(*trained)
-    progress.show_phase('evaluating')
-    evaluated = evaluate_pack(study, trained, workdir, say)
+    with progress.evaluating() as show:
+      evaluated = evaluate_pack(study, trained, workdir, say, show=show)
   return [_run_one(study, t, workdir, progress, say, evaluated.get(t.id)) for t in unit]
 
 
@@ -265,8 +264,8 @@ def _run_one(
         raise Interrupted(done.interrupted_by or 0)
       seconds: dict[str, Any] = {'training': watch.seconds()}
       if evaluated is None:
-        progress.show_phase('evaluating')
-        evaluated = evaluate_trial(study, trial, folder)
+        with progress.evaluating() as show:
+          evaluated = evaluate_trial(study, trial, folder, show=show)
       metadata |= {
         'evaluations': evaluated.results,
         'evaluated_together': evaluated.together,

@@ -14,7 +14,7 @@ import ml_collections
 
 from moe_jax import config as config_lib
 from moe_jax import installed, unread
-from moe_jax.arguments import near_fields
+from moe_jax.arguments import check_file, near_fields
 from moe_jax.data import ByteTokenizer
 from moe_jax.errors import UserError, raised_by
 from moe_jax.field_names import field_value, split_field
@@ -61,9 +61,7 @@ def load_study(path: str) -> Study:
   Raises:
     UserError: if there is no such file, or it does not define one.
   """
-  if not os.path.isfile(path):
-    why = 'is no file' if os.path.exists(path) else 'does not exist'
-    raise UserError('--study', path, why)
+  check_file('--study', path)
   spec = importlib.util.spec_from_file_location('moe_jax_study', path)
   if spec is None or spec.loader is None:
     raise UserError('--study', path, 'must be a Python file, as experiments/NAME/study.py')

@@ -11,7 +11,6 @@ import sys
 
 from moe_jax import cli
 from moe_jax.errors import UserError
-from moe_jax.run import same_run
 
 _CONFIG = cli.define_config_flag()
 _WORKDIR = cli.define_path('workdir', 'Where the run is kept; new, or the same run.')
@@ -47,6 +46,7 @@ def _with_way_on(error: UserError) -> UserError:
   workdir = os.path.expanduser(words[places[-1] + 1]) if places else ''
   if not os.path.exists(os.path.join(workdir, 'manifest.json')):
     return error
+  from moe_jax.run import same_run
 
   return same_run.with_way_on(error, workdir)
 

@@ -104,8 +104,8 @@ def _what_moved(
   @jax.jit
   def past(tokens, ids):
     valid = jnp.ones(shape, bool)
-    places = jnp.arange(shape[1], dtype=jnp.int32)[None] // size
-    inputs = routing.RouterInputs(tokens, valid, ids, places, keys[1:2])
+    positions = jnp.arange(shape[1], dtype=jnp.int32)[None] // size
+    inputs = routing.RouterInputs(tokens, valid, ids, positions, keys[1:2])
     choice = router.choose(weights, state, inputs, options)
     plan = routing.make_plan(
       choice,
@@ -138,9 +138,9 @@ def _what_moved(
       change = np.abs(new[:kept].astype(np.float64) - old[:kept])
       bound = TOLERANCE * max(1.0, float(np.abs(old).max())) if what == 'gate' else 0.0
       if not change.max() <= bound:
-        place = int(np.argmax(change.max(axis=1))) // size
+        moved = int(np.argmax(change.max(axis=1))) // size
         by = f' by {change.max():.2g}' if what == 'gate' else ''
         return (
-          f'with other tokens from position {start} on, the {what} of position {place} changed{by}'
+          f'with other tokens from position {start} on, the {what} of position {moved} changed{by}'
         )
   return ''

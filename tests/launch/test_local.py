@@ -164,7 +164,7 @@ def test_refuses_flags(flags, words):
   [
     ({}, ['--config.moe.num_experts=6'], ['mesh.expert=4', 'divide 6']),
     ({'mesh.expert': 2}, [], ['mesh.data=2', 'must be 8', 'all of their devices']),
-    ({}, ['--processes=3'], ['mesh.data=2', 'must be 12']),
+    ({}, ['--processes=3'], ['mesh.expert=4', 'must be 12']),
   ],
 )
 def test_refuses_what_training_refuses(text, tmp_path, overrides, flags, words):

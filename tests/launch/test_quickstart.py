@@ -77,7 +77,15 @@ def test_a_finished_run_is_not_evaluated_again(checkout):
   assert quickstart(checkout)[2] == ['train', 'evaluate', 'generate']
 
 
-def test_takes_no_argument(checkout):
+def test_sets_up_alone(checkout):
+  code, output, verbs = quickstart(checkout, '--setup')
+  assert (code, verbs) == (0, []) and '.venv/bin/activate' in output
+  (checkout / '.venv' / 'installed-').unlink()
+  quickstart(checkout, '--setup')
+  assert 'pip install' in (checkout / 'calls').read_text()
+
+
+def test_takes_no_other_argument(checkout):
   code, output, verbs = quickstart(checkout, '--config=mine.py')
   assert (code, verbs) == (2, [])
   assert output.startswith('error: argument=--config=mine.py')

@@ -4,8 +4,9 @@ import dataclasses
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
-from moe_jax.results import expert_figures
+from moe_jax.results import expert_figures, style
 from moe_jax.results.records import FINISHED
 from moe_jax.study import labels_of
 from tests.results import example
@@ -103,3 +104,13 @@ def test_specialization_is_drawn_of_what_there_is():
   ]
   # Means over layers 0.15, 0.2 and 0.25.
   np.testing.assert_allclose(seeds[0].get_xdata(), [0.15, 0.2, 0.25])
+
+
+@pytest.mark.parametrize(('highest', 'ticks'), [(2, [0.5, 1, 1.5, 2]), (3, [0.5, 1, 2, 3])])
+def test_the_colour_bar_is_marked_at_round_loads(highest, ticks):
+  figure = Figure()
+  axes = figure.subplots()
+  loads = np.array([[0.5, highest]])
+  image = axes.imshow(loads, norm=style.load_norm([loads]), cmap=style.LOAD_COLORS)
+  image.set_clim(vmax=highest)
+  assert style.load_bar(figure, image, axes, False).get_ticks().tolist() == ticks

@@ -254,6 +254,7 @@ def test_lines_of_equal_flops_go_through_the_best_of_each_size():
   (axes,) = figures.iso_flops(STUDY, RECORDS).axes
   assert _legend(axes) == ['2.458e+13 FLOPs', '2.949e+13 FLOPs']
   assert axes.get_xscale() == 'log'
+  assert [text.get_text() for text in axes.get_xticklabels()] == ['600k', '1.2M', '3.6M', '13.2M']
   assert _line(axes, '2.458e+13 FLOPs').get_xdata().tolist() == [1_200_000, 3_600_000, 13_200_000]
   # Dense, as large a compute budget, stands with top-2.
   assert len(_line(axes, '2.949e+13 FLOPs').get_xdata()) == 4
@@ -278,3 +279,24 @@ def test_flops_that_differ_by_more_than_a_percent_make_no_line():
   assert figures.iso_flops(STUDY, apart) is None
   same_size = [dataclasses.replace(r, parameters={'total': 1, 'active': 1}) for r in RECORDS]
   assert figures.iso_flops(STUDY, same_size) is None
+
+
+def test_equal_flops_are_drawn_of_studies_that_scale():
+  assert figures.iso_flops(dataclasses.replace(STUDY, x='', lines=''), RECORDS) is None
+  scaled = dataclasses.replace(STUDY, x='', lines='', scaling=True)
+  assert figures.iso_flops(scaled, RECORDS) is not None
+
+
+def test_sizes_within_a_percent_are_one_and_labels_have_room():
+  def sized(totals):
+    sizes = dict(zip([*MOE, 'dense'], totals, strict=True))
+    records = [dataclasses.replace(r, flops_per_token=1, tokens=10**6) for r in RECORDS]
+    return [dataclasses.replace(r, parameters={'total': sizes[r.arm]}) for r in records]
+
+  close = [1000 + arm for arm in range(len(MOE) + 1)]
+  assert figures.iso_flops(STUDY, sized(close)) is None
+  # No line within a size: 1000 to 1006 are one, drawn at its smallest.
+  (axes,) = figures.iso_flops(STUDY, sized([*close[:-1], 10**6])).axes
+  assert _line(axes, '1e+06 FLOPs').get_xdata().tolist() == [1000, 10**6]
+  (axes,) = figures.iso_flops(STUDY, sized([1000, 1020, 1040, 1060, 1080, 1100, 10**6])).axes
+  assert [text.get_text() for text in axes.get_xticklabels()] == ['1k', '1M']

@@ -115,3 +115,15 @@ def _by_arm(records):
   for record in records:
     arms.setdefault(record.arm, []).append(record)
   return arms
+
+
+def test_bands_are_in_the_range_unless_they_are_far_wider_than_curves_are_apart():
+  steps, losses = np.arange(11), np.linspace(2, 1, 11)
+  # From step 1 on curves lie in 1.0..1.9, bands in 0.8..2.1; the margin is a twentieth of 1.3.
+  found = loss_figure._loss_range([(steps, losses, np.full(11, 0.2)), (steps, losses, None)])
+  np.testing.assert_allclose(found, (0.8 - 0.065, 2.1 + 0.065))
+  # As much again, 0.9, on each side at most: 0.1..2.8.
+  found = loss_figure._loss_range([(steps, losses, np.full(11, 50.0))])
+  np.testing.assert_allclose(found, (0.1 - 0.135, 2.8 + 0.135))
+  alone = loss_figure._loss_range([(steps, losses, np.full(11, np.nan))])
+  np.testing.assert_allclose(alone, (1.0 - 0.045, 1.9 + 0.045))

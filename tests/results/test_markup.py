@@ -66,3 +66,26 @@ def test_latex_by_hand(text, latex):
 def test_the_check_of_latex_finds_errors(text):
   with pytest.raises(AssertionError):
     shown.check_latex(text)
+
+
+def test_a_count_is_not_parted_from_its_suffix():
+  assert markup.break_latex('parameters 4.93M, 12.3456M') == 'parameters 4.93M, 12.3456M'
+  assert r'\allowbreak' in markup.break_latex('4.93Mega')
+
+
+@pytest.mark.parametrize(
+  ('text', 'said'),
+  [
+    ('-0.07', '−0.07'),
+    ('-0.07 ± 0.10', '−0.07 ± 0.10'),
+    ('+0.70 ± 0.01', '+0.70 ± 0.01'),
+    ('1.2e-05', '1.2e−05'),
+    ('[-0.1, +0.2]', '[−0.1, +0.2]'),
+    ('-', '-'),
+    ('top-2', 'top-2'),
+    ('a-1', 'a-1'),
+    ('<0.001', '<0.001'),
+  ],
+)
+def test_numbers_on_a_page_have_minus_signs(text, said):
+  assert markup.with_minus(text) == said

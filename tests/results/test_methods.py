@@ -7,6 +7,7 @@ import pytest
 
 from moe_jax.errors import DamagedError, UserError
 from moe_jax.results import methods, summary
+from moe_jax.study import Point
 from tests.results import made, shown
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -109,3 +110,12 @@ def test_bibtex_is_of_the_day_of_the_last_commit():
   assert '  year = {2026},\n  month = {12},\n  date = {2026-12-01},\n' in text
   dated = f'{"a" * 12} (2026-12-01), {"b" * 12} (2026-11-30), {"c" * 12}'
   assert f'Git commits {dated}}}' in text.replace(r'\allowbreak{}', '')
+
+
+def test_arms_differ_in_fields_whose_values_do():
+  none = {'moe.renormalize': 'none'}
+  same = {'moe.mlp_dim': made.make_config()['moe']['mlp_dim']}
+  arms = (Point('few', none | {'moe.num_experts': 4} | same), Point('many', none))
+  text = methods.methods(summary.summarize(made.make_study(arms), []))
+  # Many has the base's 8 experts, and the base's width.
+  assert 'Arms differ in moe.num\\_experts.' in text.replace(r'\allowbreak{}', '')

@@ -11,7 +11,7 @@ import pytest
 from moe_jax.errors import UserError
 from moe_jax.results import latex, methods, summary, tables
 from moe_jax.results.statistics import Interval
-from moe_jax.study import Comparison, Metric
+from moe_jax.study import Comparison, Metric, Point
 from tests.results import made, shown
 
 
@@ -193,6 +193,55 @@ def test_csv_has_every_arm_and_every_digit(broken):
   assert none['dropped'] == 'K_2 > E & more' and none['mean'] == '' and none['averaged'] == '0'
   assert dead['mean'] == '' and dead['without_value'].count('failed') == 3
   assert all(None not in row and None not in row.values() for row in rows)
+
+
+def gap(trial):
+  return trial.seed
+
+
+def test_own_metrics_have_a_column_and_their_errors_a_warning():
+  study = made.make_study(metrics={'gap_of_loss': gap, 'other': gap}, baseline='dense')
+  further = {'capacity/router/dead_experts': [0.0, 0.0]}
+  records = [
+    made.make_record(arm, seed, 2.0 + seed * (1 + index), further | {'user/gap_of_loss': index})
+    for index, arm in enumerate(('dense', 'moe'))
+    for seed in range(3)
+  ]
+  broken = [
+    dataclasses.replace(r, metric_errors={'user/other': f'ValueError: seed {r.seed}'})
+    for r in records[1:]
+  ]
+  of = summary.summarize(study, [records[0], *broken])
+  text = tables.markdown(of)
+  assert '| arm | bits per byte | minus dense | gap of loss |' in text
+  assert '| moe | 4.0 ± 5.0 | +1.0 ± 2.5 | 1 ± 0 |' in text
+  # A mean of zeros has an interval that says nothing.
+  assert 'The same for all arms: seeds 3, dead experts 0, parameters' in text
+  warning = 'user/other: no value for 5 of 6 finished trials: ValueError: seed 1'
+  assert warning in of.warnings and warning in shown.markdown_shown(text)
+  rows = shown.check_latex(latex.latex(of))
+  assert [row[-1] for row in rows][-2:] == [r'$0_{\pm 0}$', r'$1_{\pm 0}$']
+  # Without an evaluation at capacity further metrics are not sought among own ones.
+  alone = [dataclasses.replace(r, metrics={'user/gap_of_loss': r.seed}) for r in records]
+  own = dataclasses.replace(study, metric=Metric('user/gap_of_loss', 'seeds'))
+  assert tables.further_evaluation(summary.summarize(own, alone)) == ''
+
+
+def test_an_arm_is_called_by_its_label_and_named_once():
+  arms = (Point('num_experts=1', {}, label='one'), 'num_experts=2')
+  values = {'num_experts=1': [1.0, 2.0, 3.0], 'num_experts=2': [2.0, 3.0]}
+  planned = (Comparison('num_experts=2', 'num_experts=1'),)
+  study = made.make_study(arms, baseline='num_experts=1', comparisons=planned)
+  of = summary.summarize(study, made.make_records(values))
+  text = shown.markdown_shown(tables.markdown(of))
+  rows = [row[0] for row in shown.markdown_rows(tables.markdown(of))]
+  assert [r for r in rows if r != '---'] == ['arm', 'one', 'num_experts=2', 'arm', 'num_experts=2']
+  assert '| minus one |' in text and '\n| num_experts=2 | one | untested' in text
+  assert 'Differences to one are paired' in text
+  assert 'num_experts=2 minus one: unpaired seeds' in text and text.count('num_experts=1') == 1
+  assert 'Labels: one is num_experts=1.' in text
+  tex = latex.latex(of)
+  assert '% Labels: one is num_experts=1.' in tex and 'Differences to one are' in tex
 
 
 def test_a_study_without_records():

@@ -343,3 +343,11 @@ def test_all_arms_may_be_points_and_grids():
   study = make_study(arms=chain(point('dense', {'moe.num_experts': 0}), make_study().arms))
   # The dense arm has another number of FLOPs.
   assert "'compute' to its may_differ" in refused(arms=study.arms)
+
+
+def test_an_arm_that_there_is_not_is_named_with_what_there_is():
+  assert refused(baseline='load_balancing_weight=0.1').endswith(
+    f'is no arm that is run; did you mean {LIGHT} or {NONE}?'
+  )
+  found = refused(comparisons=(Comparison('2of8', NONE),))
+  assert found == f"study.comparisons='2of8': is no arm that is run; arms are {NONE}, {LIGHT}"

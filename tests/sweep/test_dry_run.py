@@ -4,12 +4,14 @@ import dataclasses
 import json
 
 import pytest
+import tqdm
 
 from moe_jax.data import SPLITS
 from moe_jax.errors import UserError
 from moe_jax.run import setup
 from moe_jax.study import Metric, Study, point, product
 from moe_jax.sweep import dry_run, probe, runner, time_estimate, trials
+from moe_jax.sweep.progress import Progress
 from moe_jax.sweep.stopwatch import Pace, Stopwatch
 from moe_jax.sweep.time_estimate import EVALUATION, TRAINING, Measured, Work
 from moe_jax.train import accounting
@@ -227,6 +229,28 @@ def test_time_is_one_sentence_that_leaves_out_only_what_is_not_known(text):
   assert [dry_run.duration(x) for x in (0.2, 89.5, 90.0, 3599.0, 3900.0)] == [
     '1s', '90s', '2m', '1h00m', '1h05m'
   ]  # fmt: skip
+
+
+def test_time_left_counts_evaluations_once_one_was_timed(tmp_path, capsys):
+  study = make_study({'train.num_steps': 12})
+  now = [0.0]
+  todo = trials.trials_of(study)
+  with Progress(study, todo, str(tmp_path), clock=lambda: now[0]) as progress:
+    progress.begin(todo[0])
+    progress.show_phase('')
+    for step in range(1, 13):
+      now[0] += 1
+      progress.at(step)
+    assert ' of training left,' in progress._text()
+    with progress.evaluating() as show:
+      now[0] += 40
+      show('dropless, batch 3 of 9')
+    assert 'evaluating: dropless, batch 3 of 9' in progress._text()
+    assert 'evaluating: dropless, batch 3 of 9' in capsys.readouterr().err
+    progress.end(todo[0])
+    # Of the others each trains for 12 s and is evaluated for 40 s.
+    seconds = (len(todo) - 1) * (12 + 40)
+    assert f' about {tqdm.tqdm.format_interval(seconds)} left,' in progress._text()
 
 
 def test_time_left_waits_for_a_step_that_does_not_compile():

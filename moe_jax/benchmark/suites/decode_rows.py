@@ -287,7 +287,7 @@ def _model_arm(task: LanguageModel, shape: Shape, seed: int) -> Compiled:
       token=jnp.asarray(token),
       done=jnp.zeros((batch,), bool),
       lengths=jnp.full((batch,), CONTEXT, jnp.int32),
-      place=jnp.int32(1),
+      next_index=jnp.int32(1),
       keys=jax.random.split(jax.random.key(seed), batch),
       cache=task.decode.init_cache(batch, CONTEXT + STEPS),
     )
@@ -299,7 +299,7 @@ def _model_arm(task: LanguageModel, shape: Shape, seed: int) -> Compiled:
 
   def call() -> None:
     # From the same position each time: the cache is as long, and its cells are written again.
-    rows = held[0]._replace(place=jnp.int32(1))
+    rows = held[0]._replace(next_index=jnp.int32(1))
     _, held[0] = jax.block_until_ready(compiled(params, {}, rows, greedy))
 
   start = time.perf_counter()

@@ -144,8 +144,8 @@ def _arm(
   )
   sequences = (groups, shape.num_tokens // groups)
   x = jax.random.normal(keys[2], (*sequences, shape.embed_dim), jnp.dtype(shape.dtype))
-  places = jnp.zeros(sequences, jnp.int32)
-  info = TokenInfo(jnp.ones(sequences, bool), places, places)
+  positions = jnp.zeros(sequences, jnp.int32)
+  info = TokenInfo(jnp.ones(sequences, bool), positions, positions)
   group_keys = jax.random.split(keys[3], groups)
 
   def layer(params, x):

@@ -159,12 +159,12 @@ def _arm(name: str, options: routing.RouterOptions, tokens: jax.Array, seed: int
   }
   state = router.state(options, embed_dim, VOCAB_SIZE)
   ids = jnp.asarray(rng.integers(0, VOCAB_SIZE, (1, num_tokens)), jnp.int32)
-  places = jnp.arange(num_tokens, dtype=jnp.int32)[None]
+  positions = jnp.arange(num_tokens, dtype=jnp.int32)[None]
   valid = jnp.ones((1, num_tokens), bool)
   capacity = num_tokens if router.keeps_all else options.capacity
 
   def plan(params, state, tokens, ids, keys):
-    inputs = routing.RouterInputs(tokens, valid, ids, places, keys)
+    inputs = routing.RouterInputs(tokens, valid, ids, positions, keys)
     if router.mix is not None:
       return router.mix(params, state, inputs, options)
     choice = router.choose(params, state, inputs, options)

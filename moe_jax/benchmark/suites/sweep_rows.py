@@ -74,12 +74,12 @@ def _calls(
   states = [init_state(task, optimizer, trial) for trial in range(number)]
   shape = (config.data.batch_size, config.data.sequence_length)
   tokens = np.random.default_rng(seed).integers(0, vocab_size, (number, *shape), np.int32)
-  places = np.broadcast_to(np.arange(shape[1], dtype=np.int32), tokens.shape)
+  positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), tokens.shape)
   rows = {
     'inputs': tokens,
     'targets': np.roll(tokens, -1, axis=-1),
     'segment_ids': np.ones_like(tokens),
-    'positions': places,
+    'positions': positions,
   }
   dims = ['batch']
   state: Any = states[0]

@@ -21,11 +21,13 @@ function dotPanel({title, name}, rows) {
   const bottom = top + ROW * rows.length, height = bottom + 24;
   const ends = rows.flatMap(({mean, half, seeds}) => [mean - (half || 0), mean + (half || 0), ...seeds]);
   let low = Math.min(...ends), high = Math.max(...ends);
+  const same = low === high;
   const room = 0.04 * (high - low) || Math.abs(low) * 0.05 || 0.1;
   [low, high] = [low >= 0 && low < room ? 0 : low - room, high + room];
   const x = scale(low, high, left + 6, right, false);
   const svg = make('svg', {viewBox: `0 0 ${width} ${height}`, role: 'img', 'aria-label': title});
-  for (const value of ticks(low, high, false, 4)) {
+  // All values alike say no more of an axis than where they are.
+  for (const value of same ? [ends[0]] : ticks(low, high, false, 4)) {
     svg.append(make('line', {class: 'grid', x1: x(value), x2: x(value), y1: top, y2: bottom}),
       make('text', {x: x(value), y: bottom + 16, 'text-anchor': 'middle'}, show(value)));
   }

@@ -1,5 +1,5 @@
 // Draws the page from the JSON in #data. All text from records is set as textContent.
-const {study, columns, rows, records, comparisons, notes, warnings, panels, loads, seeds, labels} = JSON.parse(document.getElementById('data').textContent);
+const {study, columns, rows, records, comparisons, notes, warnings, panels, loads, seeds, labels, given} = JSON.parse(document.getElementById('data').textContent);
 const FINISHED = 'finished';
 const STATUSES = [FINISHED, 'diverged', 'failed', 'unfinished', 'missing', 'damaged'];
 const COLORS = 7;
@@ -20,9 +20,10 @@ function make(tag, attributes = {}, ...children) {
 }
 
 function shortNumber(value) {
-  if (Number.isInteger(value)) return value.toLocaleString('en-US');
-  return Math.abs(value) >= 1e-3 && Math.abs(value) < 1e6
-    ? String(Number(value.toPrecision(5))) : value.toExponential(3);
+  const text = Number.isInteger(value) ? value.toLocaleString('en-US')
+    : Math.abs(value) >= 1e-3 && Math.abs(value) < 1e6
+      ? String(Number(value.toPrecision(5))) : value.toExponential(3);
+  return text.replaceAll('-', '\u2212');
 }
 
 function show(value) {
@@ -34,6 +35,9 @@ function show(value) {
   }
   return String(value);
 }
+
+// An arm by the label that its study gives it, as in every table.
+const called = name => given[name] || name;
 
 // A name that is broken between words, or else after what joins the parts of one.
 function broken(name) {
@@ -87,7 +91,7 @@ function drawArms() {
     arm.label = make('label', {}, box,
       make('svg', {class: `swatch ${arm.style}`, viewBox: '0 0 29 10', 'aria-hidden': 'true'},
         make('line', {x1: 0, x2: 29, y1: 5, y2: 5, class: arm.style})),
-      make('span', {}, arm.name));
+      make('span', {title: called(arm.name) === arm.name ? null : arm.name}, called(arm.name)));
     const only = make('button', {type: 'button', class: 'only', 'aria-label': `only ${arm.name}`}, 'only');
     only.addEventListener('click', () => {
       for (const other of arms.values()) other.shown = other.box.checked = other === arm;
@@ -106,7 +110,8 @@ function drawArms() {
   byId('filter').addEventListener('input', event => {
     const words = event.target.value.toLowerCase().split(/\s+/);
     for (const arm of arms.values()) {
-      arm.label.hidden = !words.every(word => arm.name.toLowerCase().includes(word));
+      const name = `${arm.name} ${called(arm.name)}`.toLowerCase();
+      arm.label.hidden = !words.every(word => name.includes(word));
     }
   });
 }
@@ -147,7 +152,8 @@ function drawTable() {
     const cells = columns.map(([key, label]) => {
       const value = row[key];
       if (key === 'arm') {
-        return make('td', {class: 'arm'}, make('a', {href: link(row.arm)}, ...broken(show(value))));
+        return make('td', {class: 'arm', title: called(value) === value ? null : value},
+          make('a', {href: link(row.arm)}, ...broken(show(called(value)))));
       }
       const exact = typeof orderOf(value) === 'number' ? orderOf(value) : null;
       return make('td', {class: classOf(key), title: exact, 'data-label': label},

@@ -1,7 +1,7 @@
 """BASE: each training group is dealt out so that every expert gets the same number of tokens.
 
 One-letter dimensions: G routing groups, S tokens of a group, E experts, P = E C tokens of a group
-with fillers, C places of an expert.
+with fillers, C slots of an expert.
 """
 
 import dataclasses
@@ -142,10 +142,10 @@ def _bid(auction: _Auction, scores: Float[Array, 'P E'], capacity: int) -> _Auct
   expert = jnp.where(waiting, favourite, auction.expert)
   bid = jnp.where(waiting, offer, auction.bid)
   # Tokens in order of expert, then of bid from the highest; equal bids in order of position.
-  place = jnp.arange(num_tokens, dtype=jnp.int32)
-  sorted_expert, _, token = jax.lax.sort((expert, -bid, place), num_keys=2)
+  index = jnp.arange(num_tokens, dtype=jnp.int32)
+  sorted_expert, _, token = jax.lax.sort((expert, -bid, index), num_keys=2)
   starts = jnp.searchsorted(sorted_expert, jnp.arange(num_experts)).astype(jnp.int32)
-  rank = place - starts[sorted_expert]
+  rank = index - starts[sorted_expert]
   # An expert keeps its C highest bids; the others wait again.
   held = jnp.zeros((num_tokens,), bool).at[token].set(rank < capacity, unique_indices=True)
   expert = jnp.where(held, expert, num_experts)
@@ -183,8 +183,8 @@ def _fill(expert: Int[Array, 'P'], num_experts: int, capacity: int) -> Int[Array
   """Gives the tokens without an expert the free slots, both in order."""
   taken = jax.ops.segment_sum(jnp.ones_like(expert), expert, num_experts + 1)[:-1]
   waiting = expert == num_experts
-  place = jnp.cumsum(waiting.astype(jnp.int32)) - 1
-  free = jnp.searchsorted(jnp.cumsum(capacity - taken), place, side='right')
+  index = jnp.cumsum(waiting.astype(jnp.int32)) - 1
+  free = jnp.searchsorted(jnp.cumsum(capacity - taken), index, side='right')
   return jnp.where(waiting, jnp.minimum(free, num_experts - 1), expert).astype(jnp.int32)
 
 

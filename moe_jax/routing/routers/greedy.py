@@ -107,8 +107,8 @@ def _round(matching: _Matching, *, num_selected_experts: int, capacity: int) -> 
   # own, too.
   late, group = expert[:, capacity:], jnp.arange(num_groups)[:, None]
   rejects = (late == expert[:, : late.shape[1]]) & (late < num_experts)
-  place = group, token[:, capacity:], jnp.where(rejects, late, num_experts)
-  return _Matching(matching.key.at[place].set(_REJECTED, mode='drop'), jnp.any(rejects))
+  index = group, token[:, capacity:], jnp.where(rejects, late, num_experts)
+  return _Matching(matching.key.at[index].set(_REJECTED, mode='drop'), jnp.any(rejects))
 
 
 def _best_experts(

@@ -128,10 +128,10 @@ def _marked(index: Int[Array, 'G S K'], size: int) -> Float[Array, 'G S size']:
 def _per_sequence(values: Float[Array, 'G S E'], group_size: int) -> Float[Array, 'G Q E']:
   """Sums over the tokens of each of the sequences of a group; token s is of s % group_size."""
   group, size, width = values.shape
-  places = -(-size // group_size)
+  num_positions = -(-size // group_size)
   # [G S E] -> [G positions n E] -> [G n E], with n = Q sequences.
-  values = jnp.pad(values, ((0, 0), (0, places * group_size - size), (0, 0)))
-  return jnp.sum(values.reshape(group, places, group_size, width), axis=1)
+  values = jnp.pad(values, ((0, 0), (0, num_positions * group_size - size), (0, 0)))
+  return jnp.sum(values.reshape(group, num_positions, group_size, width), axis=1)
 
 
 def allowed(options: Options) -> tuple[str, str] | None:

@@ -145,9 +145,9 @@ def _gates(groups: Choice, experts: Choice, options: Options) -> Float[Array, 'G
   products = group_probs[..., None] * experts.router_probs.reshape(*num_tokens, kept, size)
   index_in_group = experts.expert_index.reshape(*num_tokens, kept, -1)
   # The selected ones in such a row of kept * size candidates.
-  place = jnp.arange(kept)[None, None, :, None] * size + index_in_group
+  flat_index = jnp.arange(kept)[None, None, :, None] * size + index_in_group
   return top_k.gates_of(
-    products.reshape(*num_tokens, -1), place.reshape(*num_tokens, -1), options.renormalize
+    products.reshape(*num_tokens, -1), flat_index.reshape(*num_tokens, -1), options.renormalize
   )
 
 
