@@ -155,11 +155,11 @@ def test_train_refuses_flags(path, tmp_path):
   result = tiny.command('train', f'--config={missing}', f'--workdir={tmp_path / "run"}')
   result.assert_error('--config=', 'missing.py', 'does not exist')
   workdir = f'--workdir={tmp_path / "run"}'
-  tiny.command('train', workdir).assert_error('--config=None')
-  tiny.command('train', f'--config={path}').assert_error('--workdir=None')
+  tiny.command('train', workdir).assert_error('--config: must be given')
+  tiny.command('train', f'--config={path}').assert_error('--workdir: must be given')
   fields = '--config.moe.every=1', '--config.moe.every=2'
   tiny.command('train', f'--config={path}', workdir, *fields).assert_error("moe.every='2'", 'twice')
-  tiny.command('train', workdir, fields[0]).assert_error('--config=None', fields[0])
+  tiny.command('train', workdir, fields[0]).assert_error('--config: must be given', fields[0])
   tiny.command('train', workdir, '--flagfile=none').assert_error('--flagfile', "'none'")
   tiny.command('train', f'--config={path}', workdir, '--speed=9').assert_error('speed')
   tiny.command('train', f'--config={path}', workdir, 'more').assert_error("argument='more'")
@@ -292,7 +292,7 @@ def test_evaluate_takes_a_mesh_that_the_batch_of_training_does_not_fill(path, tm
 @pytest.mark.parametrize(
   ('flags', 'words'),
   [
-    ([], ('--prompt=None',)),
+    ([], ('--prompt: must be given',)),
     (['--prompt=x\udcff'], ('--prompt=', 'not UTF-8')),
     (['--prompt=x', '--num_tokens=0'], ('--num_tokens=0',)),
     (['--prompt=x', '--num_tokens=65537'], ('--num_tokens=65537', '65536')),
