@@ -651,7 +651,9 @@ def test_damage_as_a_process(run, tmp_path, pattern):
 def test_a_full_disk_as_a_process(path, tmp_path):
   """Files of at most 30 kB: enough for everything but a checkpoint."""
   workdir = tmp_path / 'run'
-  process = tiny.start('train', f'--config={path}', f'--workdir={workdir}')
+  # Python would leave the bytecode of libraries cut short, and take it for whole from then on.
+  files = {'PYTHONDONTWRITEBYTECODE': '1'}
+  process = tiny.start('train', f'--config={path}', f'--workdir={workdir}', **files)
   resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (30_000, 30_000))
   result = tiny.finish(process)
   assert result.code == 2

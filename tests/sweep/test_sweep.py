@@ -464,7 +464,9 @@ def test_a_full_disk_and_ctrl_c_lose_nothing(whole, tmp_path, pack):
   workdir = tmp_path / 'w'
   command = 'sweep', f'--study={whole[0]}', f'--workdir={workdir}', f'--pack={pack}'
   # Files of at most 30 kB: enough for everything but a checkpoint.
-  process = tiny.start(*command, JAX_ENABLE_COMPILATION_CACHE='false')
+  # Python would leave the bytecode of libraries cut short, and take it for whole from then on.
+  unlimited = {'JAX_ENABLE_COMPILATION_CACHE': 'false', 'PYTHONDONTWRITEBYTECODE': '1'}
+  process = tiny.start(*command, **unlimited)
   resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (30_000, 30_000))
   result = tiny.finish(process)
   assert result.code == 2 and 'Traceback' not in result.err, result.err
