@@ -47,7 +47,7 @@ def test_the_template_passes_the_tests_as_it_stands(tmp_path):
   done = subprocess.run(
     ['bash', '-c', ' && '.join(script).replace('python', sys.executable)],
     cwd=tmp_path,
-    env={**os.environ, 'PYTHONPATH': str(tmp_path)},
+    env={**os.environ, 'PYTHONPATH': str(tmp_path), 'PYTEST_ADDOPTS': ''},
     capture_output=True,
     text=True,
     check=False,
