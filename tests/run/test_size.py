@@ -27,7 +27,7 @@ def test_the_largest_field_is_named(monkeypatch):
   size.check_size(config, 258)
 
 
-@pytest.mark.parametrize('field', [*size._OF_MODEL, *size._OF_BATCH[:2]])
+@pytest.mark.parametrize('field', [*size._MODEL_FIELDS, *size._BATCH_FIELDS[:2]])
 def test_every_such_field_at_its_bound_is_refused(field):
   room, _, name = field.partition('.')
   largest = 2**30 if field == 'moe.num_experts' else 2**31 - 2
