@@ -7,8 +7,7 @@ from moe_jax.study import Comparison, Metric, Study, product
 def get_study():
   """Returns two arms with three seeds each, which takes minutes."""
   base = quickstart.get_config()
-  base.mesh.update(data=1, expert=1)
-  base.train.update(num_steps=150, eval_every=0)
+  base.update({'mesh': {'data': 1, 'expert': 1}, 'train': {'num_steps': 150, 'eval_every': 0}})
   return Study(
     name='first_study',
     question='Does a balancing loss keep experts from specialising?',
