@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from moe_jax.results import tables
+from moe_jax.results import number_text, tables
 from moe_jax.results.markup import break_latex, latex_number, one_line
 from moe_jax.results.names import deciding_title, unit_of
 from moe_jax.results.statistics import EQUIVALENCE_LEVEL, LEVEL
@@ -290,13 +290,15 @@ def _comparisons(summary: Summary, labels: dict[str, str]) -> tuple[_Column, lis
   names = tuple(labels[c.arm] if to else f'{labels[c.arm]} vs. {labels[c.baseline]}' for c in of)
   differences = []
   for c in of:
-    shown = tables.interval(c.difference.interval if margin is None else c.difference.within, '+')
+    shown = number_text.interval(
+      c.difference.interval if margin is None else c.difference.within, '+'
+    )
     if margin is not None and shown != tables.NOTHING:
-      shown = f'{shown.partition(" ± ")[0]} {tables.limits(c.difference.within)}'
+      shown = f'{shown.partition(" ± ")[0]} {number_text.limits(c.difference.within)}'
     differences.append(shown)
   return _Column('', names), [
     _Column('difference', tuple(differences)),
-    _Column('p', tuple(tables.p_value(c.adjusted_p_value) for c in of)),
+    _Column('p', tuple(number_text.p_value(c.adjusted_p_value) for c in of)),
     _Column('verdict', tuple(c.verdict for c in of), wraps=True),
   ]
 

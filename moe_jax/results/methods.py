@@ -11,7 +11,7 @@ import yaml
 from moe_jax.errors import DamagedError, UserError
 from moe_jax.field_names import field_value
 from moe_jax.models.build import FAMILIES
-from moe_jax.results import tables
+from moe_jax.results import number_text, tables
 from moe_jax.results.markup import break_latex, escape_latex
 from moe_jax.results.statistics import LEVEL
 from moe_jax.results.summary import SIGNIFICANCE, ArmSummary, Summary
@@ -196,9 +196,9 @@ def _known(config: dict[str, Any], *fields: tuple[str, str]) -> str:
   return ', '.join(phrase.format(config[name]) for name, phrase in fields if name in config)
 
 
-def _range(numbers: Iterable[int | float | None]) -> str:
-  known = [number for number in numbers if number is not None]
-  texts = [tables.count(number) for number in (min(known), max(known))] if known else []
+def _range(values: Iterable[int | float | None]) -> str:
+  known = [value for value in values if value is not None]
+  texts = [number_text.count(number) for number in (min(known), max(known))] if known else []
   return ' to '.join(dict.fromkeys(texts))
 
 

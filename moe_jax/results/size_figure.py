@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moe_jax.results.names import deciding_title
+from moe_jax.results.number_text import count
 from moe_jax.results.panels import (
   STYLE,
   by_arm,
@@ -21,7 +22,6 @@ from moe_jax.results.panels import (
   values_of,
 )
 from moe_jax.results.records import FINISHED, Record
-from moe_jax.results.tables import count
 from moe_jax.study import Study
 
 # What the label of a size takes of the width of a panel.

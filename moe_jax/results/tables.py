@@ -1,30 +1,24 @@
-"""A summary as tables: which columns, their cells in plain text, and as Markdown and CSV.
+"""A summary as tables: which columns, their cells in plain text, and as Markdown.
 
 Numbers are the mean and half the width of its interval, rounded to two digits of the latter.
 Columns that are the same for every arm are said below the table. Whatever is not averaged is listed
 there with its reason.
 """
 
-import csv
 import difflib
-import io
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from moe_jax.errors import UserError
 from moe_jax.results.markup import escape_markdown
 from moe_jax.results.names import deciding_title, metric_titles, unit_of
-from moe_jax.results.statistics import EQUIVALENCE_LEVEL, LEVEL, Difference, Interval
+from moe_jax.results.number_text import NOTHING, count, interval, limits, p_value
+from moe_jax.results.statistics import EQUIVALENCE_LEVEL, LEVEL, Interval
 from moe_jax.results.summary import SIGNIFICANCE, Absent, ArmSummary, Summary
 from moe_jax.study import own_labels
 
-_SCALES = ((1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k'))
 _LONGEST_BASELINE = 20
-# Half widths below are due to rounding.
-_MOST_DECIMALS = 12
-_NOTHING = Interval(math.nan, math.nan, math.nan, 0)
-NOTHING = '-'
 
 # Next to the metric that decides, where an arm has them: of the evaluation at the capacity of
 # training, else of that of the metric.
@@ -266,57 +260,6 @@ def comparisons(summary: Summary) -> list[list[str]]:
   return rows
 
 
-def csv_text(summary: Summary) -> str:
-  """Returns a row for each arm, dropped ones too, with all digits; empty where nothing is known."""
-  names = sorted({name for arm in summary.arms for name in arm.metrics})
-  rows = [_csv_row(summary, arm, names) for arm in summary.arms]
-  file = io.StringIO()
-  writer = csv.DictWriter(file, list(rows[0]) if rows else ['arm'], lineterminator='\n')
-  writer.writeheader()
-  writer.writerows(rows)
-  return file.getvalue()
-
-
-def interval(of: Interval | None, sign: str = '') -> str:
-  """Returns the mean and half the width of the interval; only the mean of a single value."""
-  if of is None or math.isnan(of.mean):
-    return NOTHING
-  mean, half = of.mean, of.half_width
-  if math.isnan(half) or half == 0:
-    return f'{mean:{sign}.4g}' + (' ± 0' if half == 0 else '')
-  decimals = _decimals(half)
-  return f'{mean:{sign}z.{decimals}f} ± {half:.{decimals}f}'
-
-
-def limits(of: Interval) -> str:
-  """Returns the limits of an interval with their signs, to two digits of its half width."""
-  half = of.half_width
-  if math.isnan(half):
-    return NOTHING
-  decimals = _decimals(half) if half else 4
-  return f'[{of.low:+z.{decimals}f}, {of.high:+z.{decimals}f}]'
-
-
-def _decimals(half: float) -> int:
-  return min(max(1 - math.floor(math.log10(half)), 0), _MOST_DECIMALS)
-
-
-def count(number: int | float) -> str:
-  """Returns three digits and a suffix: 1.23M."""
-  for scale, suffix in _SCALES:
-    # What rounds up to it as well.
-    if number >= 0.9995 * scale:
-      return f'{number / scale:.3g}{suffix}'
-  return f'{number:.3g}'
-
-
-def p_value(p: float) -> str:
-  """Returns three decimals, or '<0.001'."""
-  if math.isnan(p):
-    return NOTHING
-  return '<0.001' if p < 0.001 else f'{p:.3f}'
-
-
 def notes(summary: Summary, keys: Sequence[str] = ()) -> list[str]:
   """Returns notes on the tables, a sentence or two each, as plain text."""
   study = summary.study
@@ -353,12 +296,15 @@ def notes(summary: Summary, keys: Sequence[str] = ()) -> list[str]:
 def not_averaged(summary: Summary) -> list[tuple[str, Sequence[str]]]:
   """Returns the trials that the tables do not average, by title."""
   names = own_labels(summary.study)
-  absent = [f'{names[arm.name]}, {_absent(trial)}' for arm in summary.arms for trial in arm.absent]
+  absent = [
+    f'{names[arm.name]}, {absent_text(trial)}' for arm in summary.arms for trial in arm.absent
+  ]
   dropped = [f'{names[arm.name]}: {arm.dropped}' for arm in summary.arms if arm.dropped]
   return [('Trials without a value', absent), ('Arms that were not run', dropped)]
 
 
-def _absent(trial: Absent) -> str:
+def absent_text(trial: Absent) -> str:
+  """Returns seed, status and reason of a trial without a value."""
   where = f' at step {trial.step} of {trial.num_steps}' if trial.num_steps else ''
   reason = f': {trial.reason}' if trial.reason else ''
   return f'seed {trial.seed}: {trial.status}{where}{reason}'
@@ -371,35 +317,3 @@ def metric(summary: Summary) -> str:
   unit = unit_of(study.metric)
   said = f'{study.metric.name} in {unit}' if unit else study.metric.name
   return f'{said} on the {study.split} split ({better} is better)'
-
-
-def _csv_row(summary: Summary, arm: ArmSummary, names: Sequence[str]) -> dict[str, Any]:
-  difference = arm.difference or Difference(_NOTHING, _NOTHING, math.nan, ())
-  row: dict[str, Any] = {'arm': arm.name, 'dropped': arm.dropped}
-  row |= {'averaged': len(arm.values), 'trials': len(arm.values) + len(arm.absent)}
-  row |= {
-    'mean': arm.interval.mean,
-    'low': arm.interval.low,
-    'high': arm.interval.high,
-    'bootstrap_low': arm.bootstrap.low,
-    'bootstrap_high': arm.bootstrap.high,
-    'difference': difference.interval.mean,
-    'difference_low': difference.interval.low,
-    'difference_high': difference.interval.high,
-    'difference_bootstrap_low': difference.bootstrap.low,
-    'difference_bootstrap_high': difference.bootstrap.high,
-    'difference_p': difference.p_value,
-    'difference_pairs': difference.interval.num if arm.difference else None,
-    'parameters_total': arm.parameters.get('total'),
-    'parameters_active': arm.parameters.get('active'),
-    'flops_per_token': arm.flops_per_token,
-    'tokens': arm.tokens,
-    'tokens_per_expert': arm.tokens_per_expert,
-  }
-  row |= {f'seed {seed}': arm.values.get(seed) for seed in summary.study.seeds}
-  row |= {name: arm.metrics[name].mean if name in arm.metrics else None for name in names}
-  row['without_value'] = '; '.join(_absent(trial) for trial in arm.absent)
-  return {
-    name: '' if isinstance(value, float) and math.isnan(value) else value
-    for name, value in row.items()
-  }

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from moe_jax.errors import UserError
 from moe_jax.files import write_atomically
+from moe_jax.results import csv_table, latex, methods, page_figures, scaling, tables, thin
 from moe_jax.results import figures as figures_lib
-from moe_jax.results import latex, methods, page_figures, scaling, tables, thin
 from moe_jax.results.markup import with_minus
 from moe_jax.results.page import Cell, write_page
 from moe_jax.results.records import (
@@ -191,7 +191,7 @@ def write_report(
   for name, text in (
     ('table.md', tables.markdown(summary, columns)),
     ('table.tex', latex.latex(summary, columns, wide=wide_table)),
-    ('table.csv', tables.csv_text(summary)),
+    ('table.csv', csv_table.csv_text(summary)),
     ('methods.tex', methods.methods(summary)),
     ('cite.bib', methods.bibtex(summary, url)),
   ):

@@ -9,7 +9,7 @@ import re
 import pytest
 
 from moe_jax.errors import UserError
-from moe_jax.results import latex, methods, summary, tables
+from moe_jax.results import csv_table, latex, methods, number_text, summary, tables
 from moe_jax.results.statistics import Interval
 from moe_jax.study import Comparison, Metric, Point
 from tests.results import made, shown
@@ -147,10 +147,10 @@ def test_digits_come_from_the_interval(mean, half, text):
   if half == 1e-17:
     interval = Interval(0.0, -half, half, 3)
     text = text.replace('2.0', '0.0')
-  assert tables.interval(interval) == text
+  assert number_text.interval(interval) == text
   if not math.isnan(mean):
     sign = '' if text.startswith('-') else '+'
-    assert tables.interval(interval, '+') == sign + text
+    assert number_text.interval(interval, '+') == sign + text
 
 
 @pytest.mark.parametrize(
@@ -161,18 +161,18 @@ def test_digits_come_from_the_interval(mean, half, text):
   ],
 )  # fmt: skip
 def test_counts(number, text):
-  assert tables.count(number) == text
+  assert number_text.count(number) == text
 
 
 @pytest.mark.parametrize(
   ('p', 'text'), [(math.nan, '-'), (0.0004, '<0.001'), (0.0123, '0.012'), (1.0, '1.000')]
 )
 def test_p_values(p, text):
-  assert tables.p_value(p) == text
+  assert number_text.p_value(p) == text
 
 
 def test_csv_has_every_arm_and_every_digit(broken):
-  rows = list(csv.DictReader(io.StringIO(tables.csv_text(broken))))
+  rows = list(csv.DictReader(io.StringIO(csv_table.csv_text(broken))))
   assert [row['arm'] for row in rows] == [arm.name for arm in broken.arms]
   by_name = {row['arm']: row for row in rows}
   hostile, arm = by_name[made.HOSTILE], broken.arms[1]
@@ -249,6 +249,6 @@ def test_a_study_without_records():
   shown.check_latex(latex.latex(empty))
   shown.check_latex(methods.methods(empty))
   assert tables.markdown(empty).count('missing: no record') == 6
-  assert tables.csv_text(empty).count('\n') == 3
+  assert csv_table.csv_text(empty).count('\n') == 3
   assert 'commit = {unknown}' in methods.bibtex(empty)
-  assert tables.csv_text(summary.summarize(made.make_study(()), [])) == 'arm\n'
+  assert csv_table.csv_text(summary.summarize(made.make_study(()), [])) == 'arm\n'

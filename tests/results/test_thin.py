@@ -6,7 +6,7 @@ import json
 import pytest
 
 from moe_jax.errors import DamagedError
-from moe_jax.results import summary, tables, thin
+from moe_jax.results import csv_table, summary, tables, thin
 from moe_jax.results.records import DAMAGED, encode_records, read_records, write_records
 from tests.results import example
 
@@ -21,7 +21,7 @@ def test_tables_are_those_of_the_whole_results(tmp_path):
   again = read_records(tmp_path / 'thin.jsonl')
   assert again == thinned
   whole, small = (summary.summarize(STUDY, records) for records in (RECORDS, again))
-  assert tables.csv_text(small) == tables.csv_text(whole)
+  assert csv_table.csv_text(small) == csv_table.csv_text(whole)
   assert tables.markdown(small) == tables.markdown(whole)
   assert (tmp_path / 'thin.jsonl').stat().st_size <= thin.LIMIT < len(encode_records(RECORDS))
 
