@@ -56,17 +56,15 @@ def labels_of(params: Any, labeller: Labeller = label) -> Any:
 
 def is_matrix(params: Any, labeller: Labeller = label) -> Any:
   """True for the weights of matmuls inside blocks; False for norms, embedding and output."""
-
-  def one(path, p) -> bool:
-    is_stacked = path[0].key == 'layers'
-    inside = labeller(names(path), p.shape) in ('matrix', 'expert', 'router')
-    return inside and p.ndim - is_stacked >= 2
-
-  return jax.tree_util.tree_map_with_path(one, params)
+  return jax.tree_util.tree_map_with_path(
+    lambda path, p: _is_matrix(path, p.shape, labeller), params
+  )
 
 
-def _is_matrix(path, p) -> bool:
-  return p.ndim >= 3 and path[-1].key != 'scale'
+def _is_matrix(path: Any, shape: tuple[int, ...], labeller: Labeller = label) -> bool:
+  of_layers = path[0].key == 'layers'
+  inside = labeller(names(path), shape) in ('matrix', 'expert', 'router')
+  return inside and len(shape) - of_layers >= 2
 
 
 def stacks_of(params: Any) -> Any:
@@ -75,7 +73,7 @@ def stacks_of(params: Any) -> Any:
   def one(path, p):
     if path[0].key != 'layers':
       return Stack(p.ndim, 1)
-    if not _is_matrix(path, p):
+    if not _is_matrix(path, p.shape):
       return Stack(min(p.ndim - 1, 1), 1)
     return Stack(2, _halves(path, p))
 

@@ -7,6 +7,7 @@ One-letter dimensions: B sequences, T tokens of each, L MoE layers, E experts, K
 token, V vocabulary.
 """
 
+import abc
 import dataclasses
 import functools
 import math
@@ -67,10 +68,11 @@ class DecodeHooks(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class Task(abc.ABC):
   """A model with its loss. Immutable and hashable: an argument of compiled functions.
 
-  The defaults are those of a model without experts that can't be sampled from.
+  A family defines `init` and `loss`; the defaults of the rest are those of a model without experts
+  that can't be sampled from.
 
   Attributes:
     mesh: axes ('data', 'expert').
@@ -93,13 +95,13 @@ class Task:
     """L."""
     return 0
 
+  @abc.abstractmethod
   def init(self, key: Key[Array, '']) -> Any:
     """Returns new parameters: the same numbers on any mesh.
 
     Arrays are boxed with the names of their dimensions (`flax.linen.Partitioned`) where the table
     of `moe_jax.parallel.sharding` splits one. Those under `layers` have the layers in front.
     """
-    raise NotImplementedError
 
   def init_router_state(self) -> dict[str, Array]:
     """Returns the state of the routers before the first step, each array with L in front."""
@@ -109,11 +111,11 @@ class Task:
     """Returns the divisor of the loss of a batch: its number of tokens, without padding."""
     return jnp.sum(batch['segment_ids'] > 0).astype(jnp.float32)
 
+  @abc.abstractmethod
   def loss(
     self, params: Any, router_state: Any, batch: Batch, *, key: Key[Array, ''] | None = None
   ) -> LossTerms:
     """Returns the sums over a batch: with a key as in training, without deterministically."""
-    raise NotImplementedError
 
   def with_selected(self) -> 'Task':
     """Returns the task whose losses also return the experts that tokens selected."""

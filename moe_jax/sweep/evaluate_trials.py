@@ -1,6 +1,5 @@
 """Evaluation of trained trials, one by one or several of one program together."""
 
-import functools
 import itertools
 import json
 from collections.abc import Callable
@@ -143,11 +142,10 @@ def evaluation_program(config: ml_collections.ConfigDict) -> str:
   return json.dumps(fields, sort_keys=True)
 
 
-@functools.lru_cache(maxsize=4)
 def eval_step(
   program: str, mesh: Mesh, vocab_size: int, packed: bool = False
 ) -> tuple[Task, evaluate.EvalStep]:
-  """Returns the model and the step of an `evaluation_program`, compiled once in a process."""
+  """Returns the task and the step of an `evaluation_program`, compiled once in a process."""
   config = config_lib.get_config()
   config.update(json.loads(program))
   task = build_task(config, mesh, vocab_size, 'eval')
